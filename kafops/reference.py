@@ -1,0 +1,50 @@
+"""The definition of the kernel activation function, in plain PyTorch.
+
+Every compiled kernel is tested against these two functions in float64, and they serve where nothing is compiled. They
+build the tensor of all N x D kernel values, so they cost D times the memory of their input.
+"""
+
+import torch
+from torch import Tensor
+
+# Beyond this |x| every kernel value is 0 in float64; the clamp turns inf - inf = nan into exp(-large) = 0.
+_FAR = 1e18
+
+
+def kaf(
+    x: Tensor,  # [N, C, *]
+    alpha: Tensor,  # [C, D] or [1, D]
+    gamma: Tensor,  # [C] or [1]
+    boundary: float,
+) -> Tensor:  # [N, C, *]
+    """f_c(x) = Σ_d alpha[c, d] exp(-gamma[c] (x - δ_d)²) with D points δ evenly spaced on [-boundary, boundary]."""
+    return kaf_free(x, alpha, gamma, uniform_dictionary(alpha.shape[1], boundary, like=_arithmetic(alpha, x)))
+
+
+def kaf_free(
+    x: Tensor,  # [N, C, *]
+    alpha: Tensor,  # [C, D] or [1, D]
+    gamma: Tensor,  # [C] or [1]
+    dictionary: Tensor,  # [C, D] or [1, D]
+) -> Tensor:  # [N, C, *]
+    """f_c(x) = Σ_d alpha[c, d] exp(-gamma[c] (x - dictionary[c, d])²), any points in any order."""
+    z = _arithmetic(x, x).clamp(-_FAR, _FAR).unsqueeze(-1)  # [N, C, *, 1]
+    if x.dim() > 1:
+        z = z.movedim(1, -2)  # [N, *, C, 1]
+    alpha, gamma, dictionary = (_arithmetic(p, x) for p in (alpha, gamma, dictionary))
+    kernel = torch.exp(-gamma[:, None] * (z - dictionary) ** 2)  # [N, *, C, D]
+    y = (alpha * kernel).sum(-1)  # [N, *, C]
+    return (y.movedim(-1, 1) if x.dim() > 1 else y.reshape(x.shape)).to(x.dtype)
+
+
+def uniform_dictionary(dictionary_size: int, boundary: float, like: Tensor) -> Tensor:  # [1, D]
+    """Return D points evenly spaced on [-boundary, boundary], or the single point 0 for D = 1."""
+    if dictionary_size == 1:
+        return like.new_zeros(1, 1)
+    points = torch.linspace(-boundary, boundary, dictionary_size, dtype=torch.float64, device=like.device)
+    return points.to(like.dtype).unsqueeze(0)
+
+
+def _arithmetic(t: Tensor, x: Tensor) -> Tensor:
+    """Cast to the dtype that arithmetic is done in: that of x, but at least float32."""
+    return t.to(torch.promote_types(x.dtype, torch.float32))
