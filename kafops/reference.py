@@ -28,13 +28,14 @@ def kaf_free(
     dictionary: Tensor,  # [C, D] or [1, D]
 ) -> Tensor:  # [N, C, *]
     """f_c(x) = Σ_d alpha[c, d] exp(-gamma[c] (x - dictionary[c, d])²), any points in any order."""
+    spatial = (1,) * (x.dim() - 2)
+    alpha, gamma, dictionary = (
+        _arithmetic(p, x).reshape(*(p.shape[:1] if x.dim() > 1 else ()), *spatial, -1)  # [C, 1..., D or 1]
+        for p in (alpha, gamma, dictionary)
+    )
     z = _arithmetic(x, x).clamp(-_FAR, _FAR).unsqueeze(-1)  # [N, C, *, 1]
-    if x.dim() > 1:
-        z = z.movedim(1, -2)  # [N, *, C, 1]
-    alpha, gamma, dictionary = (_arithmetic(p, x) for p in (alpha, gamma, dictionary))
-    kernel = torch.exp(-gamma[:, None] * (z - dictionary) ** 2)  # [N, *, C, D]
-    y = (alpha * kernel).sum(-1)  # [N, *, C]
-    return (y.movedim(-1, 1) if x.dim() > 1 else y.reshape(x.shape)).to(x.dtype)
+    kernel = torch.exp(-gamma * (z - dictionary) ** 2)  # [N, C, *, D]
+    return (alpha * kernel).sum(-1).to(x.dtype)
 
 
 def uniform_dictionary(dictionary_size: int, boundary: float, like: Tensor) -> Tensor:  # [1, D]
