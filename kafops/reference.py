@@ -28,14 +28,14 @@ def kaf_free(
     dictionary: Tensor,  # [C, D] or [1, D]
 ) -> Tensor:  # [N, C, *]
     """f_c(x) = Σ_d alpha[c, d] exp(-gamma[c] (x - dictionary[c, d])²), any points in any order."""
-    spatial = (1,) * (x.dim() - 2)
-    alpha, gamma, dictionary = (
-        _arithmetic(p, x).reshape(*(p.shape[:1] if x.dim() > 1 else ()), *spatial, -1)  # [C, 1..., D or 1]
-        for p in (alpha, gamma, dictionary)
-    )
+    ones = (1,) * (x.dim() - 2)
+    alpha, dictionary = (_arithmetic(p, x).reshape(len(p), *ones, p.shape[1]) for p in (alpha, dictionary))
+    gamma = _arithmetic(gamma, x).reshape(len(gamma), *ones, 1)  # all [C or 1, 1..., D or 1]
+    if x.dim() < 2:
+        alpha, gamma, dictionary = alpha[0], gamma[0], dictionary[0]
     z = _arithmetic(x, x).clamp(-_FAR, _FAR).unsqueeze(-1)  # [N, C, *, 1]
     kernel = torch.exp(-gamma * (z - dictionary) ** 2)  # [N, C, *, D]
-    return (alpha * kernel).sum(-1).to(x.dtype)
+    return _memory_format_of(x, (alpha * kernel).sum(-1).to(x.dtype))
 
 
 def uniform_dictionary(dictionary_size: int, boundary: float, like: Tensor) -> Tensor:  # [1, D]
@@ -49,3 +49,9 @@ def uniform_dictionary(dictionary_size: int, boundary: float, like: Tensor) -> T
 def _arithmetic(t: Tensor, x: Tensor) -> Tensor:
     """Cast to the dtype that arithmetic is done in: that of x, but at least float32."""
     return t.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def _memory_format_of(x: Tensor, y: Tensor) -> Tensor:
+    """Give y the order of dimensions that x has in memory."""
+    order = sorted(range(x.dim()), key=lambda i: -x.stride(i))
+    return y.permute(order).contiguous().permute([order.index(i) for i in range(x.dim())])
