@@ -32,7 +32,6 @@ _library.define(
     f"Tensor grad, {_ARGUMENTS}, int needs) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     tags=_TAGS,
 )
-_library.define("cpu_capability() -> int")
 
 kaf = torch.ops.kafops.kaf.default
 kaf_backward = torch.ops.kafops.kaf_backward.default

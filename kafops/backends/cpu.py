@@ -1,14 +1,14 @@
 """The compiled CPU kernels: loads kafops._C, and keeps the reason where it cannot."""
 
-import torch
-
 load_error: str | None = None
 try:
-    import kafops._C  # noqa: F401  (registers the CPU kernels of kafops.ops)
+    from kafops import _C  # registers the kernels of the operators that kafops.ops declares
 except ImportError as error:
     load_error = str(error)
+else:
+    _C.capability()  # raises where KAFOPS_CPU_CAPABILITY asks for what this machine does not have
 
 
 def capability() -> str:
     """Return the instruction set in use: "avx512", "avx2" or "portable" (KAFOPS_CPU_CAPABILITY forces one)."""
-    return ("portable", "avx2", "avx512")[torch.ops.kafops.cpu_capability()]
+    return _C.capability()

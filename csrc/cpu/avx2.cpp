@@ -1,0 +1,126 @@
+// Loops for AVX2, FMA and F16C: eight floats at a time.
+#include "plan.h"
+
+#if defined(__x86_64__) && defined(__GNUC__)
+// Everything from the standard library comes before the pragma: its inline functions must not be compiled for AVX2, or
+// the linker may keep that copy for the whole program.
+#include <immintrin.h>
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <type_traits>
+
+#ifdef __clang__
+#pragma clang attribute push(__attribute__((target("avx2,fma,f16c"))), apply_to = function)
+#else
+#pragma GCC target("avx2,fma,f16c")
+#endif
+
+namespace kaf {
+namespace avx2 {
+
+struct V {
+  using Int = __m256i;
+  static constexpr int kWidth = 8;
+  static constexpr bool kPermutes = false;
+  __m256 m;
+
+  static V load(const float* p) { return {_mm256_loadu_ps(p)}; }
+  static void store(float* p, V a) { _mm256_storeu_ps(p, a.m); }
+  static void store_int(int32_t* p, Int a) { _mm256_storeu_si256(reinterpret_cast<Int*>(p), a); }
+  static V set(float a) { return {_mm256_set1_ps(a)}; }
+  static V add(V a, V b) { return {_mm256_add_ps(a.m, b.m)}; }
+  static V sub(V a, V b) { return {_mm256_sub_ps(a.m, b.m)}; }
+  static V mul(V a, V b) { return {_mm256_mul_ps(a.m, b.m)}; }
+  static V fma(V a, V b, V c) { return {_mm256_fmadd_ps(a.m, b.m, c.m)}; }
+  static V fnma(V a, V b, V c) { return {_mm256_fnmadd_ps(a.m, b.m, c.m)}; }
+  static V min(V a, V b) { return {_mm256_min_ps(a.m, b.m)}; }
+  static V max(V a, V b) { return {_mm256_max_ps(a.m, b.m)}; }
+  static Int bits(V a) { return _mm256_castps_si256(a.m); }
+  static Int sub_int(Int a, int32_t b) { return _mm256_sub_epi32(a, _mm256_set1_epi32(b)); }
+  static Int min_unsigned(Int a, int32_t b) { return _mm256_min_epu32(a, _mm256_set1_epi32(b)); }
+
+  static V lookup(Int, V low, V) { return low; }  // kPermutes is false
+
+  static void transpose(V* r) {
+    __m256 a[8], b[8];
+    for (int i = 0; i < 4; ++i) {
+      a[2 * i] = _mm256_unpacklo_ps(r[2 * i].m, r[2 * i + 1].m);
+      a[2 * i + 1] = _mm256_unpackhi_ps(r[2 * i].m, r[2 * i + 1].m);
+    }
+    for (int i = 0; i < 2; ++i)
+      for (int h = 0; h < 2; ++h) {
+        b[4 * i + 2 * h] = _mm256_shuffle_ps(a[4 * i + h], a[4 * i + 2 + h], 0x44);
+        b[4 * i + 2 * h + 1] = _mm256_shuffle_ps(a[4 * i + h], a[4 * i + 2 + h], 0xee);
+      }
+    for (int i = 0; i < 4; ++i) {
+      r[i].m = _mm256_permute2f128_ps(b[i], b[4 + i], 0x20);
+      r[4 + i].m = _mm256_permute2f128_ps(b[i], b[4 + i], 0x31);
+    }
+  }
+
+  // c[m] = coefficient m of each lane's row of eight.
+  static void rows(const float* table, Int row, V* c) {
+    alignas(32) int32_t index[8];
+    _mm256_store_si256(reinterpret_cast<Int*>(index), row);
+    for (int l = 0; l < 8; ++l) c[l] = load(table + static_cast<int64_t>(index[l]) * 8);
+    transpose(c);
+  }
+
+  // dst[i][l] = (a, b, c, d) of lane 4 l + i.
+  static void store_quads(float* dst, V a, V b, V c, V d) {
+    const __m256 ab0 = _mm256_unpacklo_ps(a.m, b.m), ab1 = _mm256_unpackhi_ps(a.m, b.m);
+    const __m256 cd0 = _mm256_unpacklo_ps(c.m, d.m), cd1 = _mm256_unpackhi_ps(c.m, d.m);
+    _mm256_store_ps(dst, _mm256_shuffle_ps(ab0, cd0, 0x44));
+    _mm256_store_ps(dst + 8, _mm256_shuffle_ps(ab0, cd0, 0xee));
+    _mm256_store_ps(dst + 16, _mm256_shuffle_ps(ab1, cd1, 0x44));
+    _mm256_store_ps(dst + 24, _mm256_shuffle_ps(ab1, cd1, 0xee));
+  }
+
+  // row += (quad, quad · fourth)
+  static void add_row(float* row, const float* quad, const float* fourth) {
+    const __m256 q = _mm256_broadcast_ps(reinterpret_cast<const __m128*>(quad));
+    const __m256 f = _mm256_blend_ps(_mm256_set1_ps(1), _mm256_broadcast_ss(fourth), 0xf0);
+    _mm256_storeu_ps(row, _mm256_fmadd_ps(q, f, _mm256_loadu_ps(row)));
+  }
+
+  static V load_half(const uint16_t* p, Type type) {
+    const __m128i h = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    if (type == Type::f16) return {_mm256_cvtph_ps(h)};
+    return {_mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(h), 16))};
+  }
+  static void store_half(uint16_t* p, V a, Type type) {
+    __m128i h;
+    if (type == Type::f16) {
+      h = _mm256_cvtps_ph(a.m, _MM_FROUND_TO_NEAREST_INT);
+    } else {
+      const Int b = bits(a), odd = _mm256_and_si256(_mm256_srli_epi32(b, 16), _mm256_set1_epi32(1));
+      const Int rounded = _mm256_add_epi32(_mm256_add_epi32(b, _mm256_set1_epi32(0x7fff)), odd);
+      const Int nan = _mm256_castps_si256(_mm256_cmp_ps(a.m, a.m, _CMP_UNORD_Q));
+      const Int top = _mm256_srli_epi32(_mm256_blendv_epi8(rounded, _mm256_set1_epi32(0x7fc00000), nan), 16);
+      h = _mm_packus_epi32(_mm256_castsi256_si128(top), _mm256_extracti128_si256(top, 1));
+    }
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), h);
+  }
+  static V load_any(const char* p, Type type) {
+    return type == Type::f32 ? load(reinterpret_cast<const float*>(p))
+                             : load_half(reinterpret_cast<const uint16_t*>(p), type);
+  }
+  static void store_any(char* p, V a, Type type) {
+    type == Type::f32 ? store(reinterpret_cast<float*>(p), a) : store_half(reinterpret_cast<uint16_t*>(p), a, type);
+  }
+};
+
+}  // namespace avx2
+}  // namespace kaf
+
+#define KAF_ISA avx2
+#define KAF_LOOPS avx2_loops
+#define KAF_ISA_NAME "avx2"
+#include "loops.inl"
+
+#ifdef __clang__
+#pragma clang attribute pop
+#endif
+#endif
