@@ -1,9 +1,27 @@
 """Fused kernel activation functions (KAF) for PyTorch."""
 
 from kafops import ops as ops  # defines the schemas before any backend registers kernels for them
-from kafops import backends, reference
+from kafops import backends, init, reference
+from kafops.convert import Replacement, ReplacementReport, replace_activations
 from kafops.functional import kaf, kaf_free
+from kafops.modules import KAF, KAF1d, KAF2d, KAF3d, LazyKAF1d, LazyKAF2d, LazyKAF3d
 
 __version__ = "0.1.0"
 
-__all__ = ["backends", "kaf", "kaf_free", "reference"]
+__all__ = [
+    "KAF",
+    "KAF1d",
+    "KAF2d",
+    "KAF3d",
+    "LazyKAF1d",
+    "LazyKAF2d",
+    "LazyKAF3d",
+    "Replacement",
+    "ReplacementReport",
+    "backends",
+    "init",
+    "kaf",
+    "kaf_free",
+    "reference",
+    "replace_activations",
+]

@@ -1,0 +1,305 @@
+"""Initial mixing coefficients: random, random and isometric, or a ridge fit to any target function.
+
+Everything is computed in float64 on the CPU, with the CPU's random generator, so a seed gives the same curves in every
+dtype and on every device. A layer's `init` argument takes a name, an `Initializer` of this file, or a target callable.
+"""
+
+import difflib
+import math
+import numbers
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ["Initializer", "Isometric", "Normal", "Target", "gradient_factor", "resolve", "ridge"]
+
+Target = Callable[[Tensor], Tensor]
+
+_F64: dict[str, Any] = {"dtype": torch.float64, "device": "cpu"}
+_RIDGE_EPS = 1e-6
+
+
+def _check_number(name: str, value: float, at_least: float = -math.inf, above: float = -math.inf) -> None:
+    wanted = f"{name} must be a finite number " + (f"> {above:g}" if above > at_least else f"≥ {at_least:g}")
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{wanted}, got {type(value).__name__}")
+    if not (math.isfinite(value) and value >= at_least and value > above):
+        raise ValueError(f"{wanted}, got {name}={value}")
+
+
+class Initializer(ABC):
+    """A rule for the first mixing coefficients; subclass it to bring your own."""
+
+    @abstractmethod
+    def __call__(
+        self,
+        dictionary: Tensor,  # [D], float64
+        gamma: Tensor,  # [C], float64
+    ) -> Tensor:  # [C, D]
+        """Return the coefficients of C curves on one dictionary."""
+
+
+@dataclass(frozen=True)
+class Normal(Initializer):
+    """Independent coefficients, alpha ~ N(0, std²).
+
+    Args:
+        std: standard deviation, default 0.3 (0.8 and 0.05 are also in use elsewhere).
+
+    Raises:
+        TypeError, ValueError: std is not a finite number ≥ 0.
+
+    For x ~ N(0, 1) such curves have a `gradient_factor` near sqrt(2γ), 1.8 with the defaults: deep networks that have
+    one on their trunk explode at the start, whatever std is.
+
+    Example:
+        >>> layer = kafops.KAF2d(16, init=kafops.init.Normal(std=0.8))
+    """
+
+    std: float = 0.3
+
+    def __post_init__(self) -> None:
+        _check_number("std", self.std, at_least=0.0)
+
+    def __call__(self, dictionary: Tensor, gamma: Tensor) -> Tensor:
+        """Return the coefficients [C, D]."""
+        return self.std * torch.randn(len(gamma), len(dictionary), **_F64)
+
+
+@dataclass(frozen=True)
+class Isometric(Initializer):
+    """Random curves that keep E[f′²] / Var f at most `ratio` for x ~ N(0, 1).
+
+    A normalisation after an activation divides out its scale, so what the activation does to a gradient is a factor of
+    about sqrt(E[f′²] / Var f) (`gradient_factor`). The Gaussian Poincaré inequality puts it at 1 or above, with
+    equality only for straight lines, so curves near the bound are near a line: they bend, but gently.
+
+    Curves are drawn from the span of the dictionary's own kernels. Among those with E[f] = 0 we take the (up to) five
+    eigenfunctions φ_1, φ_2, … of lowest E[φ′²] + 1e-4 |α|² relative to Var φ, which resemble the Hermite polynomials of
+    degree 1 to 5; the term in |α|² keeps coefficients small. A curve is f = std · (a_1 φ_1 + Σ a_i φ_i) with Σ a² = 1:
+    the a_i of the bent parts are random in sign and size, in equal shares on average, scaled so that their cost fills
+    the allowance `ratio` exactly, and a_1 > 0 takes the rest. So E[f] = 0, Var f = std², E[f′²] ≤ ratio · std², every
+    curve rises on average, and no two channels bend alike (with D = 2 there is one such curve, and all are equal).
+
+    All this is exact for x ~ N(0, 1) and says nothing of other inputs: outside the dictionary a curve returns to 0.
+
+    Args:
+        ratio: upper bound of E[f′²] / Var f, default 1.1 (ELU has 1.08, tanh 1.18, SiLU 1.21, ReLU 1.47).
+        std: standard deviation of f. The default sqrt(1/2) gives f the second moment of ReLU, so that He's weights, of
+            variance 2/fan_in, keep both signal and gradient in scale; 1 does so for weights of variance 1/fan_in.
+
+    Raises:
+        TypeError, ValueError: ratio is not a number > 1, or std not a number > 0; when called, the dictionary cannot
+            reach the ratio (D = 1, a short boundary, or gamma too large).
+
+    Source: own construction. The inequality: Chernoff, "A note on an inequality involving the
+    normal distribution", 1981.
+
+    Example:
+        >>> layer = kafops.KAF2d(16, init="isometric")
+        >>> kafops.init.gradient_factor(layer.alpha, layer.bandwidths(), layer.points()).max()  # about 1.05
+    """
+
+    ratio: float = 1.1
+    std: float = math.sqrt(0.5)
+
+    def __post_init__(self) -> None:
+        _check_number("ratio", self.ratio, above=1.0)
+        _check_number("std", self.std, above=0.0)
+
+    def __call__(self, dictionary: Tensor, gamma: Tensor) -> Tensor:
+        """Return the coefficients [C, D]."""
+        distinct, channel = gamma.unique(return_inverse=True)
+        cost, basis = (t[channel] for t in _eigenfunctions(dictionary, distinct))  # [C, m], [C, D, m]
+        least = cost[:, :1].amax().item() if cost.shape[1] else math.inf
+        if least >= self.ratio:
+            raise ValueError(
+                f"init 'isometric' wants E[f'^2] / Var f ≤ {self.ratio}, but a dictionary of {len(dictionary)} points "
+                f"on [-{dictionary[-1]:.4g}, {dictionary[-1]:.4g}] with gamma={gamma.max():.4g} reaches no less than "
+                f"{least:.4g}; widen boundary, lower gamma, or allow more with kafops.init.Isometric(ratio=...)"
+            )
+        excess = cost[:, 1:] - cost[:, :1]  # [C, m - 1], what each bent part costs above the line
+        bent = torch.randn(excess.shape, **_F64) / excess.sqrt()
+        allowance = self.ratio - cost[:, 0]
+        if excess.shape[1]:
+            # Beyond cost φ_2 nothing would be left for φ_1.
+            allowance = torch.minimum(allowance, excess[:, 0])
+            bent = bent * (allowance / (excess * bent**2).sum(1)).sqrt()[:, None]
+        line = (1 - (bent**2).sum(1, keepdim=True)).clamp(min=0).sqrt()
+        return self.std * (basis @ torch.cat([line, bent], 1)[:, :, None]).squeeze(2)
+
+
+@dataclass(frozen=True)
+class _Fit(Initializer):
+    """Ridge fit to a target's values on the dictionary; the callable itself, perhaps a lambda, need not be pickled."""
+
+    values: tuple[float, ...]
+
+    def __call__(self, dictionary: Tensor, gamma: Tensor) -> Tensor:
+        return _solve_ridge(torch.tensor(self.values, **_F64), dictionary, gamma, _RIDGE_EPS)
+
+
+_NAMED: dict[str, Initializer | Target] = {
+    "normal": Normal(),
+    "isometric": Isometric(),
+    "relu": F.relu,
+    "elu": F.elu,
+    "silu": F.silu,
+    "tanh": torch.tanh,
+    "identity": torch.clone,
+}
+
+
+def resolve(init: str | Initializer | Target, dictionary: Tensor) -> Initializer:
+    """Turn a layer's `init` argument into an `Initializer` for a dictionary [D].
+
+    Raises:
+        TypeError: init is neither name nor callable, or a target returns no floating tensor.
+        ValueError: unknown name, or a target's values have the wrong shape or are not finite.
+    """
+    if isinstance(init, str):
+        if init not in _NAMED:
+            near = difflib.get_close_matches(init.lower(), _NAMED, cutoff=0.5)
+            hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
+            raise ValueError(f"init must be one of {', '.join(map(repr, _NAMED))} or a callable, got {init!r}{hint}")
+        init = _NAMED[init]
+    if isinstance(init, Initializer):
+        return init
+    if not callable(init):
+        raise TypeError(f"init must be a name, a kafops.init.Initializer or a callable, got {type(init).__name__}")
+    return _Fit(tuple(_sample(init, dictionary).tolist()))
+
+
+def ridge(
+    target: Target,
+    dictionary: Tensor,  # [D]
+    gamma: Tensor,  # [C]
+    eps: float = _RIDGE_EPS,
+) -> Tensor:  # [C, D]
+    """Fit curves to a target function by kernel ridge regression on the dictionary: (K + eps I) α = target(δ).
+
+    K is the kernel matrix of the dictionary, K[i, j] = exp(-γ (δ_i - δ_j)²). The fit looks at the target on the points
+    only, and beyond them the curve returns to 0. Coefficients are large (72 for ReLU with the layers' defaults) and
+    cancel, so keep them in float32 at least.
+
+    Args:
+        target: callable from the points [D], float64, to values [D], finite and floating.
+        dictionary: points [D].
+        gamma: bandwidths [C].
+        eps: strength of the regularisation.
+
+    Returns:
+        Coefficients [C, D] in float64 on the CPU.
+
+    Raises:
+        TypeError, ValueError: target returns something else than finite floating values [D].
+
+    Source: Scardapane et al., "Kafnets", 2017, section on initialisation; eps as there.
+
+    Example:
+        >>> alpha = kafops.init.ridge(torch.nn.functional.gelu, torch.linspace(-3, 3, 20), torch.tensor([1.67]))
+    """
+    dictionary, gamma = dictionary.detach().to(**_F64), gamma.detach().to(**_F64)
+    return _solve_ridge(_sample(target, dictionary), dictionary, gamma, eps)
+
+
+def gradient_factor(
+    alpha: Tensor,  # [C, D]
+    gamma: Tensor,  # [C]
+    dictionary: Tensor,  # [C, D] or [1, D]
+) -> Tensor:  # [C]
+    """Return sqrt(E[f′²] / Var f) of each curve for x ~ N(0, 1), in closed form.
+
+    It is about the factor by which an activation, followed by a normalisation, grows a gradient. At least 1; exactly 1
+    for straight lines; unchanged when alpha is scaled; NaN for a curve that is 0.
+
+    Args:
+        alpha, gamma, dictionary: as for `kafops.kaf_free`.
+
+    Returns:
+        Tensor [C], float64 on the CPU, without gradient.
+
+    Example:
+        >>> kafops.init.gradient_factor(layer.alpha, layer.bandwidths(), layer.points())
+    """
+    alpha, gamma, dictionary = (t.detach().to(**_F64) for t in (alpha, gamma, dictionary))
+    mean, second, slope = _moments(dictionary, gamma)
+    variance = torch.einsum("cd,cde,ce->c", alpha, second, alpha) - (alpha * mean).sum(1) ** 2
+    return (torch.einsum("cd,cde,ce->c", alpha, slope, alpha) / variance).sqrt()
+
+
+def _moments(
+    dictionary: Tensor,  # [C, D] or [1, D]
+    gamma: Tensor,  # [C]
+) -> tuple[Tensor, Tensor, Tensor]:  # [C, D], [C, D, D], [C, D, D]
+    """Return E[k_i], E[k_i k_j] and E[k_i′ k_j′] of the kernels k_i(x) = exp(-γ (x - δ_i)²) for x ~ N(0, 1).
+
+    k_i k_j is itself a Gaussian, of centre m = (δ_i + δ_j)/2. Its product with the density is one more, of variance
+    s² = 1/(1 + 4γ) and mean μ = 4γ s² m.
+    """
+    gamma = gamma[:, None]
+    mean = torch.exp(-gamma * dictionary**2 / (1 + 2 * gamma)) / (1 + 2 * gamma).sqrt()
+    gamma = gamma[:, None]
+    a, b = dictionary[:, :, None], dictionary[:, None, :]
+    s2, m = 1 / (1 + 4 * gamma), (a + b) / 2
+    second = s2.sqrt() * torch.exp(-gamma * (a - b) ** 2 / 2 - 2 * gamma * s2 * m**2)
+    mu = 4 * gamma * s2 * m
+    return mean, second, 4 * gamma**2 * second * (s2 + (mu - a) * (mu - b))
+
+
+def _eigenfunctions(
+    dictionary: Tensor,  # [D]
+    gamma: Tensor,  # [C]
+    most: int = 5,
+    penalty: float = 1e-4,
+) -> tuple[Tensor, Tensor]:  # [C, m], [C, D, m]
+    """Return the costs E[φ′²] + penalty |α|², ascending, and coefficients α of curves with E φ = 0, Var φ = 1.
+
+    The curves are uncorrelated and so are their slopes (up to the penalty): costs add up like squared weights.
+    """
+    mean, second, slope = _moments(dictionary[None], gamma)
+    centred = torch.linalg.svd(mean[:, None, :]).Vh[:, 1:].mT  # [C, D, D - 1], spans all α with E f = 0
+    eye = torch.eye(len(dictionary), **_F64)
+    # A = cost, B = variance: B v = λ⁻¹ A v, solved as a standard symmetric problem in L⊤v where A = L L⊤.
+    lower = torch.linalg.cholesky(centred.mT @ (slope + penalty * eye) @ centred)
+    half = torch.linalg.solve_triangular(lower, centred.mT @ second @ centred, upper=False)
+    inverse_cost, vectors = torch.linalg.eigh(torch.linalg.solve_triangular(lower, half.mT, upper=False))
+    inverse_cost, vectors = inverse_cost.flip(1)[:, :most], vectors.flip(2)[:, :, :most]
+    basis = centred @ torch.linalg.solve_triangular(lower.mT, vectors, upper=True) / inverse_cost.sqrt()[:, None]
+    # An eigenvector's sign is the library's whim; positive at the last point makes φ_1 rise, and a seed reproducible.
+    at_end = _kernel(dictionary, gamma)[:, -1:] @ basis  # [C, 1, m]
+    return 1 / inverse_cost, torch.where(at_end < 0, -basis, basis)
+
+
+def _kernel(dictionary: Tensor, gamma: Tensor) -> Tensor:  # [D], [C] -> [C, D, D]
+    return torch.exp(-gamma[:, None, None] * (dictionary[:, None] - dictionary) ** 2)
+
+
+def _solve_ridge(values: Tensor, dictionary: Tensor, gamma: Tensor, eps: float) -> Tensor:
+    distinct, channel = gamma.unique(return_inverse=True)
+    system = _kernel(dictionary, distinct) + eps * torch.eye(len(dictionary), **_F64)
+    return torch.linalg.solve(system, values.expand(len(distinct), -1))[channel]
+
+
+def _sample(target: Target, dictionary: Tensor) -> Tensor:
+    """Return the target's values on the points, checked."""
+    with torch.no_grad():
+        values = target(dictionary.clone())  # a copy, for targets that work in place
+    wanted = f"init must map a tensor {list(dictionary.shape)} to a floating tensor of that shape"
+    if not isinstance(values, Tensor):
+        raise TypeError(f"{wanted}, but it returned {type(values).__name__}")
+    if not values.is_floating_point():
+        raise TypeError(f"{wanted}, but it returned dtype {values.dtype}")
+    if values.shape != dictionary.shape:
+        raise ValueError(f"{wanted}, but it returned shape {list(values.shape)}")
+    values = values.to(**_F64)
+    if not values.isfinite().all():
+        bad = ~values.isfinite()
+        point, value = dictionary[bad][0].item(), values[bad][0].item()
+        raise ValueError(f"{wanted}, finite everywhere, but it returned {value} at {point:.4g}")
+    return values

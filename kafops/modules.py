@@ -1,0 +1,381 @@
+"""The layers: KAF for inputs of any rank, KAF1d/2d/3d with a rank check, and lazy forms that infer their channels."""
+
+import math
+import numbers
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.lazy import LazyModuleMixin
+from torch.nn.parameter import Parameter, UninitializedParameter, is_lazy
+
+from kafops import init as initial
+from kafops import reference
+from kafops.functional import kaf, kaf_free
+
+__all__ = ["KAF", "KAF1d", "KAF2d", "KAF3d", "LazyKAF1d", "LazyKAF2d", "LazyKAF3d"]
+
+
+class KAF(nn.Module):
+    """Kernel activation function: one learned curve per channel, for inputs [N, C, *] of any rank.
+
+    .. math:: f_c(x) = \\sum_{d=1}^{D} \\alpha_{c,d} \\exp(-\\gamma_c (x - \\delta_d)^2)
+
+    with D points δ evenly spaced on [-boundary, boundary], Δ apart (the single point 0 for D = 1). Beyond the boundary
+    a curve returns to 0 within a few Δ, so x should be normalised; with the default 3, unit variance suits.
+
+    Args:
+        num_parameters: number of channels C, or 1 to share one curve among all, as `torch.nn.PReLU` does.
+        dictionary_size: number of points D, default 20.
+        boundary: half-width of the dictionary in the units of x, default 3.
+        init: the curves to start from. "normal" (default): random coefficients of std 0.3; "isometric": random curves
+            that keep gradients in scale in deep networks; "relu", "elu", "silu", "tanh", "identity" or any callable
+            Tensor → Tensor: a ridge fit to that function; or an object of `kafops.init`, such as `Normal(std=0.8)`.
+        gamma: bandwidth in units of 1/x², a number or a tensor [C] or [1]; default 1/(6Δ²). Required for D = 1.
+        learn_gamma: train the bandwidth of each channel, as its logarithm, so that it stays positive.
+        learn_dictionary: train the points of each channel, from the even spacing on. Slower: see `kafops.kaf_free`.
+        device, dtype: of the parameters; float32 or float64. The default is torch's default dtype, or float32 where
+            that is a half type.
+
+    Shape:
+        Input [N, C, *] in float32, float64, bfloat16 or float16 (any shape where num_parameters is 1); output alike.
+
+    State:
+        Parameter `alpha` [C, D]; `gamma` [C], a buffer, or where learned the parameter `log_gamma` [C]; parameter
+        `dictionary` [C, D] where learned. Absent ones are None; `bandwidths()` and `points()` serve both cases. A
+        state_dict also holds the boundary, as extra state: loading into a layer of another boundary raises.
+
+    All state stays float32 or float64: `.half()`, `.bfloat16()` and the like leave it in float32, because coefficients
+    in half precision cost 1e-2 in the output. After `.to_empty()` call `reset_parameters()`, which restores gamma too.
+
+    Raises:
+        TypeError, ValueError: an argument is out of its range; x does not fit (from `kafops.kaf`).
+
+    Source: Scardapane et al., "Kafnets: kernel-based non-parametric activation functions for neural networks", 2017;
+    trained points and bandwidths: "KAF-Free", Peconi, 2020.
+
+    Example:
+        >>> layer = kafops.KAF(64, init="silu")
+        >>> y = layer(torch.randn(8, 64))
+    """
+
+    _ranks: tuple[int, ...] = ()
+    _shape = "[N, C, *]"
+
+    alpha: Tensor
+    gamma: Tensor | None
+    log_gamma: Tensor | None
+    dictionary: Tensor | None
+
+    def __init__(
+        self,
+        num_parameters: int,
+        dictionary_size: int = 20,
+        boundary: float = 3.0,
+        init: str | initial.Initializer | Callable[[Tensor], Tensor] = "normal",
+        gamma: float | Tensor | None = None,
+        learn_gamma: bool = False,
+        learn_dictionary: bool = False,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__()
+        lazy = isinstance(self, LazyModuleMixin)
+        self.num_parameters = 0 if lazy else _positive_int("num_parameters", num_parameters)
+        self.dictionary_size = _positive_int("dictionary_size", dictionary_size)
+        self.boundary = _positive_number("boundary", boundary)
+        if dtype is None:
+            dtype = torch.promote_types(torch.get_default_dtype(), torch.float32)
+        elif dtype not in (torch.float32, torch.float64):
+            raise TypeError(
+                f"dtype must be torch.float32 or torch.float64, got {dtype}; "
+                "the input may be bfloat16 or float16 all the same"
+            )
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.learn_gamma, self.learn_dictionary = learn_gamma, learn_dictionary
+        self._start_gamma = self._check_gamma(gamma, dtype)
+        self._init = initial.resolve(init, self._grid())
+        self._init_name = init if isinstance(init, str) else getattr(init, "__name__", None) or repr(init)
+
+        def empty(*columns: int) -> Any:
+            if lazy:
+                return UninitializedParameter(**factory)
+            return Parameter(torch.empty(self.num_parameters, *columns, **factory))
+
+        self.alpha = empty(self.dictionary_size)
+        self.log_gamma = empty() if learn_gamma else None
+        self.dictionary = empty(self.dictionary_size) if learn_dictionary else None
+        # A lazy gamma is None, not an UninitializedBuffer, which torch cannot deepcopy.
+        self.register_buffer("gamma", None if lazy or learn_gamma else self.alpha.new_empty(self.num_parameters))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Draw new curves by `init`, and put gamma and dictionary back to their initial values."""
+        self._fill(*self._initial_values(self.num_parameters))
+
+    def bandwidths(self) -> Tensor:  # [C]
+        """Return γ of each channel [C], learned or not."""
+        if self.log_gamma is not None:
+            return self.log_gamma.exp()
+        if self.gamma is None:
+            raise RuntimeError(f"{type(self).__name__} has no bandwidths before its first call")
+        return self.gamma
+
+    def points(self) -> Tensor:  # [C, D] or [1, D]
+        """Return the dictionary δ: [C, D] where learned, else the one even grid [1, D]."""
+        if self.dictionary is not None:
+            return self.dictionary
+        return reference.uniform_dictionary(self.dictionary_size, self.boundary, like=self.alpha)
+
+    def forward(self, x: Tensor) -> Tensor:  # [N, C, *] -> [N, C, *]
+        """Apply each channel's curve; shape, dtype and memory format are those of x."""
+        self._check_rank(x)
+        if self.dictionary is not None:
+            return kaf_free(x, self.alpha, self.bandwidths(), self.dictionary)
+        return kaf(x, self.alpha, self.bandwidths(), self.boundary)
+
+    def extra_repr(self) -> str:
+        """Return the arguments that the layer was built with; of gamma, not what it was trained to."""
+        parts = [f"{self.num_parameters}, dictionary_size={self.dictionary_size}, boundary={self.boundary:g}"]
+        parts.append(f"init={self._init_name}")
+        gamma = self._start_gamma
+        parts.append(f"gamma={gamma.item():.4g}" if len(gamma) == 1 else f"gamma={len(gamma)} values")
+        parts += [f"{name}=True" for name in ("learn_gamma", "learn_dictionary") if getattr(self, name)]
+        return ", ".join(parts)
+
+    def get_extra_state(self) -> Tensor:
+        """Return the boundary, a tensor so that formats which hold only tensors can save it."""
+        return torch.tensor(self.boundary, dtype=torch.float64, device="cpu")
+
+    def set_extra_state(self, state: Tensor) -> None:
+        """Raise unless the boundary in a state_dict is this layer's: the same alpha would be another curve."""
+        if self.dictionary is not None or state.is_meta:
+            return
+        # Whoever casts or averages whole state_dicts rounds it.
+        if not math.isclose(state.item(), self.boundary, rel_tol=4 * torch.finfo(state.dtype).eps):
+            raise ValueError(
+                f"boundary in the state_dict is {state.item():g} but this layer was built with "
+                f"boundary={self.boundary:g}; build it with boundary={state.item():g}"
+            )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "KAF":
+        """Move or convert the state as `nn.Module` does, but never below float32."""
+        return super()._apply(lambda t: _apply_precise(fn, t), recurse)
+
+    def _initial_values(self, num_parameters: int) -> tuple[Tensor, Tensor]:  # alpha [C, D], gamma [C]
+        gamma = self._start_gamma.expand(num_parameters)
+        return self._init(self._grid(), gamma), gamma
+
+    @torch.no_grad()
+    def _fill(self, alpha: Tensor, gamma: Tensor) -> None:
+        self.alpha.copy_(alpha)
+        if self.gamma is not None:
+            self.gamma.copy_(gamma)
+        if self.log_gamma is not None:
+            self.log_gamma.copy_(gamma.log())
+        if self.dictionary is not None:
+            self.dictionary.copy_(self._grid())
+
+    def _grid(self) -> Tensor:  # [D], float64
+        like = torch.empty(0, dtype=torch.float64, device="cpu")
+        return reference.uniform_dictionary(self.dictionary_size, self.boundary, like)[0]
+
+    def _check_rank(self, x: Tensor) -> None:
+        if not isinstance(x, Tensor):
+            raise TypeError(f"x must be a torch.Tensor, got {type(x).__name__}")
+        if self._ranks and x.dim() not in self._ranks:
+            raise ValueError(
+                f"{type(self).__name__} wants x of shape {self._shape}, got {x.dim()} dimensions: {list(x.shape)}"
+            )
+
+    def _check_gamma(self, gamma: float | Tensor | None, dtype: torch.dtype) -> Tensor:  # [C] or [1], float64
+        wanted = "gamma must be a positive finite number, or a floating tensor [C] or [1] of such"
+        if gamma is None:
+            if self.dictionary_size == 1:
+                raise ValueError("gamma must be given for dictionary_size=1, where no spacing sets it; got gamma=None")
+            step = torch.tensor(2 * self.boundary / (self.dictionary_size - 1), dtype=torch.float64, device="cpu")
+            value = 1 / (6 * step**2).reshape(1)
+        elif isinstance(gamma, Tensor):
+            if not gamma.is_floating_point():
+                raise TypeError(f"{wanted}, got gamma.dtype={gamma.dtype}")
+            if gamma.requires_grad:
+                raise ValueError(f"{wanted}, copied, so without requires_grad; learn_gamma=True makes it trainable")
+            if gamma.dim() != 1 or len(gamma) == 0 or len(gamma) not in (1, self.num_parameters or len(gamma)):
+                raise ValueError(f"{wanted}, got shape {list(gamma.shape)} with num_parameters={self.num_parameters}")
+            value = gamma.to(device="cpu", dtype=torch.float64, copy=True)
+        elif isinstance(gamma, bool) or not isinstance(gamma, numbers.Real):
+            raise TypeError(f"{wanted}, got {type(gamma).__name__}")
+        else:
+            value = torch.tensor([float(gamma)], dtype=torch.float64, device="cpu")
+        stored = value.to(dtype)  # float32 turns 1e-60 into 0 and 1e60 into inf
+        if not ((stored > 0) & stored.isfinite()).all():
+            bad = value[~((stored > 0) & stored.isfinite())][0].item()
+            origin = "1/(6Δ²) = " if gamma is None else ""
+            raise ValueError(f"{wanted} in {dtype}, got {origin}{bad}")
+        return value
+
+
+class KAF1d(KAF):
+    """Kernel activation function, one learned curve per channel, on [N, C] or [N, C, L] as `torch.nn.BatchNorm1d`.
+
+    Arguments, state and errors are those of `KAF`; an x of another rank is a ValueError.
+
+    Example:
+        >>> y = kafops.KAF1d(64)(torch.randn(8, 64))
+    """
+
+    _ranks = (2, 3)
+    _shape = "[N, C] or [N, C, L]"
+
+
+class KAF2d(KAF):
+    """Kernel activation function, one learned curve per channel, on maps [N, C, H, W]: takes the place of `nn.ReLU`.
+
+    Arguments, state and errors are those of `KAF`; an x of another rank is a ValueError.
+
+    Not the "2D-KAF" of the Kafnets paper (`KAF2D` in older code), whose kernels live on pairs of activations and halve
+    the channels; that one is to be `PairKAF2d`.
+
+    Example:
+        >>> y = kafops.KAF2d(16, init="silu")(torch.randn(8, 16, 32, 32))
+    """
+
+    _ranks = (4,)
+    _shape = "[N, C, H, W]"
+
+
+class KAF3d(KAF):
+    """Kernel activation function, one learned curve per channel, on volumes [N, C, D, H, W].
+
+    Arguments, state and errors are those of `KAF`; an x of another rank is a ValueError.
+
+    Example:
+        >>> y = kafops.KAF3d(16)(torch.randn(2, 16, 8, 8, 8))
+    """
+
+    _ranks = (5,)
+    _shape = "[N, C, D, H, W]"
+
+
+class _LazyKAF(LazyModuleMixin, KAF):
+    """The part that the lazy layers share: parameters take their shape from the first x, or from a state_dict."""
+
+    def __init__(
+        self,
+        dictionary_size: int = 20,
+        boundary: float = 3.0,
+        init: str | initial.Initializer | Callable[[Tensor], Tensor] = "normal",
+        gamma: float | Tensor | None = None,
+        learn_gamma: bool = False,
+        learn_dictionary: bool = False,
+        device: torch.device | str | int | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(0, dictionary_size, boundary, init, gamma, learn_gamma, learn_dictionary, device, dtype)
+
+    def reset_parameters(self) -> None:
+        """Draw new curves; before the first call there are none, and nothing happens."""
+        if not is_lazy(self.alpha):
+            super().reset_parameters()
+
+    def initialize_parameters(self, x: Tensor) -> None:
+        """Take the number of channels from x."""
+        self._check_rank(x)
+        if is_lazy(self.alpha):
+            self._materialize(x.shape[1])
+
+    def _materialize(self, num_parameters: int) -> None:
+        if num_parameters < 1:
+            raise ValueError(
+                f"x must have at least one channel (dimension 1) where {type(self).__name__} starts, got 0"
+            )
+        if len(self._start_gamma) not in (1, num_parameters):
+            raise ValueError(f"gamma must have shape [{num_parameters}] or [1], got {list(self._start_gamma.shape)}")
+        values = self._initial_values(num_parameters)  # may raise; the layer is then still lazy
+        self.num_parameters = num_parameters
+        shape = (num_parameters, self.dictionary_size)
+        for parameter in self.parameters(recurse=False):
+            assert isinstance(parameter, UninitializedParameter)
+            parameter.materialize(shape[:1] if parameter is self.log_gamma else shape)
+        if not self.learn_gamma:
+            self.gamma = self.alpha.new_empty(num_parameters)
+        self._fill(*values)
+
+    def _lazy_load_hook(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        # All of the layer, with this D and initial values, so that torch's own checks see a wrong or missing entry.
+        alpha = state_dict.get(prefix + "alpha")
+        if isinstance(alpha, Tensor) and not is_lazy(alpha) and is_lazy(self.alpha):
+            self._materialize(alpha.shape[0] if alpha.dim() else 1)
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)  # of the mixin, which knows no extra state
+        destination[prefix + "_extra_state"] = self.get_extra_state()
+
+
+class LazyKAF1d(_LazyKAF, KAF1d):
+    """A `KAF1d` that takes num_parameters from the first x it sees, and then is one.
+
+    Arguments are those of `KAF`, without num_parameters.
+
+    Example:
+        >>> y = kafops.LazyKAF1d()(torch.randn(8, 64))
+    """
+
+    cls_to_become = KAF1d
+
+
+class LazyKAF2d(_LazyKAF, KAF2d):
+    """A `KAF2d` that takes num_parameters from the first x it sees, and then is one.
+
+    Arguments are those of `KAF`, without num_parameters.
+
+    Example:
+        >>> y = kafops.LazyKAF2d()(torch.randn(8, 16, 32, 32))
+    """
+
+    cls_to_become = KAF2d
+
+
+class LazyKAF3d(_LazyKAF, KAF3d):
+    """A `KAF3d` that takes num_parameters from the first x it sees, and then is one.
+
+    Arguments are those of `KAF`, without num_parameters.
+
+    Example:
+        >>> y = kafops.LazyKAF3d()(torch.randn(2, 16, 8, 8, 8))
+    """
+
+    cls_to_become = KAF3d
+
+
+def _apply_precise(fn: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:
+    """Apply a move or conversion; where it leads to a half type, move alone and keep float32."""
+    try:
+        converted = fn(t)
+    except ValueError:
+        if not is_lazy(t):
+            raise
+        converted = fn(torch.empty(0, dtype=t.dtype, device=t.device))  # torch lacks bfloat16() of lazy parameters
+        return t.to(converted.device, torch.promote_types(converted.dtype, torch.float32))
+    if converted.dtype in (torch.float32, torch.float64):
+        return converted
+    if not converted.is_floating_point():
+        raise TypeError(f"a KAF layer's state is float32 or float64, it cannot be converted to {converted.dtype}")
+    return t.to(converted.device, torch.float32)
+
+
+def _positive_int(name: str, value: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, numbers.Integral):
+        raise TypeError(f"{name} must be an integer ≥ 1, got {type(value).__name__} {value!r}")
+    if value < 1:
+        raise ValueError(f"{name} must be an integer ≥ 1, got {name}={value}")
+    return int(value)
+
+
+def _positive_number(name: str, value: float) -> float:
+    if isinstance(value, bool) or not isinstance(value, numbers.Real):
+        raise TypeError(f"{name} must be a positive finite number, got {type(value).__name__} {value!r}")
+    if not (value > 0 and math.isfinite(value)):
+        raise ValueError(f"{name} must be a positive finite number, got {name}={value}")
+    return float(value)
