@@ -106,25 +106,34 @@ def test_ridge_fit_is_as_good_as_known(target, low, high, factor):
 
 @pytest.mark.parametrize(
     ("dictionary_size", "boundary", "init"),
-    [(20, 3.0, "isometric"), (20, 4.0, "isometric"), (64, 3.0, "isometric"), (5, 3.0, "isometric")]
-    + [(128, 3.0, Isometric(1.2)), (20, 3.0, Isometric(1.5, std=1.0)), (20, 2.0, Isometric(1.4, std=0.1))],
+    [
+        (20, 3.0, "isometric"),
+        (20, 4.0, "isometric"),
+        (64, 3.0, "isometric"),
+        (5, 3.0, "isometric"),
+        (128, 3.0, Isometric(1.2)),
+        (20, 3.0, Isometric(1.5, std=1.0)),
+        (20, 2.0, Isometric(1.4, std=0.1)),
+    ],
 )
-def test_isometric_bounds_the_ratio_of_every_curve(dictionary_size, boundary, init):
+def test_isometric_curves_rise_within_their_ratio(dictionary_size, boundary, init):
     rule = Isometric() if init == "isometric" else init
     for seed in range(4):
         torch.manual_seed(seed)
         layer = kafops.KAF(10, dictionary_size, boundary, init, dtype=F64)
         mean, variance, slope = gaussian_moments(layer.alpha.detach(), layer.gamma[:1], layer.points())
         assert mean.abs().max() < 1e-9 * rule.std
+        low, high = layer(torch.tensor([[-1.0], [1.0]], dtype=F64).expand(2, 10))
+        assert (high > low).all()
         torch.testing.assert_close(variance, torch.full_like(variance, rule.std**2), rtol=1e-8, atol=0)
         ratio = slope / variance
         assert (ratio <= rule.ratio * (1 + 1e-9)).all()
         if dictionary_size >= 20:  # smaller ones spend much of it on the penalty of large coefficients
-            assert ratio.min() > rule.ratio - 0.03  # curves are no straighter than they need to be
+            assert ratio.min() > 0.97 * rule.ratio  # curves are no straighter than they need to be
         torch.testing.assert_close(layer_factor(layer) ** 2, ratio, rtol=1e-8, atol=0)
 
 
-def test_isometric_curves_rise_on_average_and_differ():
+def test_isometric_curves_follow_x_and_differ():
     torch.manual_seed(0)
     layer = kafops.KAF(64, init="isometric")
     assert layer.alpha.abs().max() < 20  # far below the 72 of a ReLU fit
@@ -183,7 +192,11 @@ def test_a_target_that_works_in_place_or_needs_grad_is_fine():
 @pytest.mark.parametrize(
     ("init", "error", "message"),
     [
-        ("rellu", ValueError, r"init must be one of 'normal', 'isometric', .*got 'rellu'; did you mean 'relu' or 'elu'"),
+        (
+            "rellu",
+            ValueError,
+            r"init must be one of 'normal', 'isometric', .*got 'rellu'; did you mean 'relu' or 'elu'",
+        ),
         ("SiLU", ValueError, "did you mean 'silu'"),
         ("zzz", ValueError, r"or a callable, got 'zzz'$"),
         (3, TypeError, "init must be a name, .* or a callable, got int"),
