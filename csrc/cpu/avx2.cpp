@@ -28,7 +28,8 @@ struct V {
 
   static V load(const float* p) { return {_mm256_loadu_ps(p)}; }
   static void store(float* p, V a) { _mm256_storeu_ps(p, a.m); }
-  static void store_int(int32_t* p, Int a) { _mm256_storeu_si256(reinterpret_cast<Int*>(p), a); }
+  static void store_int(uint32_t* p, Int a) { _mm256_storeu_si256(reinterpret_cast<Int*>(p), a); }
+  template <int N> static Int shift_left(Int a) { return _mm256_slli_epi32(a, N); }
   static V set(float a) { return {_mm256_set1_ps(a)}; }
   static V add(V a, V b) { return {_mm256_add_ps(a.m, b.m)}; }
   static V sub(V a, V b) { return {_mm256_sub_ps(a.m, b.m)}; }
@@ -38,8 +39,9 @@ struct V {
   static V min(V a, V b) { return {_mm256_min_ps(a.m, b.m)}; }
   static V max(V a, V b) { return {_mm256_max_ps(a.m, b.m)}; }
   static Int bits(V a) { return _mm256_castps_si256(a.m); }
-  static Int sub_int(Int a, int32_t b) { return _mm256_sub_epi32(a, _mm256_set1_epi32(b)); }
-  static Int min_unsigned(Int a, int32_t b) { return _mm256_min_epu32(a, _mm256_set1_epi32(b)); }
+  static Int set_int(int32_t a) { return _mm256_set1_epi32(a); }
+  static Int sub_int(Int a, Int b) { return _mm256_sub_epi32(a, b); }
+  static Int min_unsigned(Int a, Int b) { return _mm256_min_epu32(a, b); }
 
   static V lookup(Int, V low, V) { return low; }  // kPermutes is false
 
@@ -79,7 +81,8 @@ struct V {
   }
 
   // row += (quad, quad · fourth)
-  static void add_row(float* row, const float* quad, const float* fourth) {
+  static void add_row(char* at, const float* quad, const float* fourth) {
+    float* row = reinterpret_cast<float*>(at);
     const __m256 q = _mm256_broadcast_ps(reinterpret_cast<const __m128*>(quad));
     const __m256 f = _mm256_blend_ps(_mm256_set1_ps(1), _mm256_broadcast_ss(fourth), 0xf0);
     _mm256_storeu_ps(row, _mm256_fmadd_ps(q, f, _mm256_loadu_ps(row)));

@@ -33,7 +33,8 @@ struct V {
 
   static V load(const float* p) { return {_mm512_loadu_ps(p)}; }
   static void store(float* p, V a) { _mm512_storeu_ps(p, a.m); }
-  static void store_int(int32_t* p, Int a) { _mm512_storeu_si512(p, a); }
+  static void store_int(uint32_t* p, Int a) { _mm512_storeu_si512(p, a); }
+  template <int N> static Int shift_left(Int a) { return _mm512_slli_epi32(a, N); }
   static V set(float a) { return {_mm512_set1_ps(a)}; }
   static V add(V a, V b) { return {_mm512_add_ps(a.m, b.m)}; }
   static V sub(V a, V b) { return {_mm512_sub_ps(a.m, b.m)}; }
@@ -43,8 +44,9 @@ struct V {
   static V min(V a, V b) { return {_mm512_min_ps(a.m, b.m)}; }
   static V max(V a, V b) { return {_mm512_max_ps(a.m, b.m)}; }
   static Int bits(V a) { return _mm512_castps_si512(a.m); }
-  static Int sub_int(Int a, int32_t b) { return _mm512_sub_epi32(a, _mm512_set1_epi32(b)); }
-  static Int min_unsigned(Int a, int32_t b) { return _mm512_min_epu32(a, _mm512_set1_epi32(b)); }
+  static Int set_int(int32_t a) { return _mm512_set1_epi32(a); }
+  static Int sub_int(Int a, Int b) { return _mm512_sub_epi32(a, b); }
+  static Int min_unsigned(Int a, Int b) { return _mm512_min_epu32(a, b); }
 
   // Entry `index mod 32` of the table (low, high).
   static V lookup(Int index, V low, V high) { return {_mm512_permutex2var_ps(low.m, index, high.m)}; }
@@ -108,7 +110,8 @@ struct V {
   }
 
   // row += (quad, quad · fourth)
-  static void add_row(float* row, const float* quad, const float* fourth) {
+  static void add_row(char* at, const float* quad, const float* fourth) {
+    float* row = reinterpret_cast<float*>(at);
     const __m256 q = _mm256_broadcast_ps(reinterpret_cast<const __m128*>(quad));
     const __m256 f = _mm256_blend_ps(_mm256_set1_ps(1), _mm256_broadcast_ss(fourth), 0xf0);
     _mm256_storeu_ps(row, _mm256_fmadd_ps(q, f, _mm256_loadu_ps(row)));

@@ -33,9 +33,20 @@ constexpr int kPermuteCells = 32;   // tables of as many cells are looked up wit
 
 // ---------------------------------------------------------------------------------------------- basis and tables
 
-// Values at the Chebyshev points of [-1, 1] to coefficients of v^m: to_coefficients[m][i].
+// A double for each Chebyshev point or coefficient of a cell.
+template <int P> struct VectorOf {
+  typedef double type __attribute__((vector_size(P * sizeof(double))));
+};
+template <int P> using Vector = typename VectorOf<P>::type;
+template <int P> inline __attribute__((always_inline)) Vector<P> load_vector(const double* p) {
+  Vector<P> v;
+  std::memcpy(&v, p, sizeof v);
+  return v;
+}
+
+// Values at the Chebyshev points of [-1, 1] to coefficients of v^m: Σ_i coefficients_of[i] value_i, and the transpose.
 template <int P> struct Interpolation {
-  double points[P], to_coefficients[P][P];
+  Vector<P> points, coefficients_of[P], values_of[P];
   Interpolation() {
     const long double pi = 3.141592653589793238462643383279502884L;
     long double t[P][P] = {};  // t[n][m]: coefficient of v^m in the n-th Chebyshev polynomial
@@ -49,7 +60,7 @@ template <int P> struct Interpolation {
       for (int m = 0; m < P; ++m) {
         long double sum = 0;
         for (int n = 0; n < P; ++n) sum += (n ? 2.0L : 1.0L) / P * std::cos(n * angle) * t[n][m];
-        to_coefficients[m][i] = static_cast<double>(sum);
+        coefficients_of[i][m] = values_of[m][i] = static_cast<double>(sum);
       }
     }
   }
@@ -101,16 +112,13 @@ template <class T> void fill_values(Basis& b) {
     total += b.end[j] - b.begin[j];
   }
   b.values.resize(total * P);
-  double* v = b.values.data();
+  double* values = b.values.data();
   const double gamma = b.gamma;
   for (int j = 0; j < count; ++j) {
     const double centre = (b.cells.first + j) * b.cells.width;
-    for (int k = b.begin[j]; k < b.end[j]; ++k, v += P) {
-      const double offset = centre - b.points[k];
-      for (int i = 0; i < P; ++i) {
-        const double x = offset + it.points[i] * half;
-        v[i] = exp_double(-gamma * x * x);
-      }
+    for (int k = b.begin[j]; k < b.end[j]; ++k, values += P) {
+      const Vector<P> x = (centre - b.points[k]) + it.points * half, z = -gamma * x * x;
+      for (int i = 0; i < P; ++i) values[i] = exp_double(z[i]);
     }
   }
 }
@@ -159,20 +167,16 @@ void fit(const Basis& b, const double* values, const Term* terms, bool columns, 
   const auto& it = interpolation<P>();
   const double half = b.cells.width / 2;
   for (int j = 0; j < b.cells.count; ++j) {
-    double at[P] = {}, coefficients[P] = {};
+    Vector<P> at{}, coefficients{};
     const double centre = (b.cells.first + j) * b.cells.width;
     for (int k = b.begin[j]; k < b.end[j]; ++k, values += P) {
       const double* t = terms[b.order[k]].p;
-      const double offset = centre - b.points[k];
-      for (int i = 0; i < P; ++i) {
-        const double d = offset + it.points[i] * half;
-        double poly = t[Degree];
-        for (int q = Degree - 1; q >= 0; --q) poly = poly * d + t[q];
-        at[i] += poly * values[i];
-      }
+      const Vector<P> d = (centre - b.points[k]) + it.points * half;
+      Vector<P> poly = Vector<P>{} + t[Degree];
+      for (int q = Degree - 1; q >= 0; --q) poly = poly * d + t[q];
+      at += poly * load_vector<P>(values);
     }
-    for (int m = 0; m < P; ++m)
-      for (int i = 0; i < P; ++i) coefficients[m] += it.to_coefficients[m][i] * at[i];
+    for (int i = 0; i < P; ++i) coefficients += it.coefficients_of[i] * at[i];
     const int column = static_cast<int>((b.cells.first + j) & (kPermuteCells - 1));
     for (int m = 0; m < P; ++m)
       (columns ? table[m * kPermuteCells + column] : table[j * P + m]) = static_cast<T>(coefficients[m]);
@@ -271,27 +275,31 @@ template <class T> void spread_scalar(const Grid<T>& grid, const T* x, const T* 
 
 #ifndef KAF_SCALAR
 
-struct Located {
-  V v;
-  typename V::Int cell;
-};
-inline Located locate(const Grid<float>& g, V x) {
-  // min and max return their second operand where one is NaN.
-  const V clamped = V::max(V::set(g.low), V::min(V::set(g.high), x));
-  const V t = V::fma(clamped, V::set(g.inverse), V::set(Precision<float>::kMagic));
-  const V n = V::sub(t, V::set(Precision<float>::kMagic));
-  return {V::mul(V::fnma(n, V::set(g.width), clamped), V::set(g.scale)), V::bits(t)};
-}
+// A Grid<float> with every number in all lanes.
+struct Lanes {
+  V low, high, inverse, width, scale, magic;
+  typename V::Int origin, last;
+  explicit Lanes(const Grid<float>& g)
+      : low(V::set(g.low)), high(V::set(g.high)), inverse(V::set(g.inverse)), width(V::set(g.width)),
+        scale(V::set(g.scale)), magic(V::set(Precision<float>::kMagic)),
+        origin(V::set_int(0x4b400000 + g.first)),  // the bits of kMagic
+        last(V::set_int(g.count - 1)) {}
 
-// Cell numbers from 0; those of NaN, whatever they are, forced into range.
-inline typename V::Int row_of(const Grid<float>& g, typename V::Int bits) {
-  constexpr int32_t magic = 0x4b400000;  // bits of kMagic
-  return V::min_unsigned(V::sub_int(bits, magic + g.first), g.count - 1);
-}
+  // Place of x within its cell, and bits that end in the cell's index.
+  inline V locate(V x, typename V::Int& bits) const {
+    const V clamped = V::max(low, V::min(high, x));  // each returns its second operand where one is NaN
+    const V t = V::fma(clamped, inverse, magic);
+    bits = V::bits(t);
+    return V::mul(V::fnma(V::sub(t, magic), width, clamped), scale);
+  }
+  // Cell numbers from 0; those of NaN, whatever they are, forced into range.
+  inline typename V::Int row(typename V::Int bits) const { return V::min_unsigned(V::sub_int(bits, origin), last); }
+};
 
 template <bool Permute, bool Weighted, bool Add>
 void eval_vector(const Grid<float>& g, const float* table, const float* x, const float* w, float* out, int64_t n) {
   constexpr int P = 8;
+  const Lanes lanes(g);
   V low[P], high[P];
   if constexpr (Permute)
     for (int m = 0; m < P; ++m) {
@@ -299,16 +307,17 @@ void eval_vector(const Grid<float>& g, const float* table, const float* x, const
       high[m] = V::load(table + m * kPermuteCells + kPermuteCells / 2);
     }
   auto step = [&](const float* xe, const float* we, float* oe) __attribute__((always_inline)) {
-    const Located at = locate(g, V::load(xe));
+    typename V::Int cell;
+    const V v = lanes.locate(V::load(xe), cell);
     V y;
     if constexpr (Permute) {
-      y = V::lookup(at.cell, low[P - 1], high[P - 1]);
-      for (int m = P - 2; m >= 0; --m) y = V::fma(y, at.v, V::lookup(at.cell, low[m], high[m]));
+      y = V::lookup(cell, low[P - 1], high[P - 1]);
+      for (int m = P - 2; m >= 0; --m) y = V::fma(y, v, V::lookup(cell, low[m], high[m]));
     } else {
       V c[P];
-      V::rows(table, row_of(g, at.cell), c);
+      V::rows(table, lanes.row(cell), c);
       y = c[P - 1];
-      for (int m = P - 2; m >= 0; --m) y = V::fma(y, at.v, c[m]);
+      for (int m = P - 2; m >= 0; --m) y = V::fma(y, v, c[m]);
     }
     if constexpr (Weighted && Add) y = V::fma(y, V::load(we), V::load(oe));
     else if constexpr (Weighted) y = V::mul(y, V::load(we));
@@ -339,30 +348,36 @@ void eval_any(const Grid<float>& g, const float* table, const float* x, const fl
 // sums[cell][m] += w v^m. Each element adds to one row of eight, in one of kCopies tables of rows that are zero between
 // calls; short sums in float32, then added up in double.
 inline void spread_vector(const Grid<float>& g, const float* x, const float* w, int64_t n, double* sums, float* copies) {
-  constexpr int P = 8, W = V::kWidth;
+  constexpr int P = 8, W = V::kWidth, kGroup = 256;
   const int64_t stride = static_cast<int64_t>(g.count) * P;
-  alignas(64) float quads[4 * W], fourth[W];
-  alignas(64) int32_t cell[W];
-  auto step = [&](const float* xe, V we) __attribute__((always_inline)) {
-    const Located at = locate(g, V::load(xe));
-    const V v2 = V::mul(at.v, at.v), wv = V::mul(we, at.v);
-    V::store_quads(quads, we, wv, V::mul(we, v2), V::mul(wv, v2));
-    V::store(fourth, V::mul(v2, v2));
-    V::store_int(cell, row_of(g, at.cell));
-    for (int i = 0; i < 4; ++i)
-      for (int l = 0; l < W / 4; ++l) {
-        const int element = 4 * l + i;
-        V::add_row(copies + i * stride + static_cast<int64_t>(cell[element]) * P, quads + i * W + 4 * l,
-                   fourth + element);
-      }
-  };
-  int64_t e = 0;
-  for (; e + W <= n; e += W) step(x + e, w ? V::load(w + e) : V::set(1));
-  if (e < n) {
-    float xt[W] = {}, wt[W] = {};
-    std::copy(x + e, x + n, xt);
-    for (int64_t i = 0; i < n - e; ++i) wt[i] = w ? w[e + i] : 1;
-    step(xt, V::load(wt));
+  const Lanes lanes(g);
+  char* base[kCopies];
+  for (int i = 0; i < kCopies; ++i) base[i] = reinterpret_cast<char*>(copies + i * stride);
+  // Rows and their places are made for a whole group before they are added, so that loads do not wait for stores.
+  alignas(64) float quads[4 * kGroup], fourth[kGroup];
+  alignas(64) uint32_t offset[kGroup];
+  for (int64_t begin = 0; begin < n; begin += kGroup) {
+    const int64_t size = std::min<int64_t>(n - begin, kGroup);
+    const auto prepare = [&](int64_t e, V xe, V we) __attribute__((always_inline)) {
+      typename V::Int cell;
+      const V v = lanes.locate(xe, cell), v2 = V::mul(v, v), wv = V::mul(we, v);
+      V::store_quads(quads + 4 * e, we, wv, V::mul(we, v2), V::mul(wv, v2));
+      V::store(fourth + e, V::mul(v2, v2));
+      V::store_int(offset + e, V::template shift_left<5>(lanes.row(cell)));
+    };
+    int64_t e = 0;
+    for (; e + W <= size; e += W)
+      prepare(e, V::load(x + begin + e), w ? V::load(w + begin + e) : V::set(1));
+    if (e < size) {
+      float xt[W] = {}, wt[W] = {};
+      std::copy(x + begin + e, x + begin + size, xt);
+      for (int64_t i = 0; i < size - e; ++i) wt[i] = w ? w[begin + e + i] : 1;
+      prepare(e, V::load(xt), V::load(wt));
+    }
+    for (e = 0; e < size; e += W)
+      for (int i = 0; i < 4; ++i)
+        for (int l = 0; l < W / 4; ++l)
+          V::add_row(base[i] + offset[e + 4 * l + i], quads + 4 * e + i * W + 4 * l, fourth + e + 4 * l + i);
   }
   static_assert(kCopies == 4);
   for (int64_t i = 0; i < stride; ++i)
@@ -655,7 +670,7 @@ void run_channel(const Plan& p, int64_t c, int64_t begin, int64_t end, double* s
   const int64_t inner = p.sizes[p.dims - 1];
   for (int64_t at = begin, n; at < end; at += n) {
     n = std::min<int64_t>(end - at, kTile);
-    if (inner >= 4 * 16) n = std::min(n, inner - at % inner);  // stay in one run: in place where possible
+    if (inner >= kTile / 4) n = std::min(n, inner - at % inner);  // stay in one run: in place where possible
     Row<T> r{load_row(p, p.x, c, at, n, b.x), load_row(p, p.grad, c, at, n, b.grad),
              load_row(p, p.grad_x, c, at, n, b.grad_x), b.product, {}};
     for (int i = 0; i < kMaxOutputs; ++i)
@@ -689,17 +704,21 @@ void run_block(const Plan& p, int64_t c, int64_t width, int64_t begin, int64_t e
   }
 }
 
+struct alignas(64) Line {
+  char bytes[64];
+};
+
 template <class T> void run_of(Plan& p, int64_t begin, int64_t end) {
   int most = 0;
   for (const Basis& b : p.bases) most = std::max(most, b.cells.count);
-  const auto buffers = std::make_unique<Buffers<T>>();
-  std::vector<T> copies(p.sums_count ? static_cast<size_t>(kCopies) * most * Precision<T>::kPoints : 0);
+  const auto buffers = std::make_unique_for_overwrite<Buffers<T>>();
+  std::vector<Line> copies(p.sums_count ? kCopies * most * Precision<T>::kPoints * sizeof(T) / sizeof(Line) + 1 : 0);
   for (int64_t task = begin; task < end; ++task) {
     const int64_t chunk = task / p.blocks, c = task % p.blocks * p.block;
     const int64_t at = chunk * p.chunk, stop = std::min(at + p.chunk, p.positions);
     double* sums = p.sums_count ? p.partial.get() + chunk * p.sums_size + p.sum_offset[c] : nullptr;
-    if (p.block == 1) run_channel(p, c, at, stop, sums, *buffers, copies.data());
-    else run_block(p, c, std::min(p.block, p.channels - c), at, stop, sums, *buffers, copies.data());
+    if (p.block == 1) run_channel(p, c, at, stop, sums, *buffers, reinterpret_cast<T*>(copies.data()));
+    else run_block(p, c, std::min(p.block, p.channels - c), at, stop, sums, *buffers, reinterpret_cast<T*>(copies.data()));
   }
 }
 
@@ -712,16 +731,17 @@ template <class T> void contract_cells(const Basis& b, const double* sums, int d
   const double half = b.cells.width / 2, *values = b.values.data();
   std::vector<double> acc(b.points.size() * (degree + 1) * P);
   for (int j = 0; j < b.cells.count; ++j, sums += P) {
-    double s[P] = {};
-    for (int m = 0; m < P; ++m)
-      for (int i = 0; i < P; ++i) s[i] += it.to_coefficients[m][i] * sums[m];
+    Vector<P> s{};
+    for (int m = 0; m < P; ++m) s += it.values_of[m] * sums[m];
     const double centre = (b.cells.first + j) * b.cells.width;
     for (int k = b.begin[j]; k < b.end[j]; ++k, values += P) {
-      const double offset = centre - b.points[k];
-      double term[P], *a = acc.data() + static_cast<size_t>(k) * (degree + 1) * P;
-      for (int i = 0; i < P; ++i) a[i] += term[i] = s[i] * values[i];
-      for (int q = 1; q <= degree; ++q)
-        for (int i = 0; i < P; ++i) a[q * P + i] += term[i] *= offset + it.points[i] * half;
+      const Vector<P> d = (centre - b.points[k]) + it.points * half;
+      Vector<P> term = s * load_vector<P>(values);
+      double* a = acc.data() + static_cast<size_t>(k) * (degree + 1) * P;
+      for (int q = 0; q <= degree; ++q, a += P, term *= d) {
+        const Vector<P> sum = load_vector<P>(a) + term;
+        std::memcpy(a, &sum, sizeof sum);
+      }
     }
   }
   for (size_t k = 0; k < b.points.size(); ++k)

@@ -1,5 +1,4 @@
 // The CPU kernels of the operators that kafops/ops.py declares: reads tensors into a Plan, runs it, reads the result.
-#define Py_LIMITED_API 0x030a0000
 #include <Python.h>
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -420,7 +419,7 @@ static PyObject* capability(PyObject*, PyObject*) {
   return nullptr;
 }
 
-extern "C" PyObject* PyInit__C() {
+PyMODINIT_FUNC PyInit__C() {
   static PyMethodDef methods[] = {{"capability", capability, METH_NOARGS, "Name of the instruction set in use."},
                                   {nullptr, nullptr, 0, nullptr}};
   static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", "The CPU kernels of kafops.", -1, methods,

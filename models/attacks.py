@@ -1,0 +1,149 @@
+"""The L-infinity gradient-sign family: FGSM, fast (RS-FGSM), N-FGSM and PGD are settings of one attack."""
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+@dataclass(frozen=True)
+class LinfAttack:
+    """x + noise, then `steps` times: add step · sign(∇ₓ loss), project to the ball |δ| ≤ eps if `clip`, and to [0, 1].
+
+    Args:
+        eps: radius of the ball, in the units of the images, which are in [0, 1].
+        step: size of one step.
+        steps: number of steps, each with one gradient.
+        noise: half-width of the uniform random start; 0 starts at x.
+        clip: whether to project to the ball. Without it δ can reach noise + steps · step (N-FGSM).
+        restarts: random starts in an evaluation; an image counts as broken when any of them breaks it.
+    """
+
+    eps: float
+    step: float
+    steps: int = 1
+    noise: float = 0.0
+    clip: bool = True
+    restarts: int = 1
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.eps <= 1:
+            raise ValueError(f"eps must be in [0, 1], the range of the images, got {self.eps}")
+        if not (self.step >= 0 and self.noise >= 0):
+            raise ValueError(f"step and noise must not be negative, got step={self.step}, noise={self.noise}")
+        if self.steps < 1 or self.restarts < 1:
+            raise ValueError(f"steps and restarts must be at least 1, got {self.steps} and {self.restarts}")
+        if self.restarts > 1 and self.noise == 0:
+            raise ValueError(f"{self.restarts} restarts without noise would all be the same; give noise or restarts=1")
+
+
+def fgsm(eps: float) -> LinfAttack:
+    """One step of eps from x (Goodfellow et al. 2015)."""
+    return LinfAttack(eps, step=eps)
+
+
+def fast(eps: float) -> LinfAttack:
+    """RS-FGSM: one step of 1.25 eps from a random point of the ball (Wong et al. 2020, Fast is better than free)."""
+    return LinfAttack(eps, step=1.25 * eps, noise=eps)
+
+
+def pgd(eps: float, steps: int, step: float | None = None, restarts: int = 1) -> LinfAttack:
+    """`steps` steps of `step`, 2.5 eps / steps unless given, from a random point of the ball (Madry et al. 2018)."""
+    return LinfAttack(eps, 2.5 * eps / steps if step is None else step, steps, noise=eps, restarts=restarts)
+
+
+def perturb(
+    model: nn.Module,
+    x: Tensor,  # [N, C, H, W] in [0, 1]
+    y: Tensor,  # [N]
+    attack: LinfAttack,
+    generator: torch.Generator,
+) -> Tensor:  # [N, C, H, W] in [0, 1]
+    """Perturb every image from one random start. This is the attack of adversarial training.
+
+    The model runs in the mode it is in (in training mode batch norm sees the perturbed batch) and keeps its mode, its
+    parameters and their `.grad`. The generator, on x's device, gives the noise.
+    """
+    with _frozen(model):
+        adversarial = _random_start(x, attack, generator)
+        for _ in range(attack.steps):
+            _, adversarial = _step(model, x, adversarial, y, attack)
+    return adversarial
+
+
+def search(
+    model: nn.Module,
+    x: Tensor,  # [N, C, H, W] in [0, 1]
+    y: Tensor,  # [N]
+    attack: LinfAttack,
+    generator: torch.Generator,
+) -> tuple[Tensor, Tensor]:  # [N, C, H, W] in [0, 1], [N] bool
+    """Look for a misclassified image near each image, and say for which one was found.
+
+    An image leaves the search as soon as the model misclassifies it or a point on its path, so easy images cost
+    little. Where none is found the last point of the last restart is returned. Call it in evaluation mode: images must
+    not influence each other.
+    """
+    adversarial = x.clone()
+    with torch.no_grad():
+        found = model(x).argmax(1) != y
+    with _frozen(model):
+        for _ in range(attack.restarts):
+            todo = (~found).nonzero().squeeze(1)
+            points = _random_start(x, attack, generator)[todo]
+            for _ in range(attack.steps):
+                logits, moved = _step(model, x[todo], points, y[todo], attack)
+                todo, points = _settle(todo, points, moved, logits, y, adversarial, found)
+            with torch.no_grad():
+                logits = model(points) if len(todo) else points.new_zeros(0, 1)
+            todo, points = _settle(todo, points, points, logits, y, adversarial, found)
+            adversarial[todo] = points
+    return adversarial, found
+
+
+def _settle(
+    todo: Tensor, points: Tensor, moved: Tensor, logits: Tensor, y: Tensor, adversarial: Tensor, found: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Record the points that the logits show to be misclassified; return the other images and where they moved to."""
+    wrong = logits.argmax(1) != y[todo]
+    adversarial[todo[wrong]] = points[wrong]
+    found[todo[wrong]] = True
+    return todo[~wrong], moved[~wrong]
+
+
+def _random_start(x: Tensor, attack: LinfAttack, generator: torch.Generator) -> Tensor:
+    if attack.noise == 0:
+        return x.detach().clone()
+    noise = torch.empty_like(x).uniform_(-attack.noise, attack.noise, generator=generator)
+    return (x + noise).clamp(0, 1)
+
+
+def _step(model: nn.Module, x: Tensor, point: Tensor, y: Tensor, attack: LinfAttack) -> tuple[Tensor, Tensor]:
+    """Return the logits at `point` and the point one step up the loss."""
+    if len(x) == 0:
+        return x.new_zeros(0, 1), point
+    point = point.detach().requires_grad_()
+    with torch.enable_grad():
+        logits = model(point)
+        (gradient,) = torch.autograd.grad(F.cross_entropy(logits, y, reduction="sum"), point)
+    with torch.no_grad():
+        moved = point + attack.step * gradient.sign()
+        if attack.clip:
+            moved = x + (moved - x).clamp(-attack.eps, attack.eps)
+        return logits.detach(), moved.clamp(0, 1)
+
+
+@contextlib.contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """Ask for no gradient of the parameters meanwhile, which saves their share of the backward pass."""
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    for p in trainable:
+        p.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for p in trainable:
+            p.requires_grad_(True)

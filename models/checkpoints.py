@@ -1,0 +1,88 @@
+"""Checkpoints: one safetensors file, tensors by name, with everything else as JSON in its header.
+
+One file, so tensors and record can never be of different moments; no pickle, so a foreign file runs no code.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import safetensors
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from models import files
+from models.errors import UserError
+
+_RECORD = "kafops.record"
+
+
+class CheckpointError(UserError):
+    """A checkpoint that cannot be used, with the reason and what to do."""
+
+
+def save(path: Path, tensors: dict[str, Tensor], record: dict[str, Any]) -> None:
+    """Write a checkpoint, replacing the previous one only once the new one is safely on disk.
+
+    Raises:
+        CheckpointError: it could not be written; the previous one is intact.
+    """
+    content = safetensors.torch.save(
+        {name: t.detach().cpu().contiguous() for name, t in tensors.items()},
+        metadata={_RECORD: json.dumps(record)},
+    )
+    try:
+        files.write_bytes(path, content)
+    except OSError as error:
+        kept = "the previous checkpoint there is intact" if path.exists() else "there was none before"
+        raise CheckpointError(f"could not write the checkpoint {path}: {error}; {kept}") from error
+
+
+def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Read a checkpoint back: tensors on the CPU, and the record.
+
+    Raises:
+        CheckpointError: the file is truncated, or is no checkpoint of this package.
+    """
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            record = json.loads((file.metadata() or {})[_RECORD])
+            return {name: file.get_tensor(name) for name in file.keys()}, record  # noqa: SIM118  (not a dict)
+    except KeyError as error:
+        raise CheckpointError(f"{path} is a safetensors file but no checkpoint of this package") from error
+    except (safetensors.SafetensorError, ValueError, OSError) as error:
+        raise CheckpointError(f"{path} cannot be read as a checkpoint: {error}") from error
+
+
+def prefixed(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Put `prefix.` before every name."""
+    return {f"{prefix}.{name}": t for name, t in tensors.items()}
+
+
+def under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the tensors whose names begin with `prefix.`, without it."""
+    return {name.removeprefix(f"{prefix}."): t for name, t in tensors.items() if name.startswith(f"{prefix}.")}
+
+
+def flatten_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Split an optimizer's state into tensors by name and plain values."""
+    state = optimizer.state_dict()
+    tensors: dict[str, Tensor] = {}
+    values: dict[str, dict[str, Any]] = {}
+    for index, entries in state["state"].items():
+        for key, value in entries.items():
+            if isinstance(value, Tensor):
+                tensors[f"{index}.{key}"] = value
+            else:
+                values.setdefault(str(index), {})[key] = value
+    return tensors, {"state": values, "param_groups": state["param_groups"]}
+
+
+def restore_optimizer(optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor], values: dict[str, Any]) -> None:
+    """Undo `flatten_optimizer`."""
+    state: dict[int, dict[str, Any]] = {int(index): dict(entries) for index, entries in values["state"].items()}
+    for name, tensor in tensors.items():
+        index, key = name.split(".", 1)
+        state.setdefault(int(index), {})[key] = tensor
+    optimizer.load_state_dict({"state": state, "param_groups": values["param_groups"]})

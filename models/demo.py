@@ -1,0 +1,221 @@
+"""The demo: train a small ResNet20 with three activations, attack them, measure what a step costs, and report.
+
+Every stage leaves a file in the run folder, and a stage whose file is there is not done again.
+"""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from models import attacks, checkpoints, environment, files, report, step_cost
+from models.activations import activation
+from models.data import Split, mnist5k
+from models.evaluation import Accuracy, clean_accuracy, robust_accuracy
+from models.figures import accuracy as accuracy_figure
+from models.figures import cost as cost_figure
+from models.figures import curves as curves_figure
+from models.figures import style
+from models.networks import ResNet, resnet20
+from models.runs import RunFolder
+from models.training import Recipe, Trainer, load_model
+
+LABELS = {"relu": "ReLU", "silu": "SiLU", "kaf_isometric": "KAF"}
+KAF = "kaf_isometric"
+_CHECKPOINT, _RESULT = "latest.safetensors", "result.json"
+_OUTPUTS = (
+    "metrics.json",
+    "step_cost.json",
+    "*.png",
+    "report.html",
+    *(f"{name}/{file}" for name in LABELS for file in (_CHECKPOINT, _RESULT)),
+)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """Everything that decides the demo's numbers, besides the machine."""
+
+    seed: int = 0
+    epochs: int = 5
+    width: int = 8
+    train: int = 4000
+    test: int = 1000
+    batch_size: int = 64
+    lr: float = 0.2
+    eps: float = 0.2
+    pgd_steps: int = 20
+
+    @property
+    def recipe(self) -> Recipe:
+        """How each network is trained."""
+        return Recipe(self.epochs, self.batch_size, self.lr, self.seed, attacks.fast(self.eps))
+
+
+class Demo:
+    """One run of the demo in one folder."""
+
+    def __init__(self, out: Path, settings: Settings, restart: bool, compiled: bool, command: str) -> None:
+        self.settings, self.command = settings, command
+        self.data: Split = mnist5k(settings.train, settings.test, settings.seed)
+        self.folder = RunFolder.open(out, asdict(settings), restart, _OUTPUTS)
+        self.implementations = tuple(n for n in step_cost.IMPLEMENTATIONS if compiled or n != "compiled")
+        self.console = Console()
+
+    def run(self) -> None:
+        """Do what is left to do, then write metrics.json, the figures and the report."""
+        results = {}
+        with _progress(self.console) as progress:
+            for name in LABELS:
+                task = progress.add_task(LABELS[name], total=None, status="")
+                results[name] = self._network(name, progress, task)
+            cost = self._step_cost(progress, progress.add_task("step cost", total=None, status=""))
+        metrics = self._metrics(results, cost)
+        files.write_json(self.folder.path / "metrics.json", metrics)
+        self._write_report(metrics)
+        self._show(metrics)
+
+    def _network(self, name: str, progress: Progress, task: TaskID) -> dict[str, Any]:
+        """Train and evaluate one network, or read what an earlier call found."""
+        place = self.folder.path / name / _RESULT
+        result = files.read_json(place)
+        if result is None:
+            self.folder.note_environment(environment.describe())
+            trainer = self._train(name, progress, task)
+            result = self._evaluate(trainer, progress, task)
+            files.write_json(place, result)
+        status = f"clean {_percent(result['clean'])}, robust {_percent(result['robust'])}"
+        progress.update(task, total=1, completed=1, status=status)
+        return result
+
+    def _train(self, name: str, progress: Progress, task: TaskID) -> Trainer:
+        network = resnet20(activation(name), self.settings.width, self.settings.seed)
+        checkpoint = self.folder.path / name / _CHECKPOINT
+        trainer = Trainer(network, self.settings.recipe, self.data.train_images, self.data.train_labels, checkpoint)
+        trainer.resume()
+
+        def on_step(trainer: Trainer) -> None:
+            sums = trainer.tally
+            status = f"epoch {trainer.epoch + 1}/{self.settings.epochs}, accuracy {sums.correct / sums.images:.0%}"
+            progress.update(task, completed=trainer.steps_done, status=status)
+
+        progress.reset(task, total=trainer.steps, completed=trainer.steps_done)
+        trainer.run(on_step)
+        return trainer
+
+    def _evaluate(self, trainer: Trainer, progress: Progress, task: TaskID) -> dict[str, Any]:
+        settings, data = self.settings, self.data
+        progress.reset(task, total=settings.test, status=f"PGD-{settings.pgd_steps}")
+        start = time.perf_counter()
+        clean = clean_accuracy(trainer.model, data.test_images, data.test_labels)
+        robust = robust_accuracy(
+            trainer.model,
+            data.test_images,
+            data.test_labels,
+            attacks.pgd(settings.eps, settings.pgd_steps),
+            settings.seed,
+            on_batch=lambda images: progress.update(task, completed=images),
+        )
+        return {
+            "parameters": sum(p.numel() for p in trainer.model.parameters()),
+            "clean": _record(clean),
+            "robust": _record(robust),
+            "history": [asdict(epoch) for epoch in trainer.history],
+            "evaluation_seconds": round(time.perf_counter() - start, 3),
+        }
+
+    def _step_cost(self, progress: Progress, task: TaskID) -> dict[str, Any]:
+        place = self.folder.path / "step_cost.json"
+        cost = files.read_json(place)
+        if cost is None or set(cost["implementations"]) != set(self.implementations):
+            self.folder.note_environment(environment.describe())
+            progress.reset(task, total=step_cost.expected_steps(self.implementations))
+            settings = self.settings
+            cost = step_cost.measure(
+                self.implementations,
+                settings.batch_size,
+                settings.width,
+                settings.seed,
+                on_step=lambda name: progress.update(task, advance=1, status=name),
+            )
+            files.write_json(place, cost)
+        progress.update(task, total=1, completed=1, status="")
+        return cost
+
+    def _metrics(self, results: dict[str, dict[str, Any]], cost: dict[str, Any]) -> dict[str, Any]:
+        """Sort numbers that a seed fixes from timings, which no two runs share."""
+        timings, fixed = {}, {}
+        for name, result in results.items():
+            timings[name] = {
+                "epoch_seconds": [epoch["seconds"] for epoch in result["history"]],
+                "evaluation_seconds": result["evaluation_seconds"],
+            }
+            history = [{k: v for k, v in epoch.items() if k != "seconds"} for epoch in result["history"]]
+            fixed[name] = {**result, "history": history}
+            del fixed[name]["evaluation_seconds"]
+        return {
+            "command": self.command,
+            "settings": asdict(self.settings),
+            "environments": self.folder.environments,
+            "results": fixed,
+            "timings": timings,
+            "step_cost": cost,
+        }
+
+    def _write_report(self, metrics: dict[str, Any]) -> None:
+        drawings = {
+            "accuracy": self._draw_accuracy(metrics["results"]),
+            "curves": self._draw_curves(),
+            "cost": cost_figure.draw(metrics["step_cost"]),
+        }
+        for name, png in drawings.items():
+            files.write_bytes(self.folder.path / f"{name}.png", png)
+        files.write_text(self.folder.path / "report.html", report.page(metrics, LABELS, drawings))
+
+    def _draw_accuracy(self, results: dict[str, Any]) -> bytes:
+        rows = [
+            accuracy_figure.Row(
+                LABELS[name],
+                style.COLOURS[name],
+                *(Accuracy(result[kind]["correct"], result[kind]["total"]) for kind in ("clean", "robust")),
+            )
+            for name, result in results.items()
+        ]
+        return accuracy_figure.draw(rows, f"PGD-{self.settings.pgd_steps}, ε = {self.settings.eps:.3g}")
+
+    def _draw_curves(self) -> bytes:
+        path = self.folder.path / KAF / _CHECKPOINT
+        before, after = self._initial(KAF), self._initial(KAF)
+        load_model(after, checkpoints.load(path)[0], path)
+        return curves_figure.draw(curves_figure.collect(before, after, self.data.test_images[:256]))
+
+    def _initial(self, name: str) -> ResNet:
+        return resnet20(activation(name), self.settings.width, self.settings.seed)
+
+    def _show(self, metrics: dict[str, Any]) -> None:
+        table = Table("network", "clean", f"PGD-{self.settings.pgd_steps}", box=None, header_style="bold")
+        for name, result in metrics["results"].items():
+            table.add_row(LABELS[name], _percent(result["clean"]), _percent(result["robust"]))
+        self.console.print(table)
+        self.console.print(f"Report: {self.folder.path / 'report.html'}", highlight=False)
+
+
+@contextmanager
+def _progress(console: Console) -> Iterator[Progress]:
+    texts = TextColumn("{task.description:9}"), TextColumn("{task.fields[status]}")
+    with Progress(texts[0], BarColumn(), TimeElapsedColumn(), texts[1], console=console) as progress:
+        yield progress
+
+
+def _record(accuracy: Accuracy) -> dict[str, Any]:
+    return {**asdict(accuracy), "accuracy": accuracy.value, "interval": list(accuracy.interval)}
+
+
+def _percent(accuracy: dict[str, Any]) -> str:
+    return f"{accuracy['accuracy']:.1%}"

@@ -1,0 +1,1 @@
+"""Figures, each drawn from plain numbers and returned as PNG bytes."""

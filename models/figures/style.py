@@ -1,0 +1,50 @@
+"""One look for all figures: sizes that stay readable at phone width, and one palette for colour-blind readers too."""
+
+import io
+from contextlib import AbstractContextManager
+from typing import Any
+
+import matplotlib as mpl
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+# From the Okabe-Ito palette.
+GREY, BLUE, VERMILLION, PALE_VERMILLION, PALE_GREY = "#4d4d4d", "#0072b2", "#d55e00", "#eeb48c", "#d9d9d9"
+COLOURS = {"relu": GREY, "silu": BLUE, "kaf": VERMILLION, "kaf_isometric": VERMILLION}
+WIDTH = 6.6  # inches
+
+_RC: dict[Any, Any] = {
+    "font.size": 9,
+    "axes.titlesize": 9,
+    "axes.titlelocation": "left",
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": GREY,
+    "axes.labelcolor": GREY,
+    "xtick.color": GREY,
+    "ytick.color": GREY,
+    "legend.frameon": False,
+}
+
+
+def figure(height: float) -> Figure:
+    """Make an empty figure of the common width, `height` inches high."""
+    return Figure(figsize=(WIDTH, height), layout="constrained")
+
+
+def context() -> AbstractContextManager[None]:
+    """Return the context manager within which figures are drawn."""
+    return mpl.rc_context(_RC)
+
+
+def png(drawing: Figure) -> bytes:
+    """Render a figure; the same figure gives the same bytes."""
+    buffer = io.BytesIO()
+    drawing.savefig(buffer, format="png", dpi=200, metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def bare(axes: Axes) -> None:
+    """Remove the left axis, where labels say enough."""
+    axes.spines["left"].set_visible(False)
+    axes.tick_params(axis="y", length=0)

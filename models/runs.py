@@ -1,0 +1,85 @@
+"""A run folder: one set of settings and what came of it, so that a command can go on where it stopped."""
+
+from pathlib import Path
+from typing import Any
+
+from models import files
+from models.errors import UserError
+
+_FORMAT = 1
+
+
+class RunError(UserError):
+    """A run folder that cannot be used, with the way out."""
+
+
+class RunFolder:
+    """The folder of one run; `run.json` in it says which settings it belongs to."""
+
+    def __init__(self, path: Path, record: dict[str, Any]) -> None:
+        self.path, self._record = path, record
+
+    @classmethod
+    def open(cls, path: Path, settings: dict[str, Any], restart: bool, outputs: tuple[str, ...]) -> "RunFolder":
+        """Open a folder to start or continue the run with these settings.
+
+        Args:
+            path: the folder; made if there is none.
+            settings: everything that decides the results, as JSON values.
+            restart: throw away the `outputs` of an earlier run in the folder, and nothing else there.
+            outputs: patterns, relative to the folder, of the files that such a run writes.
+
+        Raises:
+            RunError: the folder holds a run with other settings, or files of something else.
+        """
+        if path.exists() and not path.is_dir():
+            raise RunError(f"{path} is a file, not a folder; choose another --out")
+        record = _read(path)
+        if record is not None and not restart:
+            _check_settings(path, record["settings"], settings)
+            return cls(path, record)
+        if record is None and path.exists() and any(not p.name.startswith(".") for p in path.iterdir()):
+            raise RunError(f"{path} holds files of something else; choose another --out, or empty it yourself")
+        if record is not None:
+            for pattern in outputs:
+                for old in path.glob(pattern):
+                    old.unlink()
+        folder = cls(path, {"format": _FORMAT, "settings": settings, "environments": []})
+        folder._save()
+        return folder
+
+    @property
+    def environments(self) -> list[dict[str, Any]]:
+        """The environments in which work was done for this run, oldest first; usually one."""
+        return self._record["environments"]
+
+    def note_environment(self, environment: dict[str, Any]) -> None:
+        """Record the environment of the work about to be done."""
+        if not self.environments or self.environments[-1] != environment:
+            self.environments.append(environment)
+            self._save()
+
+    def _save(self) -> None:
+        files.write_json(self.path / "run.json", self._record)
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    try:
+        record = files.read_json(path / "run.json")
+    except ValueError as error:
+        raise RunError(f"{path / 'run.json'} is not valid JSON ({error}); choose another --out") from error
+    if record is None:
+        return None
+    if not isinstance(record, dict) or record.get("format") != _FORMAT:
+        raise RunError(f"{path} holds a run of another version or program; choose another --out")
+    return record
+
+
+def _check_settings(path: Path, theirs: dict[str, Any], ours: dict[str, Any]) -> None:
+    names = [name for name in {**theirs, **ours} if theirs.get(name) != ours.get(name)]
+    if names:
+        differences = ", ".join(f"{name} is {theirs.get(name)} there and {ours.get(name)} here" for name in names)
+        raise RunError(
+            f"{path} holds a run with other settings: {differences}. Give the same settings to continue it, another "
+            f"--out to keep it, or --restart to discard it"
+        )
