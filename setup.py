@@ -1,7 +1,8 @@
 """Builds kafops._C, the CPU kernels. Everything else is in pyproject.toml.
 
-KAFOPS_BUILD_CPU=0 leaves the kernels out; so does a machine without a C++ compiler. The package then computes through
-the plain PyTorch reference, and says so when it is first used.
+Without a C++ compiler the kernels are left out: the package then computes through the plain PyTorch reference, and says
+so when it is first used. KAFOPS_BUILD_CPU=0 leaves them out, KAFOPS_BUILD_CPU=1 fails where they cannot be built. A
+compiler that is there but fails is an error.
 """
 
 import os
@@ -9,29 +10,34 @@ import shutil
 import sys
 from pathlib import Path
 
-from setuptools import setup
+import setuptools
 
 ROOT = Path(__file__).parent
 SOURCES = [f"csrc/cpu/{name}.cpp" for name in ("ops", "portable", "avx2", "avx512")]
+COMPILERS = ("c++", "g++", "clang++")
 
 
 def why_no_kernels() -> str | None:
+    """Say why the kernels cannot be built here, or choose the compiler and return None."""
     if os.environ.get("KAFOPS_BUILD_CPU") == "0":
         return "KAFOPS_BUILD_CPU=0"
     try:
         import torch  # noqa: F401
     except ImportError:
-        return "torch is not installed in the build environment (use pip install --no-build-isolation)"
-    compiler = os.environ.get("CXX", "c++").split()[0]
-    if shutil.which(compiler) is None and shutil.which("g++") is None:
-        return f"no C++ compiler was found (looked for {compiler} and g++)"
+        return "torch is not installed in the build environment"
+    if os.environ.get("CXX"):
+        return None
+    found = [name for name in COMPILERS if shutil.which(name)]
+    if not found:
+        return f"no C++ compiler was found (looked for {', '.join(COMPILERS)}; CXX is not set)"
+    os.environ["CXX"] = found[0]
     return None
 
 
 def extension_arguments() -> dict:
     from torch.utils.cpp_extension import BuildExtension, CppExtension
 
-    flags = ["-O3", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas", "-g0"]
+    flags = ["-std=c++20", "-O3", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas", "-g0"]
     flags += ["-Wno-maybe-uninitialized", "-Wno-psabi", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
     flags += os.environ.get("KAFOPS_CXX_FLAGS", "").split()
     extension = CppExtension(
@@ -49,7 +55,11 @@ def extension_arguments() -> dict:
     }
 
 
+if int(setuptools.__version__.split(".")[0]) < 77:
+    sys.exit(f"kafops: building needs setuptools >= 77, got {setuptools.__version__}; pip install -U setuptools")
 reason = why_no_kernels()
 if reason is not None:
+    if os.environ.get("KAFOPS_BUILD_CPU") == "1":
+        sys.exit(f"kafops: KAFOPS_BUILD_CPU=1, but {reason}")
     print(f"\nkafops: building WITHOUT compiled kernels: {reason}\n", file=sys.stderr, flush=True)
-setup(**({} if reason else extension_arguments()))
+setuptools.setup(**({} if reason else extension_arguments()))

@@ -1,6 +1,8 @@
 """Fused kernel activation functions (KAF) for PyTorch."""
 
 from kafops import ops as ops  # defines the schemas before any backend registers kernels for them
+
+# isort: split
 from kafops import backends, init, reference
 from kafops.convert import Replacement, ReplacementReport, replace_activations
 from kafops.functional import kaf, kaf_free

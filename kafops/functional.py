@@ -49,13 +49,13 @@ def kaf(
         >>> alpha, gamma = torch.randn(16, 20), torch.full((1,), 1.67)
         >>> y = kafops.kaf(torch.randn(8, 16, 32, 32), alpha, gamma, boundary=3.0)
     """
-    _check(x, alpha, gamma, None)
+    _check(x, alpha, gamma)
     if isinstance(boundary, Tensor) or not isinstance(boundary, (int, float)):
         raise TypeError(
             f"boundary must be a Python float, got {type(boundary).__name__}; no gradient flows to it "
             "(kaf_free takes a dictionary tensor, which can be trained)"
         )
-    if not (boundary > 0 and math.isfinite(boundary)):
+    if not 0 < boundary < math.inf:
         raise ValueError(f"boundary must be a positive finite number, got boundary={boundary}")
     if backends.choose(x) == "reference":
         return reference.kaf(x, alpha, gamma, float(boundary))
@@ -88,46 +88,49 @@ def kaf_free(
         >>> dictionary = torch.linspace(-3, 3, 20).repeat(16, 1).requires_grad_()
         >>> y = kafops.kaf_free(torch.randn(8, 16), torch.randn(16, 20), torch.ones(16), dictionary)
     """
-    _check(x, alpha, gamma, dictionary)
+    _check(x, alpha, gamma)
+    _check_parameter("dictionary", dictionary, 2, x)
+    if dictionary.shape[1] != alpha.shape[1]:
+        raise ValueError(
+            f"dictionary and alpha must have the same number of points D, got dictionary {_shape(dictionary)} "
+            f"and alpha {_shape(alpha)}"
+        )
     if backends.choose(x) == "reference":
         return reference.kaf_free(x, alpha, gamma, dictionary)
     return autograd.apply(x, alpha, gamma, dictionary, 0.0)
 
 
-def _check(x: Tensor, alpha: Tensor, gamma: Tensor, dictionary: Tensor | None) -> None:
+def _check(x: Tensor, alpha: Tensor, gamma: Tensor) -> None:
     """Raise unless the arguments' types, dtypes, shapes and devices fit together."""
-    _check_tensor("x", x, _X_DTYPES, None)
-    _check_tensor("alpha", alpha, _PARAMETER_DTYPES, "[C, D] or [1, D]")
-    _check_tensor("gamma", gamma, _PARAMETER_DTYPES, "[C] or [1]")
-    parameters = {"alpha": alpha, "gamma": gamma}
-    if dictionary is not None:
-        _check_tensor("dictionary", dictionary, _PARAMETER_DTYPES, "[C, D] or [1, D]")
-        parameters["dictionary"] = dictionary
-        if dictionary.shape[1] != alpha.shape[1]:
-            raise ValueError(
-                f"dictionary and alpha must have the same number of points D, got dictionary {_shape(dictionary)} "
-                f"and alpha {_shape(alpha)}"
-            )
+    _check_tensor("x", x, _X_DTYPES)
+    _check_parameter("alpha", alpha, 2, x)
+    _check_parameter("gamma", gamma, 1, x)
     if alpha.shape[1] == 0:
         raise ValueError(f"alpha must have at least one coefficient per channel, got shape {_shape(alpha)} with D = 0")
-    for name, p in parameters.items():
-        if p.device != x.device:
-            raise ValueError(f"{name} is on {p.device} but x is on {x.device}; move one with .to(device)")
-        if p.shape[0] == 1:
-            continue
-        if x.dim() < 2:
-            raise ValueError(
-                f"x must have shape [N, C, *] where {name} has a row per channel, got x {_shape(x)} and {name} "
-                f"{_shape(p)}; a single shared row takes any x"
-            )
-        if p.shape[0] != x.shape[1]:
-            raise ValueError(
-                f"{name} must have one row per channel of x (dimension 1) or a single row: x {_shape(x)} has "
-                f"{x.shape[1]} channels, {name} {_shape(p)} has {p.shape[0]} rows"
-            )
 
 
-def _check_tensor(name: str, t: Tensor, dtypes: Sequence[torch.dtype], shape: str | None) -> None:
+def _check_parameter(name: str, p: Tensor, dim: int, x: Tensor) -> None:
+    _check_tensor(name, p, _PARAMETER_DTYPES)
+    if p.dim() != dim:
+        raise ValueError(f"{name} must have shape {'[C, D] or [1, D]' if dim == 2 else '[C] or [1]'}, got {_shape(p)}")
+    if p.device != x.device:
+        raise ValueError(f"{name} is on {p.device} but x is on {x.device}; move one with .to(device)")
+    rows = p.shape[0]
+    if rows == 1:
+        return
+    if x.dim() < 2:
+        raise ValueError(
+            f"x must have shape [N, C, *] where {name} has a row per channel, got x {_shape(x)} and {name} "
+            f"{_shape(p)}; a single shared row takes any x"
+        )
+    if rows != x.shape[1]:
+        raise ValueError(
+            f"{name} must have one row per channel of x (dimension 1) or a single row: x {_shape(x)} has "
+            f"{x.shape[1]} channels, {name} {_shape(p)} has {rows} rows"
+        )
+
+
+def _check_tensor(name: str, t: Tensor, dtypes: Sequence[torch.dtype]) -> None:
     if not isinstance(t, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(t).__name__}")
     if t.dtype not in dtypes:
@@ -135,8 +138,6 @@ def _check_tensor(name: str, t: Tensor, dtypes: Sequence[torch.dtype], shape: st
         raise TypeError(f"{name} must have one of the dtypes {wanted}, got {name}.dtype={t.dtype}")
     if t.layout != torch.strided:
         raise TypeError(f"{name} must be a dense (strided) tensor, got layout {t.layout}; call .to_dense()")
-    if shape is not None and t.dim() != 1 + shape.count("D") // 2:
-        raise ValueError(f"{name} must have shape {shape}, got {_shape(t)}")
 
 
 def _shape(t: Tensor) -> str:

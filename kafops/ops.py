@@ -5,15 +5,14 @@ One family serves both dictionaries: with `dictionary` given its points are used
 """
 
 from collections.abc import Sequence
-from enum import IntFlag
 from typing import Any
 
 import torch
 from torch import Tensor
 
 
-class Needs(IntFlag):
-    """Which gradients an operator shall compute."""
+class Needs:
+    """Which gradients an operator shall compute: a sum of these bits, plain ints because an IntFlag is slow."""
 
     X = 1
     ALPHA = 2
@@ -40,6 +39,7 @@ kaf_double_backward = torch.ops.kafops.kaf_double_backward.default
 
 @torch.library.register_fake("kafops::kaf")
 def _kaf_fake(x: Tensor, alpha: Tensor, gamma: Tensor, dictionary: Tensor | None, boundary: float) -> Tensor:
+    _check_devices(x, alpha, gamma, dictionary)
     return torch.empty_like(x)
 
 
@@ -47,6 +47,7 @@ def _kaf_fake(x: Tensor, alpha: Tensor, gamma: Tensor, dictionary: Tensor | None
 def _kaf_backward_fake(
     grad: Tensor, x: Tensor, alpha: Tensor, gamma: Tensor, dictionary: Tensor | None, boundary: float, needs: int
 ) -> tuple[Tensor, ...]:
+    _check_devices(grad, x, alpha, gamma, dictionary)
     return _fake_gradients((Needs.X, Needs.ALPHA, Needs.GAMMA, Needs.DICTIONARY), (x, alpha, gamma, dictionary), needs)
 
 
@@ -64,12 +65,19 @@ def _kaf_double_backward_fake(
     boundary: float,
     needs: int,
 ) -> tuple[Tensor, ...]:
+    _check_devices(grad_x, grad_alpha, grad_gamma, grad_dictionary, grad, x, alpha, gamma, dictionary)
     # The gradient of grad has the layout of x, which the loops run over.
     flags = (Needs.GRAD, Needs.X, Needs.ALPHA, Needs.GAMMA, Needs.DICTIONARY)
     return _fake_gradients(flags, (x, x, alpha, gamma, dictionary), needs)
 
 
-def _fake_gradients(flags: Sequence[Needs], inputs: Sequence[Tensor | None], needs: int) -> tuple[Tensor, ...]:
+def _check_devices(*tensors: Tensor | None) -> None:
+    """Raise unless all tensors are on one device: a single meta tensor brings a whole call here."""
+    devices = {t.device for t in tensors if t is not None}
+    torch._check(len(devices) == 1, lambda: f"kafops takes tensors on one device, got {sorted(map(str, devices))}")
+
+
+def _fake_gradients(flags: Sequence[int], inputs: Sequence[Tensor | None], needs: int) -> tuple[Tensor, ...]:
     x = inputs[0]
     assert x is not None
     gradients = []
@@ -103,7 +111,7 @@ class _Fold:
             return None
         t = self._samples(t, dim)
         if len(self.shape) < 2:
-            return t.reshape(1, self.batch, -1)
+            return t.reshape(1, self.batch, self.shape.numel())
         return t.movedim(0, 1).flatten(1, 2)
 
     def rows(self, p: Tensor | None, dim: int | None) -> Tensor | None:  # [B * C, ...]
@@ -121,7 +129,7 @@ class _Fold:
         t = t.unflatten(0, (self.batch, self.channels))
         return t.sum(1, keepdim=True) if p.shape[0 if dim is None or dim > 0 else 1] == 1 else t
 
-    def gradients(self, outputs: Sequence[Tensor], inputs: Sequence[Any], dims: Sequence[int | None], needs: int) -> Any:
+    def gradients(self, outputs: Sequence[Tensor], inputs: Sequence[Any], dims: Sequence[Any], needs: int) -> Any:
         """Unfold the gradients of (grad,) x, alpha, gamma, dictionary; those not asked for stay empty."""
         flags = (Needs.GRAD, Needs.X, Needs.ALPHA, Needs.GAMMA, Needs.DICTIONARY)[-len(outputs) :]
         unfolded, unfolded_dims = [], []
@@ -138,8 +146,8 @@ class _Fold:
 def _kaf_vmap(info: Any, dims: Any, x: Tensor, *arguments: Any) -> Any:
     *parameters, boundary = arguments
     if all(d is None for d in dims[1:]) and dims[0] is not None and x.dim() > 2:
-        y = kaf(x.movedim(dims[0], 0).flatten(0, 1), *arguments)
-        return y.unflatten(0, (info.batch_size, -1)), 0
+        samples = x.movedim(dims[0], 0)
+        return kaf(samples.flatten(0, 1), *arguments).unflatten(0, samples.shape[:2]), 0
     fold = _Fold(info.batch_size, x, dims[0])
     rows = (fold.rows(p, d) for p, d in zip(parameters, dims[1:4], strict=True))
     return fold.unfold_data(kaf(fold.data(x, dims[0]), *rows, boundary)), 0

@@ -53,5 +53,7 @@ def _arithmetic(t: Tensor, x: Tensor) -> Tensor:
 
 def _memory_format_of(x: Tensor, y: Tensor) -> Tensor:
     """Give y the order of dimensions that x has in memory."""
-    order = sorted(range(x.dim()), key=lambda i: -x.stride(i))
-    return y.permute(order).contiguous().permute([order.index(i) for i in range(x.dim())])
+    strides, dims = x.stride(), range(x.dim())
+    # By counting, because torch.compile cannot sort symbolic strides.
+    place = [sum(strides[j] > strides[i] or (strides[j] == strides[i] and j < i) for j in dims) for i in dims]
+    return y.permute([place.index(i) for i in dims]).contiguous().permute(place)

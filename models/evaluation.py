@@ -41,7 +41,8 @@ def wilson_interval(successes: int, trials: int, z: float = 1.959963984540054) -
     share, z2 = successes / trials, z**2
     centre = (share + z2 / (2 * trials)) / (1 + z2 / trials)
     half = z / (1 + z2 / trials) * math.sqrt(share * (1 - share) / trials + z2 / (4 * trials**2))
-    return max(0.0, centre - half), min(1.0, centre + half)
+    # At the ends the formula gives 0 and 1 exactly, but for rounding.
+    return (centre - half if successes else 0.0), (centre + half if successes < trials else 1.0)
 
 
 def clean_accuracy(model: nn.Module, images: Tensor, labels: Tensor, batch_size: int = 250) -> Accuracy:

@@ -24,6 +24,7 @@ th, td { padding: .35rem .75rem .35rem 0; border-bottom: 1px solid var(--line); 
 th:first-child, td:first-child { text-align: left; }
 table.pairs td { text-align: left; overflow-wrap: anywhere; }
 table.pairs td:first-child { width: 12rem; color: var(--soft); }
+.scroll td:not(:first-child) { white-space: nowrap; }
 thead th { color: var(--soft); font-weight: 600; vertical-align: bottom; }
 small { color: var(--soft); white-space: nowrap; }
 pre { padding: .7rem 1rem; overflow-x: auto; background: #f5f5f5; border-left: 3px solid var(--accent); }
@@ -144,7 +145,20 @@ def _cost_table(cost: dict[str, Any]) -> str:
         "median and range, implementations taking turns. Memory is the bytes of the distinct tensors that autograd "
         "keeps from the forward to the backward pass, parameters left out.</p>"
     )
-    return _table(("activation", "time", "to ReLU", "memory", "to ReLU"), rows) + "".join(failures) + note
+    table = _table(("activation", "time", "to ReLU", "memory", "to ReLU"), rows)
+    return table + "".join(failures) + note + _busy_note(done)
+
+
+def _busy_note(done: dict[str, Any]) -> str:
+    """Warn where the times of one and the same step are far apart: something else was running."""
+    spreads = [result["spread_seconds"] for result in done.values() if "error" not in result]
+    widest = max(high / low for low, high in spreads)
+    if widest < 3:
+        return ""
+    return (
+        f'<p class="note"><strong>The machine was busy:</strong> times of one step differ up to {widest:.0f}-fold, '
+        "so the ratios of times mean little. Run the command again on an idle machine, with another --out.</p>"
+    )
 
 
 def _history_table(metrics: dict[str, Any], labels: dict[str, str]) -> str:

@@ -5,6 +5,7 @@ change of the machine's speed meets all of them, and ratios are within one run. 
 forward and backward: the bytes of all distinct storages that it saves, parameters and buffers left out.
 """
 
+import logging
 import statistics
 import time
 from collections.abc import Callable
@@ -50,13 +51,14 @@ def measure(
     Implementations: "relu", and of a KAF network's curves "fused" (`kafops.kaf`), "reference" (plain PyTorch) and
     "compiled" (torch.compile of the reference), whose first step compiles and is not timed.
     """
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)  # it reports that there is no GPU
     images = torch.rand(batch_size, 1, 28, 28, generator=torch.Generator().manual_seed(seed))
     labels = torch.arange(batch_size) % 10
     steps: dict[str, Step] = {}
     results: dict[str, dict[str, Any]] = {}
     for name in implementations:
-        network = _network(name, width, seed)
         try:
+            network = _network(name, width, seed)
             start = time.perf_counter()
             kept = kept_bytes(network, images, labels)
             step = _step(network, images, labels)

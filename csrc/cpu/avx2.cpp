@@ -40,34 +40,30 @@ struct V {
   static V max(V a, V b) { return {_mm256_max_ps(a.m, b.m)}; }
   static Int bits(V a) { return _mm256_castps_si256(a.m); }
   static Int set_int(int32_t a) { return _mm256_set1_epi32(a); }
+  static Int add_int(Int a, Int b) { return _mm256_add_epi32(a, b); }
   static Int sub_int(Int a, Int b) { return _mm256_sub_epi32(a, b); }
   static Int min_unsigned(Int a, Int b) { return _mm256_min_epu32(a, b); }
 
-  static V lookup(Int, V low, V) { return low; }  // kPermutes is false
-
-  static void transpose(V* r) {
-    __m256 a[8], b[8];
-    for (int i = 0; i < 4; ++i) {
-      a[2 * i] = _mm256_unpacklo_ps(r[2 * i].m, r[2 * i + 1].m);
-      a[2 * i + 1] = _mm256_unpackhi_ps(r[2 * i].m, r[2 * i + 1].m);
-    }
-    for (int i = 0; i < 2; ++i)
-      for (int h = 0; h < 2; ++h) {
-        b[4 * i + 2 * h] = _mm256_shuffle_ps(a[4 * i + h], a[4 * i + 2 + h], 0x44);
-        b[4 * i + 2 * h + 1] = _mm256_shuffle_ps(a[4 * i + h], a[4 * i + 2 + h], 0xee);
-      }
-    for (int i = 0; i < 4; ++i) {
-      r[i].m = _mm256_permute2f128_ps(b[i], b[4 + i], 0x20);
-      r[4 + i].m = _mm256_permute2f128_ps(b[i], b[4 + i], 0x31);
-    }
+  // Lane l: step · (l mod count), count a power of two.
+  static Int steps(int32_t step, int32_t count) {
+    const Int lane = _mm256_and_si256(_mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7), set_int(count - 1));
+    return _mm256_mullo_epi32(lane, set_int(step));
   }
 
-  // c[m] = coefficient m of each lane's row of eight.
-  static void rows(const float* table, Int row, V* c) {
-    alignas(32) int32_t index[8];
-    _mm256_store_si256(reinterpret_cast<Int*>(index), row);
-    for (int l = 0; l < 8; ++l) c[l] = load(table + static_cast<int64_t>(index[l]) * 8);
-    transpose(c);
+  static V lookup(Int, V low, V) { return low; }  // kPermutes is false
+
+  // out[m] = float m of each of 8 rows of at least four, in order; row(l) is where row l begins.
+  template <class F> static void quads_of(F row, V* out) {
+    __m256 r[4];
+    KAF_UNROLL
+    for (int j = 0; j < 4; ++j)  // rows j, j + 4 side by side
+      r[j] = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(row(j))), _mm_loadu_ps(row(j + 4)), 1);
+    const __m256 low01 = _mm256_unpacklo_ps(r[0], r[1]), high01 = _mm256_unpackhi_ps(r[0], r[1]);
+    const __m256 low23 = _mm256_unpacklo_ps(r[2], r[3]), high23 = _mm256_unpackhi_ps(r[2], r[3]);
+    out[0].m = _mm256_shuffle_ps(low01, low23, 0x44);
+    out[1].m = _mm256_shuffle_ps(low01, low23, 0xee);
+    out[2].m = _mm256_shuffle_ps(high01, high23, 0x44);
+    out[3].m = _mm256_shuffle_ps(high01, high23, 0xee);
   }
 
   // dst[i][l] = (a, b, c, d) of lane 4 l + i.
@@ -105,13 +101,6 @@ struct V {
       h = _mm_packus_epi32(_mm256_castsi256_si128(top), _mm256_extracti128_si256(top, 1));
     }
     _mm_storeu_si128(reinterpret_cast<__m128i*>(p), h);
-  }
-  static V load_any(const char* p, Type type) {
-    return type == Type::f32 ? load(reinterpret_cast<const float*>(p))
-                             : load_half(reinterpret_cast<const uint16_t*>(p), type);
-  }
-  static void store_any(char* p, V a, Type type) {
-    type == Type::f32 ? store(reinterpret_cast<float*>(p), a) : store_half(reinterpret_cast<uint16_t*>(p), a, type);
   }
 };
 

@@ -45,58 +45,35 @@ struct V {
   static V max(V a, V b) { return {_mm512_max_ps(a.m, b.m)}; }
   static Int bits(V a) { return _mm512_castps_si512(a.m); }
   static Int set_int(int32_t a) { return _mm512_set1_epi32(a); }
+  static Int add_int(Int a, Int b) { return _mm512_add_epi32(a, b); }
   static Int sub_int(Int a, Int b) { return _mm512_sub_epi32(a, b); }
   static Int min_unsigned(Int a, Int b) { return _mm512_min_epu32(a, b); }
+
+  // Lane l: step · (l mod count), count a power of two.
+  static Int steps(int32_t step, int32_t count) {
+    const Int lane = _mm512_and_si512(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15), set_int(count - 1));
+    return _mm512_mullo_epi32(lane, set_int(step));
+  }
 
   // Entry `index mod 32` of the table (low, high).
   static V lookup(Int index, V low, V high) { return {_mm512_permutex2var_ps(low.m, index, high.m)}; }
 
-  static void transpose(V* r) {
-    __m512 a[16], b[16];
-    for (int i = 0; i < 16; i += 2) {
-      a[i] = _mm512_unpacklo_ps(r[i].m, r[i + 1].m);
-      a[i + 1] = _mm512_unpackhi_ps(r[i].m, r[i + 1].m);
+  // out[m] = float m of each of 16 rows of at least four, in order; row(l) is where row l begins.
+  template <class F> static void quads_of(F row, V* out) {
+    __m512 r[4];
+    KAF_UNROLL
+    for (int j = 0; j < 4; ++j) {  // rows j, j + 4, j + 8, j + 12 side by side
+      r[j] = _mm512_castps128_ps512(_mm_loadu_ps(row(j)));
+      r[j] = _mm512_insertf32x4(r[j], _mm_loadu_ps(row(j + 4)), 1);
+      r[j] = _mm512_insertf32x4(r[j], _mm_loadu_ps(row(j + 8)), 2);
+      r[j] = _mm512_insertf32x4(r[j], _mm_loadu_ps(row(j + 12)), 3);
     }
-    for (int i = 0; i < 16; i += 4)
-      for (int h = 0; h < 2; ++h) {
-        b[i + 2 * h] = _mm512_shuffle_ps(a[i + h], a[i + 2 + h], 0x44);
-        b[i + 2 * h + 1] = _mm512_shuffle_ps(a[i + h], a[i + 2 + h], 0xee);
-      }
-    for (int i = 0; i < 4; ++i) {  // quarters: b[i], b[4 + i], b[8 + i], b[12 + i] hold rows 0-3, 4-7, 8-11, 12-15
-      const __m512 even = _mm512_shuffle_f32x4(b[i], b[4 + i], 0x88), odd = _mm512_shuffle_f32x4(b[i], b[4 + i], 0xdd);
-      const __m512 even2 = _mm512_shuffle_f32x4(b[8 + i], b[12 + i], 0x88);
-      const __m512 odd2 = _mm512_shuffle_f32x4(b[8 + i], b[12 + i], 0xdd);
-      r[i].m = _mm512_shuffle_f32x4(even, even2, 0x88);
-      r[8 + i].m = _mm512_shuffle_f32x4(even, even2, 0xdd);
-      r[4 + i].m = _mm512_shuffle_f32x4(odd, odd2, 0x88);
-      r[12 + i].m = _mm512_shuffle_f32x4(odd, odd2, 0xdd);
-    }
-  }
-
-  // c[m] = coefficient m of each lane's row of eight.
-  static void rows(const float* table, Int row, V* c) {
-    alignas(64) int32_t index[16];
-    _mm512_store_si512(index, row);
-    __m512 r[8], a[8], b[8];
-    for (int l = 0; l < 8; ++l)  // lanes l and l + 8 side by side
-      r[l] = _mm512_insertf32x8(_mm512_castps256_ps512(_mm256_loadu_ps(table + static_cast<int64_t>(index[l]) * 8)),
-                                _mm256_loadu_ps(table + static_cast<int64_t>(index[l + 8]) * 8), 1);
-    for (int i = 0; i < 8; i += 2) {
-      a[i] = _mm512_unpacklo_ps(r[i], r[i + 1]);
-      a[i + 1] = _mm512_unpackhi_ps(r[i], r[i + 1]);
-    }
-    for (int i = 0; i < 8; i += 4)
-      for (int h = 0; h < 2; ++h) {
-        b[i + 2 * h] = _mm512_shuffle_ps(a[i + h], a[i + 2 + h], 0x44);
-        b[i + 2 * h + 1] = _mm512_shuffle_ps(a[i + h], a[i + 2 + h], 0xee);
-      }
-    const __m512i lower = _mm512_setr_epi64(0, 1, 8, 9, 4, 5, 12, 13);
-    const __m512i upper = _mm512_setr_epi64(2, 3, 10, 11, 6, 7, 14, 15);
-    for (int i = 0; i < 4; ++i) {
-      const __m512d p = _mm512_castps_pd(b[i]), q = _mm512_castps_pd(b[4 + i]);
-      c[i].m = _mm512_castpd_ps(_mm512_permutex2var_pd(p, lower, q));
-      c[4 + i].m = _mm512_castpd_ps(_mm512_permutex2var_pd(p, upper, q));
-    }
+    const __m512 low01 = _mm512_unpacklo_ps(r[0], r[1]), high01 = _mm512_unpackhi_ps(r[0], r[1]);
+    const __m512 low23 = _mm512_unpacklo_ps(r[2], r[3]), high23 = _mm512_unpackhi_ps(r[2], r[3]);
+    out[0].m = _mm512_shuffle_ps(low01, low23, 0x44);
+    out[1].m = _mm512_shuffle_ps(low01, low23, 0xee);
+    out[2].m = _mm512_shuffle_ps(high01, high23, 0x44);
+    out[3].m = _mm512_shuffle_ps(high01, high23, 0xee);
   }
 
   // dst[i][l] = (a, b, c, d) of lane 4 l + i.
@@ -133,13 +110,6 @@ struct V {
       h = _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7fc00000)), 16));
     }
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), h);
-  }
-  static V load_any(const char* p, Type type) {
-    return type == Type::f32 ? load(reinterpret_cast<const float*>(p))
-                             : load_half(reinterpret_cast<const uint16_t*>(p), type);
-  }
-  static void store_any(char* p, V a, Type type) {
-    type == Type::f32 ? store(reinterpret_cast<float*>(p), a) : store_half(reinterpret_cast<uint16_t*>(p), a, type);
   }
 };
 

@@ -26,9 +26,11 @@ template <> struct Precision<double> {
 };
 
 constexpr int kTile = 1024;         // elements of one channel handled at a time
-constexpr int kBlockTile = 256;     // positions of a block of channels handled at a time
-constexpr int kBlock = 16;          // channels of a block, where channels are innermost
-constexpr int kCopies = 4;          // of the cell sums, so that equal x do not wait for each other
+constexpr int kCopies = 2;          // of its cell sums, so that equal x do not wait for each other
+constexpr int kColumns = 32;        // channels handled together where channels are innermost in memory
+constexpr int kColumnTile = 128;    // and positions
+constexpr int kRow = kColumnTile + 16;  // from one channel's row to the next in their buffers, not a multiple of 4 KiB
+constexpr int kColumnFlush = 512;   // positions whose sums may be held in float32
 constexpr int kPermuteCells = 32;   // tables of as many cells are looked up with permutes, where V has them
 
 // ---------------------------------------------------------------------------------------------- basis and tables
@@ -132,9 +134,9 @@ inline void sort_points(Basis& b, const double* dictionary, int64_t d) {
 }
 
 #ifdef KAF_SCALAR
-constexpr bool kPermutes = false;
+constexpr bool kScalar = true, kPermutes = false;
 #else
-constexpr bool kPermutes = V::kPermutes;
+constexpr bool kScalar = false, kPermutes = V::kPermutes;
 #endif
 
 template <class T> void make_bases_of(Plan& p, int64_t begin, int64_t end) {
@@ -199,6 +201,15 @@ template <class T> const Basis& basis_with_values(const Plan& p, int64_t c, Basi
   return own;
 }
 
+// Whether run_columns can do it: otherwise channels are handled as strided rows.
+inline bool columns_fit(const Plan& p) {
+  if (kScalar || p.float64 || !p.channels_inner || p.channels % 16 || !p.shared_basis) return false;
+  if (p.bases[0].cells.count == 0 || p.bases[0].cells.count > 128) return false;
+  for (const View* v : {&p.x, &p.grad, &p.grad_x, &p.outputs[0], &p.outputs[1]})
+    if (*v && v->channel_stride != 1) return false;
+  return true;
+}
+
 template <class T> void make_tables_of(Plan& p, int64_t begin, int64_t end) {
   constexpr int P = Precision<T>::kPoints;
   const int64_t d = p.dictionary_size;
@@ -246,6 +257,11 @@ template <class T> struct Grid {
     const int i = static_cast<int>(x == x ? n : low * inverse) - static_cast<int>(first);
     return std::min(std::max(i, 0), static_cast<int>(count) - 1);
   }
+};
+
+// Where the elements handled next lie: x and its weights, nullptr where not known.
+template <class T> struct Next {
+  const T* data[2] = {};
 };
 
 template <class T>
@@ -296,93 +312,158 @@ struct Lanes {
   inline typename V::Int row(typename V::Int bits) const { return V::min_unsigned(V::sub_int(bits, origin), last); }
 };
 
-template <bool Permute, bool Weighted, bool Add>
-void eval_vector(const Grid<float>& g, const float* table, const float* x, const float* w, float* out, int64_t n) {
+constexpr int kGroup = 256;  // elements whose places are found before they are used, so that loads do not wait for stores
+
+// Places of a group of elements: v, and where each one's row of coefficients begins, in floats.
+struct Places {
+  alignas(64) float v[kGroup];
+  alignas(64) uint32_t row[kGroup];
+  void find(const Lanes& lanes, int e, V x) {
+    typename V::Int cell;
+    V::store(v + e, lanes.locate(x, cell));
+    V::store_int(row + e, V::template shift_left<3>(lanes.row(cell)));
+  }
+  V polynomial(int e, const float* table) const {  // Σ_m c_m v^m
+    V c[8];
+    V::quads_of([&](int l) { return table + row[e + l]; }, c);
+    V::quads_of([&](int l) { return table + row[e + l] + 4; }, c + 4);
+    const V at = V::load(v + e);
+    V y = c[7];
+    KAF_UNROLL
+    for (int m = 6; m >= 0; --m) y = V::fma(y, at, c[m]);
+    return y;
+  }
+};
+
+// The last elements of a row, fewer than a vector, with zeros after them.
+struct Tail {
+  float data[V::kWidth] = {};
+  Tail(const float* from, int64_t n) {
+    if (from) std::copy(from, from + n, data);
+  }
+};
+
+template <bool Weighted, bool Add> inline V weighted(V y, const float* w, const float* out) {
+  if constexpr (Weighted && Add) return V::fma(y, V::load(w), V::load(out));
+  if constexpr (Weighted) return V::mul(y, V::load(w));
+  if constexpr (Add) return V::add(y, V::load(out));
+  return y;
+}
+
+// out = [out +] [w] curve(x), with the table held in registers.
+template <bool Weighted, bool Add>
+void eval_permute(const Grid<float>& g, const float* table, const float* x, const float* w, float* out, int64_t n) {
   constexpr int P = 8;
   const Lanes lanes(g);
   V low[P], high[P];
-  if constexpr (Permute)
-    for (int m = 0; m < P; ++m) {
-      low[m] = V::load(table + m * kPermuteCells);
-      high[m] = V::load(table + m * kPermuteCells + kPermuteCells / 2);
-    }
-  auto step = [&](const float* xe, const float* we, float* oe) __attribute__((always_inline)) {
+  for (int m = 0; m < P; ++m) {
+    low[m] = V::load(table + m * kPermuteCells);
+    high[m] = V::load(table + m * kPermuteCells + kPermuteCells / 2);
+  }
+  const auto step = [&](const float* xe, const float* we, float* oe) __attribute__((always_inline)) {
     typename V::Int cell;
     const V v = lanes.locate(V::load(xe), cell);
-    V y;
-    if constexpr (Permute) {
-      y = V::lookup(cell, low[P - 1], high[P - 1]);
-      for (int m = P - 2; m >= 0; --m) y = V::fma(y, v, V::lookup(cell, low[m], high[m]));
-    } else {
-      V c[P];
-      V::rows(table, lanes.row(cell), c);
-      y = c[P - 1];
-      for (int m = P - 2; m >= 0; --m) y = V::fma(y, v, c[m]);
-    }
-    if constexpr (Weighted && Add) y = V::fma(y, V::load(we), V::load(oe));
-    else if constexpr (Weighted) y = V::mul(y, V::load(we));
-    else if constexpr (Add) y = V::add(y, V::load(oe));
-    V::store(oe, y);
+    V y = V::lookup(cell, low[P - 1], high[P - 1]);
+    KAF_UNROLL
+    for (int m = P - 2; m >= 0; --m) y = V::fma(y, v, V::lookup(cell, low[m], high[m]));
+    V::store(oe, weighted<Weighted, Add>(y, we, oe));
   };
   int64_t e = 0;
-  for (; e + V::kWidth <= n; e += V::kWidth) step(x + e, Weighted ? w + e : nullptr, out + e);
+  for (; e + V::kWidth <= n; e += V::kWidth) step(x + e, w + e, out + e);
   if (e < n) {
-    float xt[V::kWidth] = {}, wt[V::kWidth] = {}, ot[V::kWidth] = {};
-    std::copy(x + e, x + n, xt);
-    if (Weighted) std::copy(w + e, w + n, wt);
-    if (Add) std::copy(out + e, out + n, ot);
-    step(xt, wt, ot);
-    std::copy(ot, ot + (n - e), out + e);
+    Tail xt(x + e, n - e), wt(Weighted ? w + e : nullptr, n - e), ot(Add ? out + e : nullptr, n - e);
+    step(xt.data, wt.data, ot.data);
+    std::copy(ot.data, ot.data + (n - e), out + e);
   }
 }
 
-template <bool Permute>
-void eval_any(const Grid<float>& g, const float* table, const float* x, const float* w, float* out, int64_t n,
-              bool add) {
-  if (w) add ? eval_vector<Permute, true, true>(g, table, x, w, out, n)
-             : eval_vector<Permute, true, false>(g, table, x, w, out, n);
-  else add ? eval_vector<Permute, false, true>(g, table, x, w, out, n)
-           : eval_vector<Permute, false, false>(g, table, x, w, out, n);
-}
-
-// sums[cell][m] += w v^m. Each element adds to one row of eight, in one of kCopies tables of rows that are zero between
-// calls; short sums in float32, then added up in double.
-inline void spread_vector(const Grid<float>& g, const float* x, const float* w, int64_t n, double* sums, float* copies) {
-  constexpr int P = 8, W = V::kWidth, kGroup = 256;
-  const int64_t stride = static_cast<int64_t>(g.count) * P;
+// The same with a table of any number of cells in memory.
+template <bool Weighted, bool Add>
+void eval_rows(const Grid<float>& g, const float* table, const float* x, const float* w, float* out, int64_t n) {
   const Lanes lanes(g);
-  char* base[kCopies];
-  for (int i = 0; i < kCopies; ++i) base[i] = reinterpret_cast<char*>(copies + i * stride);
-  // Rows and their places are made for a whole group before they are added, so that loads do not wait for stores.
-  alignas(64) float quads[4 * kGroup], fourth[kGroup];
-  alignas(64) uint32_t offset[kGroup];
-  for (int64_t begin = 0; begin < n; begin += kGroup) {
-    const int64_t size = std::min<int64_t>(n - begin, kGroup);
-    const auto prepare = [&](int64_t e, V xe, V we) __attribute__((always_inline)) {
-      typename V::Int cell;
-      const V v = lanes.locate(xe, cell), v2 = V::mul(v, v), wv = V::mul(we, v);
-      V::store_quads(quads + 4 * e, we, wv, V::mul(we, v2), V::mul(wv, v2));
-      V::store(fourth + e, V::mul(v2, v2));
-      V::store_int(offset + e, V::template shift_left<5>(lanes.row(cell)));
-    };
-    int64_t e = 0;
-    for (; e + W <= size; e += W)
-      prepare(e, V::load(x + begin + e), w ? V::load(w + begin + e) : V::set(1));
-    if (e < size) {
-      float xt[W] = {}, wt[W] = {};
-      std::copy(x + begin + e, x + begin + size, xt);
-      for (int64_t i = 0; i < size - e; ++i) wt[i] = w ? w[begin + e + i] : 1;
-      prepare(e, V::load(xt), V::load(wt));
+  Places places;
+  for (int64_t begin = 0; begin < n; begin += kGroup, x += kGroup, w += kGroup, out += kGroup) {
+    const int length = static_cast<int>(std::min<int64_t>(n - begin, kGroup)), whole = length / V::kWidth * V::kWidth;
+    for (int e = 0; e < whole; e += V::kWidth) places.find(lanes, e, V::load(x + e));
+    if (whole < length) places.find(lanes, whole, V::load(Tail(x + whole, length - whole).data));
+    for (int e = 0; e < whole; e += V::kWidth)
+      V::store(out + e, weighted<Weighted, Add>(places.polynomial(e, table), w + e, out + e));
+    if (whole < length) {
+      Tail wt(Weighted ? w + whole : nullptr, length - whole), ot(Add ? out + whole : nullptr, length - whole);
+      V::store(ot.data, weighted<Weighted, Add>(places.polynomial(whole, table), wt.data, ot.data));
+      std::copy(ot.data, ot.data + (length - whole), out + whole);
     }
-    for (e = 0; e < size; e += W)
-      for (int i = 0; i < 4; ++i)
-        for (int l = 0; l < W / 4; ++l)
-          V::add_row(base[i] + offset[e + 4 * l + i], quads + 4 * e + i * W + 4 * l, fourth + e + 4 * l + i);
   }
-  static_assert(kCopies == 4);
-  for (int64_t i = 0; i < stride; ++i)
-    sums[i] += static_cast<double>((copies[i] + copies[i + stride]) + (copies[i + 2 * stride] + copies[i + 3 * stride]));
-  std::fill(copies, copies + kCopies * stride, 0.0f);
+}
+
+template <bool Weighted, bool Add>
+void eval_vector(const Grid<float>& g, const float* table, const float* x, const float* w, float* out, int64_t n) {
+  if constexpr (kPermutes)
+    if (g.count == kPermuteCells) return eval_permute<Weighted, Add>(g, table, x, w, out, n);
+  eval_rows<Weighted, Add>(g, table, x, w, out, n);
+}
+
+// Sums of w v^m in float32, a row of eight for each cell. Every lane of a vector has a table of rows of its own (or
+// shares one with few others), so that elements in the same cell do not wait for each other. Rows and their places are
+// made for a whole group before they are added, so that loads do not wait for stores.
+class Spreader {
+ public:
+  explicit Spreader(const Grid<float>& g) : lanes_(g) {}
+
+  // tables[l]: where lane l's table begins, in bytes from the base given to add().
+  void prepare(int e, V x, V w, typename V::Int tables) {
+    typename V::Int cell;
+    const V v = lanes_.locate(x, cell), v2 = V::mul(v, v), wv = V::mul(w, v);
+    V::store_quads(quads_ + 4 * e, w, wv, V::mul(w, v2), V::mul(wv, v2));
+    V::store(fourth_ + e, V::mul(v2, v2));
+    V::store_int(offset_ + e, V::add_int(V::template shift_left<5>(lanes_.row(cell)), tables));
+  }
+
+  void add(int e, char* base) const {  // the V::kWidth elements prepared at e
+    for (int i = 0; i < 4; ++i)
+      for (int l = 0; l < V::kWidth / 4; ++l)
+        V::add_row(base + offset_[e + 4 * l + i], quads_ + 4 * e + i * V::kWidth + 4 * l, fourth_ + e + 4 * l + i);
+  }
+
+ private:
+  Lanes lanes_;
+  alignas(64) float quads_[4 * kGroup], fourth_[kGroup];
+  alignas(64) uint32_t offset_[kGroup];
+};
+
+// sums += tables, and tables are zero again.
+inline void flush(float* tables, int count, int64_t size, double* sums) {
+  for (int64_t i = 0; i < size; ++i) {
+    float sum = tables[i];
+    for (int t = 1; t < count; ++t) sum += tables[t * size + i];
+    sums[i] += sum;
+  }
+  std::fill(tables, tables + count * size, 0.0f);
+}
+
+// One channel's row of elements. Adding is limited by the load ports and leaves the memory idle, so it fetches the data
+// of the tile that comes next.
+inline void spread_vector(const Grid<float>& g, const float* x, const float* w, int64_t n, double* sums, float* copies,
+                          const Next<float>& next) {
+  constexpr int W = V::kWidth;
+  const int64_t size = static_cast<int64_t>(g.count) * 8;
+  const auto tables = V::steps(static_cast<int32_t>(size * 4), kCopies);
+  Spreader spreader(g);
+  for (int64_t begin = 0; begin < n; begin += kGroup) {
+    const int length = static_cast<int>(std::min<int64_t>(n - begin, kGroup));
+    int e = 0;
+    for (; e + W <= length; e += W)
+      spreader.prepare(e, V::load(x + begin + e), V::load(w + begin + e), tables);
+    if (e < length) {
+      Tail xt(x + begin + e, length - e), wt(w + begin + e, length - e);
+      spreader.prepare(e, V::load(xt.data), V::load(wt.data), tables);
+    }
+    for (e = 0; e < length; e += W) {
+      for (const float* p : next.data) __builtin_prefetch(p ? p + begin + e : x);
+      spreader.add(e, reinterpret_cast<char*>(copies));
+    }
+  }
+  flush(copies, kCopies, size, sums);
 }
 
 #endif
@@ -391,17 +472,18 @@ template <class T>
 void eval(const Grid<T>& g, const T* table, const T* x, const T* w, T* out, int64_t n, bool add) {
 #ifndef KAF_SCALAR
   if constexpr (std::is_same_v<T, float>) {
-    if (kPermutes && g.count == kPermuteCells) eval_any<kPermutes>(g, table, x, w, out, n, add);
-    else eval_any<false>(g, table, x, w, out, n, add);
+    if (w) add ? eval_vector<true, true>(g, table, x, w, out, n) : eval_vector<true, false>(g, table, x, w, out, n);
+    else add ? eval_vector<false, true>(g, table, x, w, out, n) : eval_vector<false, false>(g, table, x, w, out, n);
     return;
   }
 #endif
   eval_scalar(g, table, x, w, out, n, add);
 }
 
-template <class T> void spread(const Grid<T>& g, const T* x, const T* w, int64_t n, double* sums, T* copies) {
+template <class T>
+void spread(const Grid<T>& g, const T* x, const T* w, int64_t n, double* sums, T* copies, const Next<T>& next) {
 #ifndef KAF_SCALAR
-  if constexpr (std::is_same_v<T, float>) return spread_vector(g, x, w, n, sums, copies);
+  if constexpr (std::is_same_v<T, float>) return spread_vector(g, x, w, n, sums, copies, next);
 #endif
   spread_scalar(g, x, w, n, sums);
 }
@@ -543,12 +625,14 @@ template <class T> bool in_place(const Plan& p, const View& v, int64_t at, int64
   return v.type == kNative<T> && v.strides[inner] == 1 && at % p.sizes[inner] + n <= p.sizes[inner];
 }
 
-template <class T> T* place(const Plan& p, const View& v, int64_t c, int64_t at) {
-  T* found = nullptr;
-  for_runs(p, v, at, 1, [&](int64_t offset, int64_t, int64_t) {
-    found = reinterpret_cast<T*>(v.data) + c * v.channel_stride + offset;
-  });
+inline int64_t place_offset(const Plan& p, const View& v, int64_t at) {
+  int64_t found = 0;
+  for_runs(p, v, at, 1, [&](int64_t offset, int64_t, int64_t) { found = offset; });
   return found;
+}
+
+template <class T> T* place(const Plan& p, const View& v, int64_t c, int64_t at) {
+  return reinterpret_cast<T*>(v.data) + c * v.channel_stride + place_offset(p, v, at);
 }
 
 template <class T> const T* load_row(const Plan& p, const View& v, int64_t c, int64_t at, int64_t n, T* buffer) {
@@ -568,63 +652,39 @@ template <class T> void store_row(const Plan& p, const View& v, int64_t c, int64
   });
 }
 
-// Channels [c, c + kBlock) of n positions, channels innermost in memory, to rows[channel][n] and back.
-template <class T>
-void load_block(const Plan& p, const View& v, int64_t c, int64_t width, int64_t at, int64_t n, T* rows) {
 #ifndef KAF_SCALAR
-  if constexpr (std::is_same_v<T, float>)
-    if (width == kBlock && v.channel_stride == 1) {
-      const int bytes = size_of(v.type);
-      for_runs(p, v, at, n, [&](int64_t offset, int64_t i, int64_t length) {
-        const int64_t step = v.strides[p.dims - 1];
-        int64_t done = 0;
-        for (; done + V::kWidth <= length; done += V::kWidth)
-          for (int part = 0; part < kBlock; part += V::kWidth) {
-            V r[V::kWidth];
-            for (int k = 0; k < V::kWidth; ++k)
-              r[k] = V::load_any(v.data + (c + part + offset + (done + k) * step) * bytes, v.type);
-            V::transpose(r);
-            for (int k = 0; k < V::kWidth; ++k) V::store(rows + (part + k) * kBlockTile + i + done, r[k]);
-          }
-        for (int k = 0; k < kBlock; ++k)
-          load_run(v.type, v.data + (c + k + offset + done * step) * bytes, step, rows + k * kBlockTile + i + done,
-                   length - done);
-      });
-      return;
-    }
-#endif
-  for (int64_t k = 0; k < width; ++k) {
-    const T* row = load_row(p, v, c + k, at, n, rows + k * kBlockTile);
-    if (row != rows + k * kBlockTile) std::copy(row, row + n, rows + k * kBlockTile);
+
+// dst[j][i] = src[i][j] for kWidth rows and columns.
+inline void transpose(const float* src, int64_t src_stride, float* dst, int64_t dst_stride) {
+  for (int j = 0; j < V::kWidth; j += 4) {
+    V columns[4];
+    V::quads_of([&](int i) { return src + i * src_stride + j; }, columns);
+    for (int k = 0; k < 4; ++k) V::store(dst + (j + k) * dst_stride, columns[k]);
   }
 }
 
-template <class T>
-void store_block(const Plan& p, const View& v, int64_t c, int64_t width, int64_t at, int64_t n, const T* rows) {
-#ifndef KAF_SCALAR
-  if constexpr (std::is_same_v<T, float>)
-    if (width == kBlock && v.channel_stride == 1) {
-      const int bytes = size_of(v.type);
-      for_runs(p, v, at, n, [&](int64_t offset, int64_t i, int64_t length) {
-        const int64_t step = v.strides[p.dims - 1];
-        int64_t done = 0;
-        for (; done + V::kWidth <= length; done += V::kWidth)
-          for (int part = 0; part < kBlock; part += V::kWidth) {
-            V r[V::kWidth];
-            for (int k = 0; k < V::kWidth; ++k) r[k] = V::load(rows + (part + k) * kBlockTile + i + done);
-            V::transpose(r);
-            for (int k = 0; k < V::kWidth; ++k)
-              V::store_any(v.data + (c + part + offset + (done + k) * step) * bytes, r[k], v.type);
-          }
-        for (int k = 0; k < kBlock; ++k)
-          store_run(v.type, v.data + (c + k + offset + done * step) * bytes, step, rows + k * kBlockTile + i + done,
-                    length - done);
-      });
-      return;
-    }
-#endif
-  for (int64_t k = 0; k < width; ++k) store_row(p, v, c + k, at, n, rows + k * kBlockTile);
+// Between kWidth positions, `step` elements apart in a tensor, of kWidth neighbouring channels, and rows[channel].
+inline void load_square(Type type, const char* src, int64_t step, float* rows) {
+  if (type == Type::f32) return transpose(reinterpret_cast<const float*>(src), step, rows, kRow);
+  alignas(64) float square[V::kWidth * V::kWidth];
+  for (int i = 0; i < V::kWidth; ++i)
+    V::store(square + i * V::kWidth, V::load_half(reinterpret_cast<const uint16_t*>(src) + i * step, type));
+  transpose(square, V::kWidth, rows, kRow);
 }
+inline void store_square(Type type, char* dst, int64_t step, const float* rows) {
+  if (type == Type::f32) return transpose(rows, kRow, reinterpret_cast<float*>(dst), step);
+  alignas(64) float square[V::kWidth * V::kWidth];
+  transpose(rows, kRow, square, V::kWidth);
+  for (int i = 0; i < V::kWidth; ++i)
+    V::store_half(reinterpret_cast<uint16_t*>(dst) + i * step, V::load(square + i * V::kWidth), type);
+}
+
+inline V load_lanes(Type type, const char* p) {
+  return type == Type::f32 ? V::load(reinterpret_cast<const float*>(p))
+                           : V::load_half(reinterpret_cast<const uint16_t*>(p), type);
+}
+
+#endif
 
 // ------------------------------------------------------------------------------------------------------------- tasks
 
@@ -632,12 +692,11 @@ void store_block(const Plan& p, const View& v, int64_t c, int64_t width, int64_t
 template <class T> struct Row {
   const T *x, *grad, *grad_x;
   T *product, *outputs[kMaxOutputs];
+  Next<T> next;
 };
 
-template <class T> void run_row(const Plan& p, int64_t c, int64_t n, const Row<T>& r, double* sums, T* copies) {
+template <class T> void run_products(const Plan& p, int64_t c, int64_t n, const Row<T>& r, const Grid<T>& grid) {
   constexpr int P = Precision<T>::kPoints;
-  const Cells& cells = p.bases[p.shared_basis ? 0 : c].cells;
-  const Grid<T> grid(cells);
   const T* weights[] = {nullptr, r.grad, r.grad_x, r.product};
   if (r.grad && r.grad_x)
     for (int64_t e = 0; e < n; ++e) r.product[e] = r.grad[e] * r.grad_x[e];
@@ -645,64 +704,148 @@ template <class T> void run_row(const Plan& p, int64_t c, int64_t n, const Row<T
   bool begun[kMaxOutputs] = {};
   for (int i = 0; i < p.products_count; ++i) {
     const Product& u = p.products[i];
-    const T* table = tables + static_cast<int64_t>(u.curve) * cells.count * P;
+    const T* table = tables + static_cast<int64_t>(u.curve) * grid.count * P;
     T* out = r.outputs[u.output];
-    if (cells.count) eval(grid, table, r.x, weights[u.weight], out, n, begun[u.output]);
+    if (grid.count) eval(grid, table, r.x, weights[u.weight], out, n, begun[u.output]);
     else eval_direct(p, c, u.curve, r.x, weights[u.weight], out, n, begun[u.output]);
     begun[u.output] = true;
   }
-  const int64_t size = cells.count ? static_cast<int64_t>(cells.count) * P : p.dictionary_size * (kMaxDegree + 1);
+}
+
+template <class T>
+void run_sums(const Plan& p, int64_t c, int64_t n, const Row<T>& r, const Grid<T>& grid, double* sums, T* copies) {
+  const T* weights[] = {nullptr, r.grad, r.grad_x, r.product};
+  const int64_t size =
+      grid.count ? int64_t{grid.count} * Precision<T>::kPoints : p.dictionary_size * (kMaxDegree + 1);
   for (int i = 0; i < p.sums_count; ++i, sums += size) {
-    if (cells.count) spread(grid, r.x, weights[p.sums[i]], n, sums, copies);
+    if (grid.count) spread(grid, r.x, weights[p.sums[i]], n, sums, copies, r.next);
     else spread_direct(p, c, r.x, weights[p.sums[i]], n, sums);
   }
 }
 
 template <class T> struct Buffers {
-  alignas(64) T x[kBlock * kBlockTile], grad[kBlock * kBlockTile], grad_x[kBlock * kBlockTile], product[kTile],
-      outputs[kMaxOutputs][kBlock * kBlockTile];
+  static constexpr int kSize = std::max(kTile, kColumns * kRow);
+  alignas(64) T x[kSize], grad[kSize], grad_x[kSize], product[kTile], outputs[kMaxOutputs][kSize];
 };
-static_assert(kBlock * kBlockTile >= kTile && kTile >= kBlockTile);
 
-// One channel, positions [begin, end).
+// A block of channels, each a row of memory, positions [begin, end).
 template <class T>
-void run_channel(const Plan& p, int64_t c, int64_t begin, int64_t end, double* sums, Buffers<T>& b, T* copies) {
+void run_rows(const Plan& p, int64_t c, int64_t width, int64_t begin, int64_t end, const std::vector<Grid<T>>& grids,
+              double* sums, Buffers<T>& b, T* copies) {
   const int64_t inner = p.sizes[p.dims - 1];
   for (int64_t at = begin, n; at < end; at += n) {
     n = std::min<int64_t>(end - at, kTile);
     if (inner >= kTile / 4) n = std::min(n, inner - at % inner);  // stay in one run: in place where possible
-    Row<T> r{load_row(p, p.x, c, at, n, b.x), load_row(p, p.grad, c, at, n, b.grad),
-             load_row(p, p.grad_x, c, at, n, b.grad_x), b.product, {}};
-    for (int i = 0; i < kMaxOutputs; ++i)
-      if (p.outputs[i]) r.outputs[i] = in_place<T>(p, p.outputs[i], at, n) ? place<T>(p, p.outputs[i], c, at) : b.outputs[i];
-    run_row(p, c, n, r, sums, copies);
-    for (int i = 0; i < kMaxOutputs; ++i)
-      if (r.outputs[i] == b.outputs[i]) store_row(p, p.outputs[i], c, at, n, b.outputs[i]);
-  }
-}
-
-// A block of channels, innermost in memory, positions [begin, end).
-template <class T>
-void run_block(const Plan& p, int64_t c, int64_t width, int64_t begin, int64_t end, double* sums, Buffers<T>& b,
-               T* copies) {
-  for (int64_t at = begin, n; at < end; at += n) {
-    n = std::min<int64_t>(end - at, kBlockTile);
-    for (int64_t first = 0; first < width; first += kBlock) {
-      const int64_t channels = std::min<int64_t>(width - first, kBlock);
-      load_block(p, p.x, c + first, channels, at, n, b.x);
-      if (p.grad) load_block(p, p.grad, c + first, channels, at, n, b.grad);
-      if (p.grad_x) load_block(p, p.grad_x, c + first, channels, at, n, b.grad_x);
-      for (int64_t k = 0; k < channels; ++k) {
-        Row<T> r{b.x + k * kBlockTile, p.grad ? b.grad + k * kBlockTile : nullptr,
-                 p.grad_x ? b.grad_x + k * kBlockTile : nullptr, b.product, {}};
-        for (int i = 0; i < kMaxOutputs; ++i) r.outputs[i] = b.outputs[i] + k * kBlockTile;
-        run_row(p, c + first + k, n, r, sums + p.sum_offset[c + first + k] - p.sum_offset[c], copies);
+    for (int64_t k = c; k < c + width; ++k) {
+      Row<T> r{load_row(p, p.x, k, at, n, b.x), load_row(p, p.grad, k, at, n, b.grad),
+               load_row(p, p.grad_x, k, at, n, b.grad_x), b.product, {}, {}};
+      if (p.sums_count && k + 1 < c + width) {
+        if (r.x != b.x) r.next.data[0] = r.x + p.x.channel_stride;
+        if (p.grad && r.grad != b.grad) r.next.data[1] = r.grad + p.grad.channel_stride;
       }
       for (int i = 0; i < kMaxOutputs; ++i)
-        if (p.outputs[i]) store_block(p, p.outputs[i], c + first, channels, at, n, b.outputs[i]);
+        if (const View& out = p.outputs[i])
+          r.outputs[i] = in_place<T>(p, out, at, n) ? place<T>(p, out, k, at) : b.outputs[i];
+      const Grid<T>& grid = grids[p.shared_basis ? 0 : k];
+      run_products(p, k, n, r, grid);
+      run_sums(p, k, n, r, grid, sums + p.sum_offset[k], copies);
+      for (int i = 0; i < kMaxOutputs; ++i)
+        if (r.outputs[i] == b.outputs[i]) store_row(p, p.outputs[i], k, at, n, b.outputs[i]);
     }
   }
 }
+
+#ifndef KAF_SCALAR
+
+// A tensor at channel c and position `at`, walked along its innermost position dimension.
+struct Walk {
+  char* data = nullptr;
+  int64_t step = 0;  // in elements
+  int bytes = 0;
+  Walk(const Plan& p, const View& v, int64_t c, int64_t at) {
+    if (!v) return;
+    bytes = size_of(v.type);
+    step = v.strides[p.dims - 1];
+    data = v.data + (place_offset(p, v, at) + c) * bytes;
+  }
+  char* at(int64_t position, int64_t channel) const { return data + (position * step + channel) * bytes; }
+
+  // Moves n positions of `width` channels to or from rows.
+  template <class Square, class Run>
+  void move(Type type, int64_t n, int64_t width, float* rows, Square square, Run run) const {
+    constexpr int W = V::kWidth;
+    const int64_t whole = n / W * W;
+    for (int64_t i = 0; i < whole; i += W)
+      for (int64_t k = 0; k < width; k += W) square(type, at(i, k), step, rows + k * kRow + i);
+    for (int64_t k = 0; whole < n && k < width; ++k)
+      run(type, at(whole, k), step, rows + k * kRow + whole, n - whole);
+  }
+
+  // Fetches this share of the n positions that come after the next `after`: all shares together fetch them all.
+  void fetch(int64_t after, int64_t n, int64_t share, int64_t shares) const {
+    if (!data) return;
+    for (int64_t i = after + n * share / shares; i < after + n * (share + 1) / shares; ++i) {
+      __builtin_prefetch(at(i, 0), 0, 2);
+      __builtin_prefetch(at(i, 16), 0, 2);
+    }
+  }
+};
+
+// Channels [c, c + width) innermost in memory, width at most kColumns and a multiple of 16, all with the same cells;
+// positions [begin, end). Curves are evaluated on rows of one channel, to and from which tiles are transposed; sums need
+// no rows, as every lane is a channel with sums of its own. Transposing waits for memory and evaluating does not, so the
+// next tile is fetched meanwhile.
+inline void run_columns(const Plan& p, int64_t c, int64_t width, int64_t begin, int64_t end, const Grid<float>& grid,
+                        double* sums, Buffers<float>& b, float* held) {
+  constexpr int W = V::kWidth, kPrepared = kGroup / W;
+  Spreader spreader(grid);
+  const int64_t size = grid.count * int64_t{8}, all = width * size, inner = p.sizes[p.dims - 1];
+  const auto sum_rows = V::steps(static_cast<int32_t>(size * 4), W);
+  const Type type = p.x.type;
+  int64_t since_flush = 0;
+  for (int64_t at = begin, n; at < end; at += n) {
+    const int64_t left = std::min(end - at, inner - at % inner);
+    n = std::min<int64_t>(left, kColumnTile);
+    const Walk x(p, p.x, c, at), grad(p, p.grad, c, at), grad_x(p, p.grad_x, c, at);
+    const Walk outputs[] = {{p, p.outputs[0], c, at}, {p, p.outputs[1], c, at}};
+    if (p.products_count) {
+      x.move(type, n, width, b.x, load_square, load_run<float>);
+      if (grad.data) grad.move(type, n, width, b.grad, load_square, load_run<float>);
+      if (grad_x.data) grad_x.move(type, n, width, b.grad_x, load_square, load_run<float>);
+      for (int64_t k = 0; k < width; ++k) {
+        for (const Walk* w : {&x, &grad, &grad_x, &outputs[0], &outputs[1]})
+          w->fetch(n, std::min<int64_t>(left - n, kColumnTile), k, width);
+        run_products(p, c + k, n,
+                     Row<float>{b.x + k * kRow, grad.data ? b.grad + k * kRow : nullptr,
+                                grad_x.data ? b.grad_x + k * kRow : nullptr, b.product,
+                                {b.outputs[0] + k * kRow, b.outputs[1] + k * kRow}, {}},
+                     grid);
+      }
+      for (int i = 0; i < kMaxOutputs; ++i)
+        if (outputs[i].data) outputs[i].move(type, n, width, b.outputs[i], store_square, store_run<float>);
+    }
+    for (int i = 0; i < p.sums_count; ++i)
+      for (int64_t k = 0; k < width; k += W)
+        for (int64_t from = 0; from < n; from += kPrepared) {
+          const int64_t to = std::min<int64_t>(n, from + kPrepared);
+          for (int64_t e = from; e < to; ++e) {
+            V w = load_lanes(type, grad.at(e, k));
+            if (p.sums[i] == kProduct) w = V::mul(w, load_lanes(type, grad_x.at(e, k)));
+            spreader.prepare(static_cast<int>(e - from) * W, load_lanes(type, x.at(e, k)), w, sum_rows);
+          }
+          for (int64_t e = from; e < to; ++e)
+            spreader.add(static_cast<int>(e - from) * W, reinterpret_cast<char*>(held + i * all + k * size));
+        }
+    since_flush += n;
+    if (since_flush < kColumnFlush && at + n < end) continue;
+    since_flush = 0;
+    for (int i = 0; i < p.sums_count; ++i)
+      for (int64_t k = 0; k < width; ++k)
+        flush(held + i * all + k * size, 1, size, sums + p.sum_offset[c + k] + i * size);
+  }
+}
+
+#endif
 
 struct alignas(64) Line {
   char bytes[64];
@@ -710,15 +853,27 @@ struct alignas(64) Line {
 
 template <class T> void run_of(Plan& p, int64_t begin, int64_t end) {
   int most = 0;
-  for (const Basis& b : p.bases) most = std::max(most, b.cells.count);
+  std::vector<Grid<T>> grids;
+  for (const Basis& b : p.bases) {
+    most = std::max(most, b.cells.count);
+    grids.emplace_back(b.cells);
+  }
   const auto buffers = std::make_unique_for_overwrite<Buffers<T>>();
-  std::vector<Line> copies(p.sums_count ? kCopies * most * Precision<T>::kPoints * sizeof(T) / sizeof(Line) + 1 : 0);
+  std::vector<Line> tables(p.sums_count * kColumns * most * Precision<T>::kPoints * sizeof(T) / sizeof(Line) + 1);
+  T* const copies = reinterpret_cast<T*>(tables.data());
   for (int64_t task = begin; task < end; ++task) {
-    const int64_t chunk = task / p.blocks, c = task % p.blocks * p.block;
+    const int64_t chunk = task / p.blocks, c = task % p.blocks * p.block, width = std::min(p.block, p.channels - c);
     const int64_t at = chunk * p.chunk, stop = std::min(at + p.chunk, p.positions);
-    double* sums = p.sums_count ? p.partial.get() + chunk * p.sums_size + p.sum_offset[c] : nullptr;
-    if (p.block == 1) run_channel(p, c, at, stop, sums, *buffers, reinterpret_cast<T*>(copies.data()));
-    else run_block(p, c, std::min(p.block, p.channels - c), at, stop, sums, *buffers, reinterpret_cast<T*>(copies.data()));
+    double* sums = p.partial.get() + chunk * p.sums_size;  // of this chunk; the block's part of them is this task's own
+    std::fill(sums + p.sum_offset[c], sums + (c + width < p.channels ? p.sum_offset[c + width] : p.sums_size), 0.0);
+#ifndef KAF_SCALAR
+    if constexpr (std::is_same_v<T, float>)
+      if (columns_fit(p)) {
+        run_columns(p, c, width, at, stop, grids[0], sums, *buffers, copies);
+        continue;
+      }
+#endif
+    run_rows(p, c, width, at, stop, grids, sums, *buffers, copies);
   }
 }
 
@@ -792,7 +947,7 @@ template <class T> void layout_of(Plan& p) {
   }
   p.sums_size = sums;
   p.tables.reset(new char[tables * sizeof(T)]);
-  p.partial.reset(new double[p.chunks * sums]());
+  p.partial.reset(new double[p.chunks * sums]);
 }
 
 #define KAF_BOTH(name)                                         \

@@ -199,12 +199,13 @@ void set_geometry(Plan& p, const Arguments& a, const std::vector<std::pair<View*
     for (int i = 0; i < p.dims; ++i) view->strides[i] = merged[i].strides[t];
   }
   p.float64 = p.x.type == Type::f64;
-  // Enough tasks to share among threads, large enough to be worth it; a block of channels where they are innermost.
-  const bool inner_channels = p.channels > 1 && p.x.channel_stride == 1 && p.x.strides[p.dims - 1] != 1;
-  p.block = inner_channels ? 64 : 1;
+  // Tasks follow memory: a range of positions, all channels or some of many. Each leaves its own cell sums, so it must be
+  // long enough for those not to count; a few at least, for the threads to share.
+  p.channels_inner = p.channels > 1 && p.x.channel_stride == 1 && p.x.strides[p.dims - 1] != 1;
+  p.block = p.channels_inner ? 32 : 64;
   p.blocks = (p.channels + p.block - 1) / p.block;
-  const int64_t most = std::clamp<int64_t>(p.positions * p.channels / 65536, 2048, 16384);
-  p.chunks = std::clamp<int64_t>(p.positions / most, 1, 64);
+  p.chunks = std::clamp<int64_t>(p.positions / 8192, (8 + p.blocks - 1) / p.blocks, 256);
+  p.chunks = std::clamp<int64_t>(p.positions / 1024, 1, p.chunks);
   p.chunk = (p.positions + p.chunks - 1) / p.chunks;
 }
 

@@ -21,6 +21,13 @@
 
 #include "../kaf_math.h"
 
+// Before loops over arrays of vector registers, which must be unrolled whole to stay in registers.
+#ifdef __clang__
+#define KAF_UNROLL _Pragma("unroll")
+#else
+#define KAF_UNROLL _Pragma("GCC unroll 16")
+#endif
+
 namespace kaf {
 
 enum class Type : uint8_t { f32, f64, bf16, f16 };
@@ -95,6 +102,7 @@ struct Plan {
 
   // Tasks: chunks of positions × blocks of channels, fixed by the shapes alone so that results do not depend on threads.
   int64_t chunk = 0, chunks = 0, block = 0, blocks = 0;
+  bool channels_inner = false;               // channels are innermost in memory
 };
 
 // One instruction set's loops. Each handles items [begin, end) and may be called from several threads at once.

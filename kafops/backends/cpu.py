@@ -1,8 +1,12 @@
 """The compiled CPU kernels: loads kafops._C, and keeps the reason where it cannot."""
 
+import importlib
+
 load_error: str | None = None
 try:
-    from kafops import _C  # registers the kernels of the operators that kafops.ops declares
+    _C = importlib.import_module("kafops._C")  # registers the kernels of the operators that kafops.ops declares
+except ModuleNotFoundError:
+    load_error = "kafops was installed without compiled kernels; reinstall it where there is a C++ compiler"
 except ImportError as error:
     load_error = str(error)
 else:

@@ -38,7 +38,7 @@ def draw(cost: dict[str, Any]) -> bytes:
         time.set_title("time of a training step")
         memory.set_title("memory kept for backward")
         for axes in (time, memory):
-            axes.set_xlim(0, 1.45 * axes.dataLim.x1)
+            axes.set_xlim(0, 1.6 * axes.dataLim.x1)
             axes.xaxis.set_visible(False)
             axes.spines["bottom"].set_visible(False)
             style.bare(axes)

@@ -8,6 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
+from matplotlib.ticker import MaxNLocator
 from torch import Tensor, nn
 
 import kafops
@@ -39,7 +40,7 @@ def collect(before: nn.Module, after: nn.Module, images: Tensor) -> list[LayerCu
         channels = _spread(new[i].num_parameters, CHANNELS)
         collected.append(
             LayerCurves(
-                f"activation {i + 1} of {len(new)}",
+                f"activation\n{i + 1} of {len(new)}",
                 new[i].boundary,
                 channels,
                 sample(old[i])[channels],
@@ -60,14 +61,15 @@ def sample(layer: kafops.KAF) -> Tensor:  # [C, POINTS]
 def draw(layers: list[LayerCurves]) -> bytes:
     """Draw the small multiples."""
     with style.context():
-        figure = style.figure(height=1.15 * len(layers) + 0.7)
+        figure = style.figure(height=1.05 * len(layers) + 0.7)
         grid = figure.subplots(len(layers), CHANNELS, sharex=True, sharey="row", squeeze=False)
         for row, layer in zip(grid, layers, strict=True):
             for axes in row[len(layer.channels) :]:
                 axes.set_visible(False)
             for place, axes in enumerate(row[: len(layer.channels)]):
                 _panel(axes, layer, place)
-            row[0].set_title(f"{layer.title}, channel {layer.channels[0]}", fontsize=8)
+            row[0].set_ylabel(layer.title, fontsize=8)
+            row[0].yaxis.set_major_locator(MaxNLocator(nbins=3, integer=True))
         for axes in grid[-1]:
             axes.set_xlabel("input")
         _legend(figure)

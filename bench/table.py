@@ -1,0 +1,190 @@
+"""The rows of the table: what is timed, against which baseline, and the target it must reach."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import kafops
+from bench import problems
+from bench.problems import Call, Curve, Problem
+from models.networks import ResNet
+
+CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """Two calls to be timed in turn."""
+
+    candidate: Call
+    baseline: Call
+    calls: int = 1  # per timed round
+    bytes_moved: int | None = None  # the least that the candidate must move
+    exact: Callable[[], tuple[Tensor, ...]] | None = None  # what the candidate returns, in float64
+    same_function: bool = False  # whether the baseline returns the same
+
+
+@dataclass(frozen=True)
+class Row:
+    """One comparison. `limit` is the most that candidate / baseline may be to meet the target; None: for context."""
+
+    key: str
+    what: str
+    baseline: str
+    limit: float | None
+    make: Callable[[], Pair]
+    rounds: int = 60
+
+
+@dataclass(frozen=True)
+class Mode:
+    """A way to call a curve, and the passes over tensors as large as x that it cannot avoid."""
+
+    name: str
+    call: Callable[[Curve, Problem], Call]
+    passes: int
+
+
+@dataclass(frozen=True)
+class Baseline:
+    """What kafops is compared with: its call, whether it computes the same function, how many rounds it can afford."""
+
+    name: str
+    call: Callable[[Mode, Problem], Call]
+    same_function: bool = False
+    rounds: int = 60
+
+
+def of_curve(curve: Callable[[], Curve]) -> Callable[[Mode, Problem], Call]:
+    """Make a baseline that takes the same parameters as kafops."""
+    return lambda mode, p: mode.call(curve(), p)
+
+
+def of_function(function: Curve, *parameters: Callable[[], Tensor]) -> Callable[[Mode, Problem], Call]:
+    """Make a baseline of another activation, with parameters of its own."""
+    return lambda mode, p: mode.call(function, p.of(*(make() for make in parameters)))
+
+
+def prelu_weight() -> Tensor:
+    return torch.full(problems.SHAPE[1:2], 0.25, requires_grad=True)
+
+
+def one_thread(mode: Mode, p: Problem) -> Call:
+    call = mode.call(kafops.kaf, p)
+
+    def alone() -> tuple[Tensor, ...]:
+        with problems.threads(1):
+            return call()
+
+    return alone
+
+
+FORWARD = Mode("forward", problems.forward, problems.FORWARD)
+BOTH = Mode("forward + backward", problems.forward_backward, problems.FORWARD_BACKWARD)
+PENALTY = Mode("gradient penalty (double backward)", problems.gradient_penalty, problems.GRADIENT_PENALTY)
+
+EAGER = Baseline("reference", of_curve(lambda: kafops.reference.kaf), True, rounds=5)
+COMPILED = Baseline(
+    "reference, torch.compile", of_curve(lambda: problems.compiled(kafops.reference.kaf)), True, rounds=12
+)
+COMPILED_FREE = Baseline(
+    "reference, torch.compile", of_curve(lambda: problems.compiled(kafops.reference.kaf_free)), True, rounds=12
+)
+TWO_EXPONENTIALS = Baseline(
+    "two-exponential formula, torch.compile", of_curve(lambda: problems.compiled(problems.two_exponentials)), True
+)
+PRELU = Baseline("nn.PReLU(32)", of_function(F.prelu, prelu_weight))
+SILU = Baseline("F.silu", of_function(F.silu))
+RELU = Baseline("F.relu", of_function(F.relu))
+FLOAT32 = Baseline("kafops, contiguous float32", lambda mode, p: mode.call(kafops.kaf, problems.problem()))
+TWENTY = Baseline("kafops, D = 20", FLOAT32.call)
+ONE_THREAD = Baseline("kafops, 1 thread", one_thread)
+
+
+def kaf_row(mode: Mode, baseline: Baseline, limit: float | None, variant: str = "", **case: Any) -> Row:
+    """Compare a call of kafops on `problems.problem(**case)` with a baseline."""
+
+    def make() -> Pair:
+        p = problems.problem(**case)
+        return Pair(
+            mode.call(kafops.kaf_free if case.get("free") else kafops.kaf, p),
+            baseline.call(mode, p),
+            bytes_moved=p.passes(mode.passes),
+            exact=lambda: problems.exact(mode.call, p),
+            same_function=baseline.same_function,
+        )
+
+    what = f"{mode.name}, {variant}" if variant else mode.name
+    return Row(f"{what} / {baseline.name}", what, baseline.name, limit, make, baseline.rounds)
+
+
+def small_call() -> Pair:
+    """Forward and backward of a small layer, where the time is PyTorch's and ours outside the loops."""
+    x = torch.randn(problems.SMALL_SHAPE, requires_grad=True)
+    grad = torch.randn(problems.SMALL_SHAPE)
+
+    def call(layer: nn.Module) -> Call:
+        leaves = (x, *layer.parameters())
+        return lambda: torch.autograd.grad(layer(x), leaves, grad)
+
+    channels = problems.SMALL_SHAPE[1]
+    return Pair(call(kafops.KAF2d(channels)), call(nn.PReLU(channels)), calls=100)
+
+
+def training_step() -> Pair:
+    """One step of SGD of a ResNet20 of width 16 on a batch of 128 images 3 x 32 x 32."""
+    images, labels = torch.rand(128, 3, 32, 32), torch.arange(128) % 10
+
+    def step(activation: Callable[[int], nn.Module]) -> Call:
+        torch.manual_seed(0)
+        network = ResNet(20, 16, activation, CIFAR_MEAN, CIFAR_STD)
+        optimizer = torch.optim.SGD(network.parameters(), lr=1e-3, momentum=0.9)
+
+        def call() -> tuple[Tensor, ...]:
+            optimizer.zero_grad()
+            loss = F.cross_entropy(network(images), labels)
+            loss.backward()
+            optimizer.step()
+            return (loss.detach(),)
+
+        return call
+
+    return Pair(step(lambda channels: kafops.KAF2d(channels, init="isometric")), step(lambda channels: nn.ReLU()))
+
+
+def kept_bytes() -> tuple[int, int]:
+    """Return the bytes that kafops keeps for backward, and those of x and the parameters."""
+    p = problems.problem()
+    kept = problems.kept_bytes(lambda: kafops.kaf(*p.arguments()))
+    return kept, sum(t.nbytes for t in (p.x, *p.parameters))
+
+
+TARGETS = (
+    kaf_row(BOTH, COMPILED, 1 / 50),
+    kaf_row(BOTH, TWO_EXPONENTIALS, 1 / 2.5),
+    kaf_row(BOTH, PRELU, 1),
+    kaf_row(FORWARD, SILU, 3),
+    kaf_row(BOTH, SILU, 3.5),
+    kaf_row(FORWARD, FLOAT32, 1.3, "channels_last", memory_format=torch.channels_last),
+    kaf_row(BOTH, FLOAT32, 1.3, "channels_last", memory_format=torch.channels_last),
+    kaf_row(FORWARD, FLOAT32, 1.3, "bfloat16", dtype=torch.bfloat16),
+    kaf_row(BOTH, FLOAT32, 1.3, "bfloat16", dtype=torch.bfloat16),
+    kaf_row(FORWARD, FLOAT32, 1.3, "float16", dtype=torch.float16),
+    kaf_row(BOTH, FLOAT32, 1.3, "float16", dtype=torch.float16),
+    kaf_row(FORWARD, TWENTY, 3.2, "D = 64", dictionary_size=64),
+    kaf_row(BOTH, TWENTY, 3.2, "D = 64", dictionary_size=64),
+    kaf_row(BOTH, COMPILED_FREE, 1 / 15, "free dictionary", free=True),
+    kaf_row(PENALTY, EAGER, 1 / 100),
+    Row("small call", "forward + backward, KAF2d on (8, 16, 8, 8)", "nn.PReLU(16)", 3, small_call),
+    Row("training step", "ResNet20 training step, batch 128, 3×32×32", "the same with ReLU", 1.15, training_step, 20),
+    kaf_row(BOTH, ONE_THREAD, 1 / 1.6, "2 threads"),
+)
+KEPT_BYTES = ("kept bytes", "bytes kept for backward", "bytes of x and the parameters", 1.0)
+CONTEXT = (
+    *(kaf_row(FORWARD, baseline, None) for baseline in (EAGER, COMPILED, TWO_EXPONENTIALS, PRELU, RELU)),
+    *(kaf_row(BOTH, baseline, None) for baseline in (EAGER, RELU)),
+)

@@ -1,0 +1,79 @@
+import argparse
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from models.arguments import fraction, integer, radius
+from models.cli import main
+
+
+@pytest.mark.parametrize(
+    ("text", "value"), [("0.2", 0.2), ("51/255", 0.2), ("8/255", 8 / 255), ("1e-3", 0.001), (" 1 / 4 ", 0.25)]
+)
+def test_fractions(text: str, value: float) -> None:
+    assert fraction(text) == value
+
+
+@pytest.mark.parametrize("text", ["", "x", "1/0", "1/2/3", "nan", "inf", "__import__('os')", "2**3", "0x1", "1/"])
+def test_what_is_no_fraction(text: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError, match=r"wanted a number such as 0\.2 or a fraction such as 51/255"):
+        fraction(text)
+
+
+def test_ranges() -> None:
+    assert integer(0)("0") == 0
+    assert radius("255/255") == 1
+    with pytest.raises(argparse.ArgumentTypeError, match="from 1 to 9, got 10"):
+        integer(1, 9)("10")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--eps", "300/255"], "argument --eps: wanted a value in [0, 1], the range of the images, got 300/255"),
+        (["--eps", "half"], "argument --eps: wanted a number such as 0.2 or a fraction"),
+        (["--epochs", "0"], "argument --epochs: wanted a whole number from 1 to"),
+        (["--seed", "-1"], "argument --seed: wanted a whole number from 0 to"),
+        (["--width", "2.5"], "argument --width: wanted a whole number, got '2.5'"),
+        (["--lr", "0"], "argument --lr: wanted a number above 0, got 0"),
+        (["--threads", "0"], "argument --threads: wanted a whole number from 1"),
+        (["--train", "4500"], "--train 4500 and --test 1000 make more than the 5000 images there are"),
+        (["--colour", "red"], "unrecognized arguments: --colour red"),
+    ],
+)
+def test_wrong_options_are_explained(
+    arguments: list[str], message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as exit:
+        main(["demo", "--out", str(tmp_path / "run"), *arguments])
+    assert exit.value.code == 2
+    assert message in capsys.readouterr().err
+    assert not (tmp_path / "run").exists()
+
+
+def test_errors_are_one_line_without_traceback(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "mine.txt").write_text("x")
+    assert main(["demo", "--out", str(tmp_path)]) == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert "holds files of something else" in error
+    assert error.count("\n") == 1
+
+
+def test_help_names_every_option(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit:
+        main(["demo", "--help"])
+    assert exit.value.code == 0
+    shown = capsys.readouterr().out
+    for option in ("--out", "--seed", "--epochs", "--eps", "--restart", "--threads", "(default: 0.2)"):
+        assert option in shown
+
+
+def test_missing_package_is_explained() -> None:
+    code = "import sys, runpy; sys.modules['rich'] = None; runpy.run_module('models', run_name='__main__')"
+    root = Path(__file__).parents[2]
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.strip() == "error: python -m models needs the package rich; run `pip install 'kafops[models]'`"

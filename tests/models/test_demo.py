@@ -1,0 +1,174 @@
+import io
+import json
+import os
+import signal
+from html.parser import HTMLParser
+from pathlib import Path
+
+import matplotlib.image
+import pytest
+import torch
+
+from models import demo, figures, report
+from models.cli import main
+from models.demo import LABELS, Demo, Settings
+from models.evaluation import Accuracy
+from models.figures import accuracy, cost
+from models.training import Trainer
+
+TINY = "--epochs 2 --width 2 --train 40 --test 20 --batch-size 16 --pgd-steps 2 --no-compile".split()  # noqa: SIM905
+
+
+def run(out: Path, *arguments: str) -> int:
+    return main(["demo", "--out", str(out), *TINY, *arguments])
+
+
+def metrics(out: Path) -> dict:
+    return json.loads((out / "metrics.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("runs") / "demo"
+    assert run(out) == 0
+    return out
+
+
+def test_writes_everything(finished: Path) -> None:
+    for name in ("metrics.json", "report.html", "curves.png", "accuracy.png", "cost.png", "step_cost.json"):
+        assert (finished / name).stat().st_size > 0
+    content = metrics(finished)
+    assert content["settings"] == {
+        "seed": 0, "epochs": 2, "width": 2, "train": 40, "test": 20,
+        "batch_size": 16, "lr": 0.2, "eps": 0.2, "pgd_steps": 2,
+    }  # fmt: skip
+    assert content["environments"][0]["torch"] == torch.__version__
+    assert content["command"].startswith("python -m models demo --out")
+    assert set(content["results"]) == set(content["timings"]) == set(LABELS)
+    for result in content["results"].values():
+        assert 0 <= result["robust"]["correct"] <= result["clean"]["correct"] <= result["clean"]["total"] == 20
+        assert result["clean"]["accuracy"] == result["clean"]["correct"] / 20
+        assert result["clean"]["interval"] == list(Accuracy(result["clean"]["correct"], 20).interval)
+        assert [epoch["epoch"] for epoch in result["history"]] == [1, 2]
+        assert "seconds" not in json.dumps(result)
+
+
+@pytest.mark.parametrize("name", ["curves", "accuracy", "cost"])
+def test_figures_show_something(finished: Path, name: str) -> None:
+    picture = matplotlib.image.imread(finished / f"{name}.png")
+    assert picture.shape[1] > 1000
+    assert picture[..., :3].std() > 0.05
+
+
+def test_a_second_call_redoes_nothing(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = metrics(finished)
+    stamps = {p: p.stat().st_mtime_ns for p in finished.glob("*/*")}
+    for owner, name in ((Trainer, "run"), (demo, "robust_accuracy"), (demo.step_cost, "measure")):
+        monkeypatch.setattr(owner, name, lambda *a, **k: pytest.fail("done again"))
+    assert run(finished) == 0
+    assert metrics(finished) == before
+    assert {p: p.stat().st_mtime_ns for p in finished.glob("*/*")} == stamps
+
+
+def test_interrupted_twice_gives_the_same_numbers(
+    finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "demo"
+    step, taken = Trainer._step, []
+
+    def interrupted(self: Trainer, chosen: torch.Tensor) -> None:
+        step(self, chosen)
+        taken.append(1)
+        if len(taken) in (2, 9):
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(Trainer, "_step", interrupted)
+    for extra in ("--restart", "--no-compile"):  # the way to go on must not be a restart
+        assert run(out, extra) == 130
+        hint = capsys.readouterr().err
+        assert f"to go on: python -m models demo --out {out}" in hint
+        assert "--restart" not in hint
+    assert run(out) == 0
+    assert len(taken) == 3 * 2 * 3  # networks, epochs, batches: no step was taken twice
+    assert metrics(out)["results"] == metrics(finished)["results"]
+
+
+def test_interrupted_evaluation_does_not_train_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = Settings(epochs=1, width=1, train=10, test=10, batch_size=10, pgd_steps=1)
+    run = Demo(tmp_path, settings, restart=False, compiled=False, command="")
+
+    def ctrl_c(*arguments: object, **options: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(demo, "robust_accuracy", ctrl_c)
+        with pytest.raises(KeyboardInterrupt):
+            run.run()
+    steps: list[Trainer] = []
+    step = Trainer._step
+    monkeypatch.setattr(Trainer, "_step", lambda self, chosen: (steps.append(self), step(self, chosen)))
+    Demo(tmp_path, settings, restart=False, compiled=False, command="").run()
+    assert len(steps) == 2  # SiLU and KAF, one batch each
+
+
+def test_other_settings_are_refused(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = metrics(finished)
+    assert run(finished, "--seed", "1") == 1
+    assert "seed is 0 there and 1 here" in capsys.readouterr().err
+    assert metrics(finished) == before
+
+
+class Balanced(HTMLParser):
+    """Checks that tags are closed in order, and collects images and links."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.open: list[str] = []
+        self.sources: list[str] = []
+
+    def handle_starttag(self, tag: str, attributes: list[tuple[str, str | None]]) -> None:
+        self.sources += [value or "" for name, value in attributes if name in ("src", "href")]
+        if tag not in ("meta", "img"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+
+def test_report_is_one_whole_page(finished: Path) -> None:
+    text = (finished / "report.html").read_text(encoding="utf-8")
+    page = Balanced()
+    page.feed(text)
+    assert page.open == []
+    assert len(page.sources) == 3
+    assert all(source.startswith("data:image/png;base64,") for source in page.sources)
+    content = metrics(finished)
+    for result in content["results"].values():
+        assert f"{100 * result['clean']['accuracy']:.1f} %" in text
+    assert content["environments"][0]["torch"] in text
+    assert 'name="viewport"' in text
+
+
+def test_report_and_figure_of_a_step_cost_without_compiler(finished: Path) -> None:
+    content = metrics(finished)
+    content["step_cost"]["implementations"]["compiled"] = {"error": "InvalidCxxCompiler: <none> found"}
+    drawing = cost.draw(content["step_cost"])
+    text = report.page(content, LABELS, dict.fromkeys(("accuracy", "curves", "cost"), drawing))
+    assert "torch.compile of plain PyTorch could not be measured: InvalidCxxCompiler: &lt;none&gt; found" in text
+
+
+@pytest.mark.parametrize(("slowest", "warned"), [(2.0, False), (40.0, True)])
+def test_report_says_when_the_machine_was_busy(finished: Path, slowest: float, warned: bool) -> None:
+    content = metrics(finished)
+    for result in content["step_cost"]["implementations"].values():
+        result["spread_seconds"] = [1.0, slowest]
+    text = report.page(content, LABELS, dict.fromkeys(("accuracy", "curves", "cost"), b""))
+    assert ("differ up to 40-fold" in text) is warned
+    assert ("The machine was busy" in text) is warned
+
+
+def test_figures_are_reproducible() -> None:
+    rows = [accuracy.Row("ReLU", figures.style.GREY, Accuracy(99, 100), Accuracy(0, 100))]
+    first = accuracy.draw(rows, "PGD-2")
+    assert first == accuracy.draw(rows, "PGD-2")
+    assert matplotlib.image.imread(io.BytesIO(first)).shape[2] == 4

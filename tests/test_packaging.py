@@ -1,0 +1,132 @@
+"""What is built and shipped: the extension's ABI, the fallback without a compiler, the source distribution."""
+
+import importlib.metadata
+import os
+import re
+import shutil
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+
+import pytest
+
+import kafops
+
+ROOT = Path(__file__).parent.parent
+CSRC = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*") if p.suffix in (".cpp", ".h", ".inl"))
+
+
+def setup(*arguments, **environment):
+    """Run setup.py; an environment variable that is None is unset."""
+    merged = {k: v for k, v in (os.environ | environment).items() if v is not None}
+    return subprocess.run(
+        [sys.executable, "setup.py", *map(str, arguments)], cwd=ROOT, env=merged, capture_output=True, text=True
+    )
+
+
+def command(name):
+    path = shutil.which(name)
+    if path is None:
+        pytest.skip(f"{name} is not installed")
+    return path
+
+
+@pytest.fixture(scope="module")
+def extension():
+    if kafops.backends.cpu.load_error is not None:
+        pytest.skip("no compiled kernels")
+    return Path(sys.modules["kafops._C"].__file__)
+
+
+def undefined_symbols(extension):
+    nm = [command("nm"), "--dynamic", "--undefined-only", extension]
+    output = subprocess.run(nm, check=True, capture_output=True, text=True).stdout
+    return {line.split()[-1].split("@")[0] for line in output.splitlines()}
+
+
+def test_extension_is_abi3_and_small(extension):
+    assert extension.name == "_C.abi3.so"
+    assert extension.stat().st_size < 4e6
+
+
+def test_extension_uses_only_the_stable_c_interface_of_torch(extension):
+    symbols = undefined_symbols(extension)
+    assert any(s.startswith("aoti_torch_") for s in symbols)
+    # Itanium-mangled names of the namespaces at, c10, caffe2 and torch.
+    unstable = {s for s in symbols if re.match(r"_Z\w*?(2at|3c10|6caffe2|5torch)[A-Z0-9]", s)}
+    assert not unstable
+
+
+def test_extension_uses_no_private_names_of_python(extension):
+    assert not {s for s in undefined_symbols(extension) if s.startswith("_Py")}
+
+
+def test_extension_has_no_debug_information(extension):
+    sections = subprocess.run([command("readelf"), "-SW", extension], check=True, capture_output=True, text=True).stdout
+    assert ".text" in sections
+    assert ".debug" not in sections
+
+
+def test_without_a_compiler_the_build_says_so_and_goes_on(tmp_path):
+    done = setup("--version", PATH=str(tmp_path), CXX=None, KAFOPS_BUILD_CPU=None)
+    assert done.returncode == 0
+    assert "WITHOUT compiled kernels: no C++ compiler was found" in done.stderr
+
+
+def test_kernels_that_are_asked_for_but_cannot_be_built_are_an_error(tmp_path):
+    done = setup("--version", PATH=str(tmp_path), CXX=None, KAFOPS_BUILD_CPU="1")
+    assert done.returncode != 0
+    assert "KAFOPS_BUILD_CPU=1, but no C++ compiler was found" in done.stderr
+
+
+def test_a_compiler_that_fails_is_an_error(tmp_path):
+    compiler = tmp_path / "c++"
+    compiler.write_text("#!/bin/sh\necho 'no licence' >&2\nexit 1\n")
+    compiler.chmod(0o755)
+    path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+    folders = ("--build-lib", tmp_path / "lib", "--build-temp", tmp_path / "temp")
+    done = setup("build_ext", *folders, PATH=path, CXX=None, KAFOPS_BUILD_CPU=None)
+    assert done.returncode != 0
+    assert "WITHOUT" not in done.stderr
+
+
+def test_without_kernels_the_package_warns_once_and_computes(tmp_path):
+    done = setup("build", "--build-base", tmp_path / "base", "--build-lib", tmp_path / "lib", KAFOPS_BUILD_CPU="0")
+    assert done.returncode == 0
+    assert not list(tmp_path.rglob("*.so"))
+    # An editable installation would find the kernels of the working tree.
+    program = """
+import sys
+sys.meta_path = [finder for finder in sys.meta_path if "editable" not in repr(finder)]
+import warnings, torch, kafops
+x, layer = torch.randn(2, 3, requires_grad=True), kafops.KAF1d(3)
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    layer(x), layer(x).sum().backward()
+assert len(caught) == 1, caught
+expected = kafops.reference.kaf(x, layer.alpha, layer.gamma, 3.0)
+assert torch.equal(layer(x), expected)
+print(kafops.__file__, caught[0].message)
+"""
+    environment = os.environ | {"PYTHONPATH": str(tmp_path / "lib")}
+    run = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.startswith(str(tmp_path))
+    assert "plain PyTorch reference" in run.stdout
+    assert "without compiled kernels" in run.stdout
+
+
+def test_source_distribution_holds_all_sources(tmp_path):
+    done = setup("egg_info", "--egg-base", tmp_path, "sdist", "--dist-dir", tmp_path, KAFOPS_BUILD_CPU="0")
+    assert done.returncode == 0, done.stderr
+    (archive,) = tmp_path.glob("kafops-*.tar.gz")
+    with tarfile.open(archive) as tar:
+        names = {name.split("/", 1)[-1] for name in tar.getnames()}
+    assert {*CSRC, "setup.py", "pyproject.toml", "LICENSE", "kafops/py.typed", "kafops/backends/cpu.py"} <= names
+    assert not {name for name in names if name.endswith((".so", ".o")) or name.startswith(("tests/", "runs/"))}
+
+
+def test_version_is_the_same_everywhere():
+    assert importlib.metadata.version("kafops") == kafops.__version__
+    assert f"## [{kafops.__version__}]" in (ROOT / "CHANGELOG.md").read_text()
