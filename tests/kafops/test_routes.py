@@ -47,13 +47,13 @@ class Holder(torch.Tensor):
 
     @classmethod
     def of(cls, held):
-        holder = held.detach().as_subclass(cls).requires_grad_(held.requires_grad)
+        holder = torch.Tensor._make_subclass(cls, held.detach(), held.requires_grad)
         holder.held = held
         return holder
 
     @classmethod
     def __torch_function__(cls, function, types, args=(), kwargs=None):
-        return function(*(a.held if isinstance(a, cls) and hasattr(a, "held") else a for a in args), **(kwargs or {}))
+        return function(*(a.held if isinstance(a, cls) else a for a in args), **(kwargs or {}))
 
 
 @forms
