@@ -10,6 +10,7 @@ namespace KAF_ISA {
 template <class T> struct Precision;
 template <> struct Precision<float> {
   static constexpr int kPoints = 8;           // Chebyshev points and polynomial coefficients of a cell
+  static constexpr bool kMonomials = true;    // polynomials in v^m, made in double; else in T_m(v)
   static constexpr double kTail = 20;         // a Gaussian below e^-kTail is 0
   static constexpr double kWidth = 0.52;      // of a cell, times sqrt(gamma): interpolation error 2e-8
   static constexpr float kMagic = 0x1.8p23f;  // adding it rounds to an integer, left in the low bits
@@ -18,6 +19,7 @@ template <> struct Precision<float> {
 };
 template <> struct Precision<double> {
   static constexpr int kPoints = 16;
+  static constexpr bool kMonomials = false;   // their coefficients would cost four digits
   static constexpr double kTail = 41;
   static constexpr double kWidth = 0.65;      // interpolation error 3e-17
   static constexpr double kMagic = 0x1.8p52;
@@ -46,16 +48,40 @@ template <int P> inline __attribute__((always_inline)) Vector<P> load_vector(con
   return v;
 }
 
-// Values at the Chebyshev points of [-1, 1] to coefficients of v^m: Σ_i coefficients_of[i] value_i, and the transpose.
-template <int P> struct Interpolation {
+// The polynomials p_m, m = 0 … P − 1, that curves are written in on a cell: v^m or the Chebyshev polynomials T_m(v).
+template <class T> struct Polynomials {
+  static constexpr int P = Precision<T>::kPoints;
+  static constexpr bool kMonomials = Precision<T>::kMonomials;
+
+  // Σ_m c_m p_m(v), by Horner's or Clenshaw's scheme.
+  static T sum(const T* c, T v) {
+    T y = c[P - 1], after = 0;
+    for (int m = P - 2; m >= 0; --m) {
+      const T next = kMonomials ? y * v + c[m] : (m ? 2 * v : v) * y - after + c[m];
+      after = y;
+      y = next;
+    }
+    return y;
+  }
+  // out[m] = w p_m(v).
+  static void weighted(T w, T v, T* out) {
+    out[0] = w;
+    out[1] = w * v;
+    for (int m = 2; m < P; ++m) out[m] = kMonomials ? out[m - 1] * v : 2 * v * out[m - 1] - out[m - 2];
+  }
+};
+
+// From values at the Chebyshev points of [-1, 1] to coefficients of p_m: Σ_i coefficients_of[i] value_i. And the transpose.
+template <class T> struct Interpolation {
+  static constexpr int P = Precision<T>::kPoints;
   Vector<P> points, coefficients_of[P], values_of[P];
   Interpolation() {
     const long double pi = 3.141592653589793238462643383279502884L;
-    long double t[P][P] = {};  // t[n][m]: coefficient of v^m in the n-th Chebyshev polynomial
-    t[0][0] = 1;
-    if (P > 1) t[1][1] = 1;
-    for (int n = 2; n < P; ++n)
-      for (int m = 0; m < P; ++m) t[n][m] = (m > 0 ? 2 * t[n - 1][m - 1] : 0) - t[n - 2][m];
+    long double t[P][P] = {};  // t[n][m]: coefficient of p_m in T_n
+    for (int n = 0; n < P; ++n) {
+      if (!Precision<T>::kMonomials || n < 2) t[n][n] = 1;
+      else for (int m = 0; m < P; ++m) t[n][m] = (m > 0 ? 2 * t[n - 1][m - 1] : 0) - t[n - 2][m];
+    }
     for (int i = 0; i < P; ++i) {
       const long double angle = pi * (i + 0.5L) / P;
       points[i] = static_cast<double>(std::cos(angle));
@@ -67,8 +93,8 @@ template <int P> struct Interpolation {
     }
   }
 };
-template <int P> const Interpolation<P>& interpolation() {
-  static const Interpolation<P> it;
+template <class T> const Interpolation<T>& interpolation() {
+  static const Interpolation<T> it;
   return it;
 }
 
@@ -99,7 +125,7 @@ template <class T> void place_cells(Basis& b, bool permutes) {
 
 template <class T> void fill_values(Basis& b) {
   constexpr int P = Precision<T>::kPoints;
-  const auto& it = interpolation<P>();
+  const auto& it = interpolation<T>();
   const int count = b.cells.count, d = static_cast<int>(b.points.size());
   const double half = b.cells.width / 2, reach = std::sqrt(Precision<T>::kTail / b.gamma) + half;
   b.begin.assign(count, 0);
@@ -166,7 +192,7 @@ template <class T> void make_bases_of(Plan& p, int64_t begin, int64_t end) {
 template <class T, int Degree>
 void fit(const Basis& b, const double* values, const Term* terms, bool columns, T* table) {
   constexpr int P = Precision<T>::kPoints;
-  const auto& it = interpolation<P>();
+  const auto& it = interpolation<T>();
   const double half = b.cells.width / 2;
   for (int j = 0; j < b.cells.count; ++j) {
     Vector<P> at{}, coefficients{};
@@ -270,8 +296,7 @@ void eval_scalar(const Grid<T>& grid, const T* table, const T* x, const T* w, T*
   for (int64_t e = 0; e < n; ++e) {
     T v;
     const T* row = table + grid.locate(x[e], v) * P;
-    T y = row[P - 1];
-    for (int m = P - 2; m >= 0; --m) y = y * v + row[m];
+    T y = Polynomials<T>::sum(row, v);
     if (w) y *= w[e];
     out[e] = add ? out[e] + y : y;
   }
@@ -282,10 +307,9 @@ template <class T> void spread_scalar(const Grid<T>& grid, const T* x, const T* 
   for (int64_t e = 0; e < n; ++e) {
     T v;
     double* row = sums + grid.locate(x[e], v) * P;
-    T power[P];
-    power[0] = w ? w[e] : T(1);
-    for (int m = 1; m < P; ++m) power[m] = power[m - 1] * v;
-    for (int m = 0; m < P; ++m) row[m] += power[m];
+    T terms[P];
+    Polynomials<T>::weighted(w ? w[e] : T(1), v, terms);
+    for (int m = 0; m < P; ++m) row[m] += terms[m];
   }
 }
 
@@ -882,7 +906,7 @@ template <class T> void run_of(Plan& p, int64_t begin, int64_t end) {
 // moments[k][q] += Σ_cells Σ_i s_i d_i^q values_i, with s the cell's sums taken to its Chebyshev points.
 template <class T> void contract_cells(const Basis& b, const double* sums, int degree, double* moments) {
   constexpr int P = Precision<T>::kPoints;
-  const auto& it = interpolation<P>();
+  const auto& it = interpolation<T>();
   const double half = b.cells.width / 2, *values = b.values.data();
   std::vector<double> acc(b.points.size() * (degree + 1) * P);
   for (int j = 0; j < b.cells.count; ++j, sums += P) {

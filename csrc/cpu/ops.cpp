@@ -213,6 +213,7 @@ void execute(Plan& p) {
   using torch::stable::parallel_for;
   const Loops& l = loops();
   const int64_t uses = p.curves_count + p.sums_count;
+  if (uses == 0) return;  // nobody asked for anything
   const int64_t channels_at_once = p.shared_basis ? 64 / uses : 4;  // about 20 µs of work
   parallel_for(0, static_cast<int64_t>(p.bases.size()), channels_at_once,
                [&](int64_t b, int64_t e) { l.make_bases(p, b, e); });
@@ -284,7 +285,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(Tensor grad, Tensor x, Tenso
     }
     if (need_sums) p.sums[p.sums_count++] = kGrad;
     p.moment_degree = needs & kNeedGamma ? 2 : need_dictionary ? 1 : 0;
-    if (needs) execute(p);
+    execute(p);
   } else {
     p.moments.assign(p.channels * p.dictionary_size * (kMaxDegree + 1), 0.0);
   }
@@ -372,7 +373,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> double_backward(
     if (need_sums && v_x) p.sums[product_sum = p.sums_count++] = kProduct;
     if (need_sums && has_q) p.sums[grad_sum = p.sums_count++] = kGrad;
     p.moment_degree = kMaxDegree;
-    if (p.products_count || p.sums_count) execute(p);
+    execute(p);
   }
 
   // Σ_n of v g times a term (of the k-th point) plus Σ_n of g times another.
