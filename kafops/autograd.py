@@ -55,7 +55,7 @@ def transforms_active() -> bool:
 
 def _watched(tensors: tuple[Tensor | None, ...]) -> bool:
     """Whether something above autograd handles operators: __torch_function__, its modes, make_fx or torch.jit.trace."""
-    return torch._C._get_tracing_state() is not None
+    return has_torch_function(tensors) or torch._C._get_tracing_state() is not None
 
 
 def _refuse_compiled_forward_mode() -> None:

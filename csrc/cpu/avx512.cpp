@@ -34,6 +34,7 @@ struct V {
   static V load(const float* p) { return {_mm512_loadu_ps(p)}; }
   static void store(float* p, V a) { _mm512_storeu_ps(p, a.m); }
   static void store_int(uint32_t* p, Int a) { _mm512_storeu_si512(p, a); }
+  static Int load_int(const uint32_t* p) { return _mm512_loadu_si512(p); }
   template <int N> static Int shift_left(Int a) { return _mm512_slli_epi32(a, N); }
   static V set(float a) { return {_mm512_set1_ps(a)}; }
   static V add(V a, V b) { return {_mm512_add_ps(a.m, b.m)}; }
@@ -74,6 +75,32 @@ struct V {
     out[1].m = _mm512_shuffle_ps(low01, low23, 0xee);
     out[2].m = _mm512_shuffle_ps(high01, high23, 0x44);
     out[3].m = _mm512_shuffle_ps(high01, high23, 0xee);
+  }
+
+  // r[i][j] and r[j][i] change places.
+  static void transpose(V (&r)[16]) {
+    V t[16];
+    KAF_UNROLL
+    for (int i = 0; i < 16; i += 4) {  // 4 × 4 within each quarter
+      const __m512 low01 = _mm512_unpacklo_ps(r[i].m, r[i + 1].m), high01 = _mm512_unpackhi_ps(r[i].m, r[i + 1].m);
+      const __m512 low23 = _mm512_unpacklo_ps(r[i + 2].m, r[i + 3].m);
+      const __m512 high23 = _mm512_unpackhi_ps(r[i + 2].m, r[i + 3].m);
+      t[i].m = _mm512_shuffle_ps(low01, low23, 0x44);
+      t[i + 1].m = _mm512_shuffle_ps(low01, low23, 0xee);
+      t[i + 2].m = _mm512_shuffle_ps(high01, high23, 0x44);
+      t[i + 3].m = _mm512_shuffle_ps(high01, high23, 0xee);
+    }
+    KAF_UNROLL
+    for (int i = 0; i < 4; ++i) {  // then the quarters
+      const __m512 even01 = _mm512_shuffle_f32x4(t[i].m, t[i + 4].m, 0x88);
+      const __m512 odd01 = _mm512_shuffle_f32x4(t[i].m, t[i + 4].m, 0xdd);
+      const __m512 even23 = _mm512_shuffle_f32x4(t[i + 8].m, t[i + 12].m, 0x88);
+      const __m512 odd23 = _mm512_shuffle_f32x4(t[i + 8].m, t[i + 12].m, 0xdd);
+      r[i].m = _mm512_shuffle_f32x4(even01, even23, 0x88);
+      r[i + 4].m = _mm512_shuffle_f32x4(odd01, odd23, 0x88);
+      r[i + 8].m = _mm512_shuffle_f32x4(even01, even23, 0xdd);
+      r[i + 12].m = _mm512_shuffle_f32x4(odd01, odd23, 0xdd);
+    }
   }
 
   // dst[i][l] = (a, b, c, d) of lane 4 l + i.

@@ -28,11 +28,12 @@ template <> struct Precision<double> {
 };
 
 constexpr int kTile = 1024;         // elements of one channel handled at a time
-constexpr int kCopies = 2;          // of its cell sums, so that equal x do not wait for each other
+constexpr int kCopies = 4;          // of its cell sums, so that equal x do not wait for each other
 constexpr int kColumns = 32;        // channels handled together where channels are innermost in memory
 constexpr int kColumnTile = 128;    // and positions
 constexpr int kRow = kColumnTile + 16;  // from one channel's row to the next in their buffers, not a multiple of 4 KiB
-constexpr int kColumnFlush = 512;   // positions whose sums may be held in float32
+constexpr int kColumnFlush = 128;   // positions whose sums are held in float32: more would lose digits
+constexpr int kAhead = 32;          // positions that are fetched before they are needed
 constexpr int kPermuteCells = 32;   // tables of as many cells are looked up with permutes, where V has them
 
 // ---------------------------------------------------------------------------------------------- basis and tables
@@ -302,6 +303,17 @@ void eval_scalar(const Grid<T>& grid, const T* table, const T* x, const T* w, T*
   }
 }
 
+// sums += tables, and tables are zero again.
+template <class T> void flush(T* tables, int count, int64_t size, double* sums) {
+  for (int64_t i = 0; i < size; ++i) {
+    T sum = tables[i];
+    for (int t = 1; t < count; ++t) sum += tables[t * size + i];
+    sums[i] += sum;
+  }
+  std::fill(tables, tables + count * size, T(0));
+}
+
+// sums += w p_m(v), a row for each cell.
 template <class T> void spread_scalar(const Grid<T>& grid, const T* x, const T* w, int64_t n, double* sums) {
   constexpr int P = Precision<T>::kPoints;
   for (int64_t e = 0; e < n; ++e) {
@@ -455,16 +467,6 @@ class Spreader {
   alignas(64) uint32_t offset_[kGroup];
 };
 
-// sums += tables, and tables are zero again.
-inline void flush(float* tables, int count, int64_t size, double* sums) {
-  for (int64_t i = 0; i < size; ++i) {
-    float sum = tables[i];
-    for (int t = 1; t < count; ++t) sum += tables[t * size + i];
-    sums[i] += sum;
-  }
-  std::fill(tables, tables + count * size, 0.0f);
-}
-
 // One channel's row of elements. Adding is limited by the load ports and leaves the memory idle, so it fetches the data
 // of the tile that comes next.
 inline void spread_vector(const Grid<float>& g, const float* x, const float* w, int64_t n, double* sums, float* copies,
@@ -509,7 +511,10 @@ void spread(const Grid<T>& g, const T* x, const T* w, int64_t n, double* sums, T
 #ifndef KAF_SCALAR
   if constexpr (std::is_same_v<T, float>) return spread_vector(g, x, w, n, sums, copies, next);
 #endif
-  spread_scalar(g, x, w, n, sums);
+  if constexpr (std::is_same_v<T, float>) return spread_scalar(g, x, w, n, sums);
+  // Adding all to one sum would lose digits: each tile has its own first.
+  spread_scalar(g, x, w, n, reinterpret_cast<double*>(copies));
+  flush(copies, 1, static_cast<int64_t>(g.count) * Precision<T>::kPoints, sums);
 }
 
 // The same without a table, for few elements or cells too many: every Gaussian, in double.
@@ -815,6 +820,77 @@ struct Walk {
   }
 };
 
+// A block of channels of all tensors, from some position on.
+struct Block {
+  Walk x, grad, grad_x, outputs[kMaxOutputs];
+};
+
+// All products of kWidth positions from `at` and kWidth channels from k on, with the tables that permutes look up.
+// x is transposed, so that a register holds one channel, and the values back: in registers, and nothing else is, as
+// weights meet the values where they lie in memory. It goes through memory steadily, which the hardware can foresee.
+template <class V, bool Half>
+void eval_square(const Plan& p, int64_t c, int64_t k, int64_t at, const Block& data, const Lanes& lanes) {
+  constexpr int W = V::kWidth, P = Precision<float>::kPoints;
+  const Type type = Half ? p.x.type : Type::f32;
+  const auto each = [&](const Walk& w, auto use) __attribute__((always_inline)) {
+    char* position = w.at(at, k);
+    const int64_t step = w.step * (Half ? 2 : 4);
+    KAF_UNROLL
+    for (int i = 0; i < W; ++i, position += step) use(i, position);
+  };
+  alignas(64) float place[W * W], total[W * W];
+  alignas(64) uint32_t cell[W * W];
+  V y[W];
+  each(data.x, [&](int i, const char* position) {
+    y[i] = load_lanes(type, position);
+    __builtin_prefetch(position + kAhead * data.x.step * (Half ? 2 : 4));
+  });
+  V::transpose(y);
+  KAF_UNROLL
+  for (int i = 0; i < W; ++i) {
+    typename V::Int bits;
+    V::store(place + i * W, lanes.locate(y[i], bits));
+    V::store_int(cell + i * W, bits);
+  }
+  const float* const tables = reinterpret_cast<const float*>(p.tables.get()) + p.table_offset[c + k];
+  const int64_t next = p.curves_count * (P * kPermuteCells);  // from one channel's tables to the next one's
+  for (int u = 0; u < p.products_count; ++u) {
+    const Product& product = p.products[u];
+    const float* table = tables + product.curve * (P * kPermuteCells);
+    KAF_UNROLL
+    for (int i = 0; i < W; ++i, table += next) {
+      const auto bits = V::load_int(cell + i * W);
+      const V v = V::load(place + i * W);
+      const auto lookup = [&](int m) __attribute__((always_inline)) {
+        const float* column = table + m * kPermuteCells;
+        return V::lookup(bits, V::load(column), V::load(column + kPermuteCells / 2));
+      };
+      y[i] = lookup(P - 1);
+      KAF_UNROLL
+      for (int m = P - 2; m >= 0; --m) y[i] = V::fma(y[i], v, lookup(m));
+    }
+    V::transpose(y);
+    const auto weigh = [&](int i, const char* position) { y[i] = V::mul(y[i], load_lanes(type, position)); };
+    if (product.weight == kGrad || product.weight == kProduct) each(data.grad, weigh);
+    if (product.weight == kGradX || product.weight == kProduct) each(data.grad_x, weigh);
+    if (u > 0 && p.products[u - 1].output == product.output) {
+      KAF_UNROLL
+      for (int i = 0; i < W; ++i) y[i] = V::add(y[i], V::load(total + i * W));
+    }
+    if (u + 1 < p.products_count && p.products[u + 1].output == product.output) {
+      KAF_UNROLL
+      for (int i = 0; i < W; ++i) V::store(total + i * W, y[i]);
+    } else {
+      const Walk& output = data.outputs[product.output];
+      each(output, [&](int i, char* position) {
+        __builtin_prefetch(position + kAhead * output.step * (Half ? 2 : 4), 1);
+        if constexpr (Half) V::store_half(reinterpret_cast<uint16_t*>(position), y[i], type);
+        else V::store(reinterpret_cast<float*>(position), y[i]);
+      });
+    }
+  }
+}
+
 // Channels [c, c + width) innermost in memory, width at most kColumns and a multiple of 16, all with the same cells;
 // positions [begin, end). Curves are evaluated on rows of one channel, to and from which tiles are transposed; sums need
 // no rows, as every lane is a channel with sums of its own. Transposing waits for memory and evaluating does not, so the
@@ -823,6 +899,7 @@ inline void run_columns(const Plan& p, int64_t c, int64_t width, int64_t begin, 
                         double* sums, Buffers<float>& b, float* held) {
   constexpr int W = V::kWidth, kPrepared = kGroup / W;
   Spreader spreader(grid);
+  const Lanes lanes(grid);
   const int64_t size = grid.count * int64_t{8}, all = width * size, inner = p.sizes[p.dims - 1];
   const auto sum_rows = V::steps(static_cast<int32_t>(size * 4), W);
   const Type type = p.x.type;
@@ -832,7 +909,14 @@ inline void run_columns(const Plan& p, int64_t c, int64_t width, int64_t begin, 
     n = std::min<int64_t>(left, kColumnTile);
     const Walk x(p, p.x, c, at), grad(p, p.grad, c, at), grad_x(p, p.grad_x, c, at);
     const Walk outputs[] = {{p, p.outputs[0], c, at}, {p, p.outputs[1], c, at}};
-    if (p.products_count) {
+    if (kPermutes && grid.count == kPermuteCells && n >= W) {
+      if constexpr (kPermutes) {
+        const auto square = type == Type::f32 ? eval_square<V, false> : eval_square<V, true>;
+        for (int64_t i = 0; i < n; i += W)  // the last may overlap the one before
+          for (int64_t k = 0; k < width; k += W)
+            square(p, c, k, std::min(i, n - W), {x, grad, grad_x, {outputs[0], outputs[1]}}, lanes);
+      }
+    } else if (p.products_count) {
       x.move(type, n, width, b.x, load_square, load_run<float>);
       if (grad.data) grad.move(type, n, width, b.grad, load_square, load_run<float>);
       if (grad_x.data) grad_x.move(type, n, width, b.grad_x, load_square, load_run<float>);
@@ -870,10 +954,6 @@ inline void run_columns(const Plan& p, int64_t c, int64_t width, int64_t begin, 
 }
 
 #endif
-
-struct alignas(64) Line {
-  char bytes[64];
-};
 
 template <class T> void run_of(Plan& p, int64_t begin, int64_t end) {
   int most = 0;
@@ -970,7 +1050,7 @@ template <class T> void layout_of(Plan& p) {
     sums += (size ? size : p.dictionary_size * (kMaxDegree + 1)) * p.sums_count;
   }
   p.sums_size = sums;
-  p.tables.reset(new char[tables * sizeof(T)]);
+  p.tables.reset(new Line[tables * sizeof(T) / sizeof(Line) + 1]);
   p.partial.reset(new double[p.chunks * sums]);
 }
 

@@ -187,9 +187,10 @@ def test_as_exact_as_the_eager_reference(size, spacing, free):
 
 @pytest.mark.parametrize("dtype", [F32, F64, BF16], ids=str)
 @pytest.mark.parametrize("at", [0.1, -2.3, 3.0, 1e-4, 7.0])
-def test_equal_inputs(at, dtype):
+@pytest.mark.parametrize("channels", [2, 16])
+def test_equal_inputs(channels, at, dtype):
     """Roundings of equal terms do not average out: the sums must not lose digits as they grow."""
-    p = Case((20_000, 2), dtype=dtype).problem()
+    p = Case((20_000, channels), dtype=dtype).problem()
     same = [torch.full_like(p.x, value) for value in (at, 1 / 3, 0.7)]
     assert_exact(replace(p, x=same[0], grad=same[1], v=(same[2], *p.v[1:])))
 
