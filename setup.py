@@ -38,7 +38,12 @@ def extension_arguments() -> dict:
     from torch.utils.cpp_extension import BuildExtension, CppExtension
 
     flags = ["-std=c++20", "-O3", "-fvisibility=hidden", "-Wall", "-Wno-unknown-pragmas", "-g0"]
-    flags += ["-Wno-maybe-uninitialized", "-Wno-uninitialized", "-Wno-psabi", "-DTORCH_TARGET_VERSION=0x020a000000000000"]
+    flags += [
+        "-Wno-maybe-uninitialized",
+        "-Wno-uninitialized",
+        "-Wno-psabi",
+        "-DTORCH_TARGET_VERSION=0x020a000000000000",
+    ]
     flags += os.environ.get("KAFOPS_CXX_FLAGS", "").split()
     extension = CppExtension(
         "kafops._C",

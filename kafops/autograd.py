@@ -5,8 +5,8 @@ derivative raises, and so does a second one by forward mode over forward mode bu
 
 - Plain eager calls run the operators below PyTorch's autograd dispatch, which spares half of a small call's time:
   alone where no gradient is wanted, else inside `KAFEagerFunction`.
-- torch.compile, export and whatever else handles calls before autograd get the operators with their registered
-  formulas.
+- torch.compile, export, whatever else handles calls before autograd, and eager derivatives that shall be differentiated
+  once more get the operators with their registered formulas.
 - torch.func transforms and forward mode, which PyTorch does not offer for registered operators, take `KAFFunction`,
   `KAFBackwardFunction` and `KAFDoubleBackwardFunction`. Inside torch.compile these break the graph, or raise where it
   must be whole.

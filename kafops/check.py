@@ -20,7 +20,7 @@ import kafops
 from kafops import backends
 from kafops.accuracy import Problem, excess, values
 
-__all__ = ["main"]
+__all__ = ["main", "processor"]
 
 _STAGES = ("forward", "backward", "double backward")
 
@@ -87,7 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         arguments
     )
     print(f"kafops {kafops.__version__}, torch {torch.__version__}, Python {platform.python_version()}")
-    print(f"{_processor()}, {platform.system()} {platform.machine()}, {torch.get_num_threads()} threads")
+    print(f"{processor()}, {platform.system()} {platform.machine()}, {torch.get_num_threads()} threads")
     print(f"{backends.explain(torch.empty(0))}\n")
     print("largest error as a share of what rounding allows; above 1 is wrong")
     width = max(len(case.name) for case in _CASES) + 2
@@ -134,7 +134,8 @@ def _run_non_finite(width: int) -> bool:
     return right
 
 
-def _processor() -> str:
+def processor() -> str:
+    """Return the name of this machine's processor."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:

@@ -1,6 +1,7 @@
 """The two functions: argument checks, then the backend that serves the tensor's device."""
 
 import math
+import numbers
 from collections.abc import Sequence
 
 import torch
@@ -50,7 +51,7 @@ def kaf(
         >>> y = kafops.kaf(torch.randn(8, 16, 32, 32), alpha, gamma, boundary=3.0)
     """
     _check(x, alpha, gamma)
-    if isinstance(boundary, Tensor) or not isinstance(boundary, (int, float)):
+    if isinstance(boundary, bool) or not isinstance(boundary, numbers.Real):
         raise TypeError(
             f"boundary must be a Python float, got {type(boundary).__name__}; no gradient flows to it "
             "(kaf_free takes a dictionary tensor, which can be trained)"
@@ -136,8 +137,9 @@ def _check_tensor(name: str, t: Tensor, dtypes: Sequence[torch.dtype]) -> None:
     if t.dtype not in dtypes:
         wanted = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
         raise TypeError(f"{name} must have one of the dtypes {wanted}, got {name}.dtype={t.dtype}")
-    if t.layout != torch.strided:
-        raise TypeError(f"{name} must be a dense (strided) tensor, got layout {t.layout}; call .to_dense()")
+    if t.layout != torch.strided or t.is_nested:
+        layout = "a nested tensor" if t.is_nested else f"layout {t.layout}; call .to_dense()"
+        raise TypeError(f"{name} must be a dense (strided) tensor, got {layout}")
 
 
 def _shape(t: Tensor) -> str:

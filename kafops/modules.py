@@ -34,7 +34,7 @@ class KAF(nn.Module):
             Tensor → Tensor: a ridge fit to that function; or an object of `kafops.init`, such as `Normal(std=0.8)`.
         gamma: bandwidth in units of 1/x², a number or a tensor [C] or [1]; default 1/(6Δ²). Required for D = 1.
         learn_gamma: train the bandwidth of each channel, as its logarithm, so that it stays positive.
-        learn_dictionary: train the points of each channel, from the even spacing on. Slower: see `kafops.kaf_free`.
+        learn_dictionary: train the points of each channel, from the even spacing on. Costs little more.
         device, dtype: of the parameters; float32 or float64. The default is torch's default dtype, or float32 where
             that is a half type.
 

@@ -7,7 +7,8 @@ build the tensor of all N x D kernel values, so they cost D times the memory of 
 import torch
 from torch import Tensor
 
-# Beyond this |x| every kernel value is 0 in float64; the clamp turns inf - inf = nan into exp(-large) = 0.
+# Beyond this |x| every kernel value is 0, unless gamma is below 1e-33; its square is still finite in float32. Without
+# the clamp the derivatives at ±inf would be inf · 0 = nan.
 _FAR = 1e18
 
 

@@ -160,7 +160,7 @@ def _after_function(node: fx.Node, layouts: Mapping[fx.Node, _Layout | None]) ->
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
     x = layouts.get(_input(node))
     if name in _ARITHMETIC:
-        return _joined([layouts[a] for a in node.args if isinstance(a, fx.Node)])
+        return _joined([layouts[a] for a in (*node.args, *node.kwargs.values()) if isinstance(a, fx.Node)])
     if name == "flatten":
         dims = [*node.args[1:], *(node.kwargs.get(k) for k in ("start_dim", "end_dim") if k in node.kwargs)]
         return _flattened(x, *dims) if len(dims) < 3 else None
@@ -181,7 +181,7 @@ def _flattened(x: _Layout | None, start_dim: Any = 0, end_dim: Any = -1) -> _Lay
 
 def _joined(operands: list[_Layout | None]) -> _Layout | None:
     """Return the layout of a sum or product, known where all its tensors agree."""
-    first = operands[0]
+    first = operands[0] if operands else None
     agree = all(x is not None and first is not None and x[:2] == first[:2] for x in operands)
     return first if agree else None
 

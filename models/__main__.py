@@ -2,7 +2,7 @@
 
 import sys
 
-_EXTRAS = ("matplotlib", "mlxtend", "numpy", "rich", "safetensors", "torchvision")
+_EXTRAS = ("matplotlib", "mlxtend", "numpy", "rich", "safetensors")
 
 try:
     from models.cli import main

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 import kafops
+from kafops.check import processor
 
 _ROOT = Path(__file__).parent.parent
 
@@ -21,10 +22,10 @@ def describe() -> dict[str, Any]:
         "python": platform.python_version(),
         "packages": {name: _version(name) for name in ("numpy", "mlxtend", "safetensors", "matplotlib")},
         "system": platform.platform(terse=True),
-        "processor": _processor(),
+        "processor": processor(),
         "threads": torch.get_num_threads(),
         "backend": kafops.backends.explain(torch.empty(1)),
-        "commit": _commit(),
+        "commit": commit(),
     }
 
 
@@ -35,17 +36,7 @@ def _version(name: str) -> str | None:
         return None
 
 
-def _processor() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor() or platform.machine()
-
-
-def _commit() -> str | None:
+def commit() -> str | None:
     """Return the short commit, with a plus sign where files differ from it."""
     head = _git("rev-parse", "--short=12", "HEAD")
     if head is None:

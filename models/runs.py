@@ -70,7 +70,7 @@ def _read(path: Path) -> dict[str, Any] | None:
         raise RunError(f"{path / 'run.json'} is not valid JSON ({error}); choose another --out") from error
     if record is None:
         return None
-    if not isinstance(record, dict) or record.get("format") != _FORMAT:
+    if not isinstance(record, dict) or record.get("format") != _FORMAT or not isinstance(record.get("settings"), dict):
         raise RunError(f"{path} holds a run of another version or program; choose another --out")
     return record
 

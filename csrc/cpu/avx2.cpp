@@ -43,6 +43,7 @@ struct V {
   static Int add_int(Int a, Int b) { return _mm256_add_epi32(a, b); }
   static Int sub_int(Int a, Int b) { return _mm256_sub_epi32(a, b); }
   static Int min_unsigned(Int a, Int b) { return _mm256_min_epu32(a, b); }
+  static Int max_unsigned(Int a, Int b) { return _mm256_max_epu32(a, b); }
 
   // Lane l: step · (l mod count), count a power of two.
   static Int steps(int32_t step, int32_t count) {

@@ -1,6 +1,7 @@
-// Loops for AVX-512 (F, BW, DQ, VL): sixteen floats at a time, tables of 32 cells held in registers.
+// Loops for AVX-512 (F, BW, DQ, VL): sixteen floats at a time, tables of 32 cells looked up by permutes, and held in
+// registers along a channel's row.
 //
-// Operations for 16 elements with such a table: place 6, lookups 8, polynomial 7, load and store 2. The lookups and half
+// Operations for 16 elements of a row with such a table: place 6, lookups 8, polynomial 7, load and store 2. The lookups and half
 // of the rest share the two vector ports, so an evaluation takes about 11 cycles, which moves 128 bytes. A gradient sum
 // takes 8 more to prepare 16 elements and 4 loads, 2 operations and 1 store for each.
 #include "plan.h"
@@ -49,6 +50,7 @@ struct V {
   static Int add_int(Int a, Int b) { return _mm512_add_epi32(a, b); }
   static Int sub_int(Int a, Int b) { return _mm512_sub_epi32(a, b); }
   static Int min_unsigned(Int a, Int b) { return _mm512_min_epu32(a, b); }
+  static Int max_unsigned(Int a, Int b) { return _mm512_max_epu32(a, b); }
 
   // Lane l: step · (l mod count), count a power of two.
   static Int steps(int32_t step, int32_t count) {

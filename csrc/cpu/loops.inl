@@ -28,11 +28,11 @@ template <> struct Precision<double> {
 };
 
 constexpr int kTile = 1024;         // elements of one channel handled at a time
+constexpr int kHeld = 512;          // of them that are summed in float32: more that are equal would lose digits
 constexpr int kCopies = 4;          // of its cell sums, so that equal x do not wait for each other
 constexpr int kColumns = 32;        // channels handled together where channels are innermost in memory
-constexpr int kColumnTile = 128;    // and positions
+constexpr int kColumnTile = kHeld / kCopies;  // and positions, as each channel has one copy of its sums
 constexpr int kRow = kColumnTile + 16;  // from one channel's row to the next in their buffers, not a multiple of 4 KiB
-constexpr int kColumnFlush = 128;   // positions whose sums are held in float32: more would lose digits
 constexpr int kAhead = 32;          // positions that are fetched before they are needed
 constexpr int kPermuteCells = 32;   // tables of as many cells are looked up with permutes, where V has them
 
@@ -113,6 +113,9 @@ template <class T> void place_cells(Basis& b, bool permutes) {
   const double low = b.points.front() - reach, high = b.points.back() + reach;
   if (!(b.gamma > 0) || !std::isfinite(high - low)) return;
   double width = Pr::kWidth / std::sqrt(b.gamma);
+  // In cells much wider than the distances that matter, d² is lost against the error of interpolation.
+  const double span = b.points.back() - b.points.front();
+  if (span > 0) width = std::clamp(span, width / 16, width);
   const bool fits = permutes && (high - low) < width * 1.12 * (kPermuteCells - 3.1);
   if (fits) width = (high - low) / (kPermuteCells - 3.1);
   // Normal numbers only, and cell numbers small enough that i · width is exact in T.
@@ -303,14 +306,15 @@ void eval_scalar(const Grid<T>& grid, const T* table, const T* x, const T* w, T*
   }
 }
 
-// sums += tables, and tables are zero again.
-template <class T> void flush(T* tables, int count, int64_t size, double* sums) {
-  for (int64_t i = 0; i < size; ++i) {
+// sums += tables in [begin, end), each `size` long, which are zero again.
+template <class T>
+void flush(T* tables, int count, int64_t size, int64_t begin, int64_t end, double* sums) {
+  for (int64_t i = begin; i < end; ++i) {
     T sum = tables[i];
     for (int t = 1; t < count; ++t) sum += tables[t * size + i];
     sums[i] += sum;
   }
-  std::fill(tables, tables + count * size, T(0));
+  for (int t = 0; t < count; ++t) std::fill(tables + t * size + begin, tables + t * size + end, T(0));
 }
 
 // sums += w p_m(v), a row for each cell.
@@ -405,7 +409,7 @@ void eval_permute(const Grid<float>& g, const float* table, const float* x, cons
     V::store(oe, weighted<Weighted, Add>(y, we, oe));
   };
   int64_t e = 0;
-  for (; e + V::kWidth <= n; e += V::kWidth) step(x + e, w + e, out + e);
+  for (; e + V::kWidth <= n; e += V::kWidth) step(x + e, Weighted ? w + e : nullptr, out + e);
   if (e < n) {
     Tail xt(x + e, n - e), wt(Weighted ? w + e : nullptr, n - e), ot(Add ? out + e : nullptr, n - e);
     step(xt.data, wt.data, ot.data);
@@ -418,12 +422,12 @@ template <bool Weighted, bool Add>
 void eval_rows(const Grid<float>& g, const float* table, const float* x, const float* w, float* out, int64_t n) {
   const Lanes lanes(g);
   Places places;
-  for (int64_t begin = 0; begin < n; begin += kGroup, x += kGroup, w += kGroup, out += kGroup) {
+  for (int64_t begin = 0; begin < n; begin += kGroup, x += kGroup, w += Weighted ? kGroup : 0, out += kGroup) {
     const int length = static_cast<int>(std::min<int64_t>(n - begin, kGroup)), whole = length / V::kWidth * V::kWidth;
     for (int e = 0; e < whole; e += V::kWidth) places.find(lanes, e, V::load(x + e));
     if (whole < length) places.find(lanes, whole, V::load(Tail(x + whole, length - whole).data));
     for (int e = 0; e < whole; e += V::kWidth)
-      V::store(out + e, weighted<Weighted, Add>(places.polynomial(e, table), w + e, out + e));
+      V::store(out + e, weighted<Weighted, Add>(places.polynomial(e, table), Weighted ? w + e : nullptr, out + e));
     if (whole < length) {
       Tail wt(Weighted ? w + whole : nullptr, length - whole), ot(Add ? out + whole : nullptr, length - whole);
       V::store(ot.data, weighted<Weighted, Add>(places.polynomial(whole, table), wt.data, ot.data));
@@ -444,7 +448,7 @@ void eval_vector(const Grid<float>& g, const float* table, const float* x, const
 // made for a whole group before they are added, so that loads do not wait for stores.
 class Spreader {
  public:
-  explicit Spreader(const Grid<float>& g) : lanes_(g) {}
+  explicit Spreader(const Grid<float>& g) : lanes_(g) { forget(); }
 
   // tables[l]: where lane l's table begins, in bytes from the base given to add().
   void prepare(int e, V x, V w, typename V::Int tables) {
@@ -452,7 +456,10 @@ class Spreader {
     const V v = lanes_.locate(x, cell), v2 = V::mul(v, v), wv = V::mul(w, v);
     V::store_quads(quads_ + 4 * e, w, wv, V::mul(w, v2), V::mul(wv, v2));
     V::store(fourth_ + e, V::mul(v2, v2));
-    V::store_int(offset_ + e, V::add_int(V::template shift_left<5>(lanes_.row(cell)), tables));
+    const auto row = lanes_.row(cell);
+    lowest_ = V::min_unsigned(lowest_, row);
+    highest_ = V::max_unsigned(highest_, row);
+    V::store_int(offset_ + e, V::add_int(V::template shift_left<5>(row), tables));
   }
 
   void add(int e, char* base) const {  // the V::kWidth elements prepared at e
@@ -461,8 +468,23 @@ class Spreader {
         V::add_row(base + offset_[e + 4 * l + i], quads_ + 4 * e + i * V::kWidth + 4 * l, fourth_ + e + 4 * l + i);
   }
 
+  // Calls f(begin, end) with the part of each table, in floats, that was added to since this was last called.
+  template <class F> void used(F f) {
+    uint32_t low[V::kWidth], high[V::kWidth];
+    V::store_int(low, lowest_);
+    V::store_int(high, highest_);
+    forget();
+    f(8 * int64_t{*std::min_element(low, low + V::kWidth)}, 8 * int64_t{*std::max_element(high, high + V::kWidth)} + 8);
+  }
+
  private:
+  void forget() {
+    lowest_ = V::set_int(Precision<float>::kMaxCells);
+    highest_ = V::set_int(0);
+  }
+
   Lanes lanes_;
+  typename V::Int lowest_, highest_;
   alignas(64) float quads_[4 * kGroup], fourth_[kGroup];
   alignas(64) uint32_t offset_[kGroup];
 };
@@ -488,8 +510,9 @@ inline void spread_vector(const Grid<float>& g, const float* x, const float* w, 
       for (const float* p : next.data) __builtin_prefetch(p ? p + begin + e : x);
       spreader.add(e, reinterpret_cast<char*>(copies));
     }
+    if ((begin + kGroup) % kHeld == 0 || begin + kGroup >= n)
+      spreader.used([&](int64_t from, int64_t to) { flush(copies, kCopies, size, from, to, sums); });
   }
-  flush(copies, kCopies, size, sums);
 }
 
 #endif
@@ -514,7 +537,8 @@ void spread(const Grid<T>& g, const T* x, const T* w, int64_t n, double* sums, T
   if constexpr (std::is_same_v<T, float>) return spread_scalar(g, x, w, n, sums);
   // Adding all to one sum would lose digits: each tile has its own first.
   spread_scalar(g, x, w, n, reinterpret_cast<double*>(copies));
-  flush(copies, 1, static_cast<int64_t>(g.count) * Precision<T>::kPoints, sums);
+  const int64_t size = static_cast<int64_t>(g.count) * Precision<T>::kPoints;
+  flush(copies, 1, size, 0, size, sums);
 }
 
 // The same without a table, for few elements or cells too many: every Gaussian, in double.
@@ -828,7 +852,7 @@ struct Block {
 // All products of kWidth positions from `at` and kWidth channels from k on, with the tables that permutes look up.
 // x is transposed, so that a register holds one channel, and the values back: in registers, and nothing else is, as
 // weights meet the values where they lie in memory. It goes through memory steadily, which the hardware can foresee.
-template <class V, bool Half>
+template <class V, bool Half>  // V for what only a V that permutes has
 void eval_square(const Plan& p, int64_t c, int64_t k, int64_t at, const Block& data, const Lanes& lanes) {
   constexpr int W = V::kWidth, P = Precision<float>::kPoints;
   const Type type = Half ? p.x.type : Type::f32;
@@ -892,24 +916,23 @@ void eval_square(const Plan& p, int64_t c, int64_t k, int64_t at, const Block& d
 }
 
 // Channels [c, c + width) innermost in memory, width at most kColumns and a multiple of 16, all with the same cells;
-// positions [begin, end). Curves are evaluated on rows of one channel, to and from which tiles are transposed; sums need
-// no rows, as every lane is a channel with sums of its own. Transposing waits for memory and evaluating does not, so the
-// next tile is fetched meanwhile.
+// positions [begin, end). Curves are evaluated by squares where permutes look up the tables. Otherwise tiles are
+// transposed to and from rows of one channel: that waits for memory and evaluating does not, so the next tile is fetched
+// meanwhile. Sums need neither, as every lane is a channel with sums of its own.
 inline void run_columns(const Plan& p, int64_t c, int64_t width, int64_t begin, int64_t end, const Grid<float>& grid,
                         double* sums, Buffers<float>& b, float* held) {
   constexpr int W = V::kWidth, kPrepared = kGroup / W;
   Spreader spreader(grid);
   const Lanes lanes(grid);
-  const int64_t size = grid.count * int64_t{8}, all = width * size, inner = p.sizes[p.dims - 1];
+  const int64_t size = grid.count * int64_t{8}, inner = p.sizes[p.dims - 1];
   const auto sum_rows = V::steps(static_cast<int32_t>(size * 4), W);
   const Type type = p.x.type;
-  int64_t since_flush = 0;
   for (int64_t at = begin, n; at < end; at += n) {
     const int64_t left = std::min(end - at, inner - at % inner);
     n = std::min<int64_t>(left, kColumnTile);
     const Walk x(p, p.x, c, at), grad(p, p.grad, c, at), grad_x(p, p.grad_x, c, at);
     const Walk outputs[] = {{p, p.outputs[0], c, at}, {p, p.outputs[1], c, at}};
-    if (kPermutes && grid.count == kPermuteCells && n >= W) {
+    if (p.products_count && kPermutes && grid.count == kPermuteCells && n >= W) {
       if constexpr (kPermutes) {
         const auto square = type == Type::f32 ? eval_square<V, false> : eval_square<V, true>;
         for (int64_t i = 0; i < n; i += W)  // the last may overlap the one before
@@ -933,7 +956,7 @@ inline void run_columns(const Plan& p, int64_t c, int64_t width, int64_t begin, 
         if (outputs[i].data) outputs[i].move(type, n, width, b.outputs[i], store_square, store_run<float>);
     }
     for (int i = 0; i < p.sums_count; ++i)
-      for (int64_t k = 0; k < width; k += W)
+      for (int64_t k = 0; k < width; k += W) {
         for (int64_t from = 0; from < n; from += kPrepared) {
           const int64_t to = std::min<int64_t>(n, from + kPrepared);
           for (int64_t e = from; e < to; ++e) {
@@ -942,14 +965,13 @@ inline void run_columns(const Plan& p, int64_t c, int64_t width, int64_t begin, 
             spreader.prepare(static_cast<int>(e - from) * W, load_lanes(type, x.at(e, k)), w, sum_rows);
           }
           for (int64_t e = from; e < to; ++e)
-            spreader.add(static_cast<int>(e - from) * W, reinterpret_cast<char*>(held + i * all + k * size));
+            spreader.add(static_cast<int>(e - from) * W, reinterpret_cast<char*>(held));
         }
-    since_flush += n;
-    if (since_flush < kColumnFlush && at + n < end) continue;
-    since_flush = 0;
-    for (int i = 0; i < p.sums_count; ++i)
-      for (int64_t k = 0; k < width; ++k)
-        flush(held + i * all + k * size, 1, size, sums + p.sum_offset[c + k] + i * size);
+        spreader.used([&](int64_t from, int64_t to) {
+          for (int l = 0; l < W; ++l)
+            flush(held + l * size, 1, size, from, to, sums + p.sum_offset[c + k + l] + i * size);
+        });
+      }
   }
 }
 
@@ -963,7 +985,7 @@ template <class T> void run_of(Plan& p, int64_t begin, int64_t end) {
     grids.emplace_back(b.cells);
   }
   const auto buffers = std::make_unique_for_overwrite<Buffers<T>>();
-  std::vector<Line> tables(p.sums_count * kColumns * most * Precision<T>::kPoints * sizeof(T) / sizeof(Line) + 1);
+  std::vector<Line> tables(16 * most * Precision<T>::kPoints * sizeof(T) / sizeof(Line) + 1);
   T* const copies = reinterpret_cast<T*>(tables.data());
   for (int64_t task = begin; task < end; ++task) {
     const int64_t chunk = task / p.blocks, c = task % p.blocks * p.block, width = std::min(p.block, p.channels - c);
@@ -1036,7 +1058,8 @@ template <class T> void contract_of(Plan& p, int64_t begin, int64_t end) {
   }
 }
 
-// Sizes that depend on the cells: where each channel's tables and sums begin.
+// Sizes that depend on the cells: where each channel's tables and sums begin, and fewer chunks where cells are so many
+// that the sums of all chunks would take more memory than the elements.
 template <class T> void layout_of(Plan& p) {
   constexpr int P = Precision<T>::kPoints;
   p.table_offset.resize(p.channels);
@@ -1050,6 +1073,10 @@ template <class T> void layout_of(Plan& p) {
     sums += (size ? size : p.dictionary_size * (kMaxDegree + 1)) * p.sums_count;
   }
   p.sums_size = sums;
+  if (sums) {
+    p.chunks = std::clamp<int64_t>(p.channels * p.positions / sums, 1, p.chunks);
+    p.chunk = (p.positions + p.chunks - 1) / p.chunks;
+  }
   p.tables.reset(new Line[tables * sizeof(T) / sizeof(Line) + 1]);
   p.partial.reset(new double[p.chunks * sums]);
 }

@@ -156,6 +156,11 @@ template <class F> void set_curve(Plan& p, F term) {
 // Positions are all dimensions but the channel's, in the order in which the output (or x) lies in memory, merged where
 // every tensor allows it.
 void set_geometry(Plan& p, const Arguments& a, const std::vector<std::pair<View*, const Tensor*>>& tensors) {
+  for (const auto& [view, t] : tensors)
+    STD_TORCH_CHECK(t->is_cpu() && t->dim() == a.x.dim() &&
+                        std::equal(t->sizes().begin(), t->sizes().end(), a.x.sizes().begin()) &&
+                        t->scalar_type() == a.x.scalar_type(),
+                    "grad and grad_x must be CPU tensors with the shape and dtype of x");
   struct Dim {
     int64_t size;
     std::vector<int64_t> strides;
@@ -189,10 +194,6 @@ void set_geometry(Plan& p, const Arguments& a, const std::vector<std::pair<View*
   for (int i = 0; i < p.dims; ++i) p.sizes[i] = merged[i].size;
   for (size_t t = 0; t < tensors.size(); ++t) {
     const auto& [view, tensor] = tensors[t];
-    STD_TORCH_CHECK(tensor->is_cpu() && tensor->dim() == a.x.dim() &&
-                        std::equal(tensor->sizes().begin(), tensor->sizes().end(), a.x.sizes().begin()) &&
-                        tensor->scalar_type() == a.x.scalar_type(),
-                    "gradients of the output must have the shape and dtype of x");
     view->data = static_cast<char*>(tensor->data_ptr());
     view->type = type_of(*tensor, "x");
     view->channel_stride = channel < 0 ? 0 : tensor->stride(channel);

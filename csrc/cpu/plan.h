@@ -12,8 +12,8 @@
 // The CPU evaluates a curve piecewise. For every channel and curve a table is made: the x axis is cut into cells of
 // equal width, and on each the curve is a polynomial, interpolated at Chebyshev points. An element then costs a few
 // operations to find its cell and one lookup and one multiply-add for each coefficient, whatever D is. The coefficient
-// gradients are the transpose: each element adds w v^m, m = 0 … kPoints − 1, to its cell, and the sums are contracted
-// once per channel with the values of the Gaussians at the Chebyshev points. docs/cpu-kernels.md has the error analysis.
+// gradients are the transpose: each element adds w p_m(v), m = 0 … kPoints − 1, with p_m the polynomials that curves are
+// written in, to its cell, and the sums are contracted once per channel with the Gaussians at the Chebyshev points. docs/cpu-kernels.md has the error analysis.
 #pragma once
 #include <cstdint>
 #include <memory>
@@ -100,7 +100,7 @@ struct Plan {
   std::vector<int64_t> table_offset;         // [C], of a channel's first table
   std::vector<int64_t> sum_offset;           // [C], of a channel's first cell sums
   int64_t sums_size = 0;                     // of one chunk, all channels
-  std::unique_ptr<Line[]> tables;            // of T: [C][curves_count][cells][kPoints]
+  std::unique_ptr<Line[]> tables;            // of T: [C][curves_count][cells][kPoints], or for permutes [kPoints][32]
   std::unique_ptr<double[]> partial;         // [chunks][sums_size]
   std::vector<double> moments;               // [sums_count, C, D, kMaxDegree + 1]: the result
 

@@ -587,3 +587,32 @@ def test_refuses_models_that_are_already_compiled_wrapped_or_lazy() -> None:
         kafops.replace_activations(lazy, nn.PReLU)
     lazy(torch.ones(1, 3))
     assert sites(kafops.replace_activations(lazy, nn.PReLU)) == [("1", 4, 2, 1)]
+
+
+class _Sum(nn.Module):
+    """An activation behind a sum or product of two convolutions, written with keywords."""
+
+    def __init__(self, combine: Callable[[Tensor, Tensor], Tensor], left: int, right: int) -> None:
+        super().__init__()
+        self.left, self.right, self.act = nn.Conv2d(3, left, 1), nn.Conv2d(3, right, 1), nn.ReLU()
+        self.combine = combine
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.combine(self.left(x), self.right(x)))
+
+
+KEYWORDS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "torch.mul(a, other=b)": lambda a, b: torch.mul(a, other=b),
+    "a.mul(other=b)": lambda a, b: a.mul(other=b),
+    "torch.add(input=a, other=b)": lambda a, b: torch.add(input=a, other=b),
+}
+
+
+@pytest.mark.parametrize("name", KEYWORDS)
+def test_operands_given_by_keyword(name: str) -> None:
+    (site,) = kafops.replace_activations(_Sum(KEYWORDS[name], 8, 8), relu_kaf)
+    assert site.channels == 8
+    # One of the operands is broadcast, so that the graph does not tell the width.
+    assert_refused(_Sum(KEYWORDS[name], 1, 8), relu_kaf, "example_input")
+    (site,) = kafops.replace_activations(_Sum(KEYWORDS[name], 1, 8), relu_kaf, example_input=torch.randn(1, 3, 4, 4))
+    assert site.channels == 8

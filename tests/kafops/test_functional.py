@@ -69,6 +69,7 @@ WRONG_BOUNDARIES = [
     (torch.tensor(3.0), TypeError, r"boundary must be a Python float, got Tensor; no gradient"),
     (torch.tensor(3.0, requires_grad=True), TypeError, r"boundary must be .*kaf_free takes a dictionary"),
     ("3", TypeError, r"boundary must be a Python float, got str"),
+    (True, TypeError, r"boundary must be a Python float, got bool"),
     (None, TypeError, r"boundary must be a Python float, got NoneType"),
     (3j, TypeError, r"boundary must be a Python float, got complex"),
 ]  # fmt: skip
@@ -108,7 +109,7 @@ def test_fitting_arguments(free):
         assert call(free, x=x, **shared).shape == x.shape
 
 
-@pytest.mark.parametrize("boundary", [3, np.float64(3), True])
+@pytest.mark.parametrize("boundary", [3, np.float64(3), np.float32(3)])
 def test_boundary_that_is_a_number(boundary):
     assert torch.equal(call(False, boundary=boundary), call(False, boundary=float(boundary)))
 

@@ -195,6 +195,27 @@ def test_equal_inputs(channels, at, dtype):
     assert_exact(replace(p, x=same[0], grad=same[1], v=(same[2], *p.v[1:])))
 
 
+def test_equal_inputs_of_one_large_channel():
+    x = torch.full((2, 1, 32, 64), 1.340972661972046)
+    p = replace(Case((2, 1, 32, 64)).problem(), x=x, grad=torch.full_like(x, 0.2055988311767578), v=(x, None, None))
+    assert_exact(p)
+
+
+@pytest.mark.parametrize("size", [2, 5, 20])
+@pytest.mark.parametrize("gamma", [1e-3, 1e-4, 1e-5, 1e-6])
+def test_wide_gaussians(gamma, size):
+    """Where Gaussians are far wider than the data, derivatives by gamma are small, and right to float32 none the less.
+
+    Their errors stay within a few roundings of the sum of their own terms, which has no term of the peak's size.
+    """
+    p = Case((20_000, 2), size=size).problem()
+    p = replace(p, gamma=torch.full_like(p.gamma, gamma), v=(None, None, torch.ones_like(p.gamma)))
+    truth, got, scale = values(p, reference, F64), values(p, kafops), conditioning(p)
+    for name in ("backward gamma", "double backward gamma", "double backward alpha"):
+        error = (got[name] - truth[name]).abs() / scale[name]
+        assert error.max() <= 32 * torch.finfo(F32).eps / 2, name
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("gamma", [1e-30, 1e-12, 1e-6, 1e6, 1e12, 1e30])
 def test_extreme_gamma(gamma, dtype):
