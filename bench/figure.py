@@ -7,7 +7,7 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 from bench.paired import Spread
-from bench.report import Result
+from bench.result import Result
 from models.figures import style
 
 _COLOURS = {True: style.BLUE, False: style.VERMILLION, None: style.PALE_GREY}

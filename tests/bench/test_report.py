@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from bench import figure, report, table
+from bench import figure, report, result, table
 from bench.paired import Spread
 
 ROOT = Path(__file__).parent.parent.parent
@@ -63,11 +63,11 @@ ENTRIES = [FASTER, COSTLIER, CONTEXT, BYTES]
 
 
 def page(entries=ENTRIES):
-    return report.markdown(map(report.analyse, entries), MACHINE, report.copy_bandwidth(entries))
+    return report.markdown(map(result.analyse, entries), MACHINE, report.copy_bandwidth(entries))
 
 
 def test_analyse_gives_times_per_call_and_paired_ratios():
-    r = report.analyse(FASTER)
+    r = result.analyse(FASTER)
     assert r.candidate == pytest.approx(Spread(0.002, 0.0014, 0.0026))
     assert r.baseline.median == pytest.approx(0.1)
     assert r.ratio.median == pytest.approx(0.02)
@@ -76,13 +76,13 @@ def test_analyse_gives_times_per_call_and_paired_ratios():
 
 def test_share_of_copy_compares_bytes_per_second_of_the_same_round():
     # 1 MB in 1, 2 and 3 ms where the copy moves 1 MB/ms.
-    assert report.analyse(FASTER).share_of_copy == pytest.approx(Spread(0.5, 0.5 - 0.6 * (0.5 - 1 / 3), 0.8))
+    assert result.analyse(FASTER).share_of_copy == pytest.approx(Spread(0.5, 0.5 - 0.6 * (0.5 - 1 / 3), 0.8))
 
 
 def test_a_limit_is_met_by_the_median():
-    assert report.analyse(COSTLIER).met is False
-    assert report.analyse(COSTLIER | {"limit": 3.5}).met is True
-    assert report.analyse(CONTEXT).met is None
+    assert result.analyse(COSTLIER).met is False
+    assert result.analyse(COSTLIER | {"limit": 3.5}).met is True
+    assert result.analyse(CONTEXT).met is None
 
 
 def test_page_counts_targets_and_keeps_context_apart():
@@ -200,7 +200,7 @@ def test_figure_has_every_row(entries, monkeypatch):
     pytest.importorskip("matplotlib")
     drawn = []
     monkeypatch.setattr(figure.style, "png", lambda drawing: drawn.append(drawing) or b"")
-    figure.draw(list(map(report.analyse, entries)), MACHINE)
+    figure.draw(list(map(result.analyse, entries)), MACHINE)
     labels = [label.get_text() for axes in drawn[0].axes for label in axes.get_yticklabels()]
     assert sorted(labels) == sorted(f"{e['what']}, against {e['baseline_name']}" for e in entries)
 
@@ -212,7 +212,7 @@ def test_a_run_of_pytest_benchmark_becomes_a_page(tmp_path):
     environment = os.environ | {"PYTEST_ADDOPTS": ""}
     subprocess.run([*command, f"--benchmark-json={path}"], cwd=ROOT, env=environment, check=True, capture_output=True)
     (benchmark,) = json.loads(path.read_text())["benchmarks"]
-    r = report.analyse(benchmark["extra_info"])
+    r = result.analyse(benchmark["extra_info"])
     assert r.key == "small call"
     assert len(benchmark["extra_info"]["candidate"]) == len(benchmark["extra_info"]["baseline"]) == 3
     assert r.candidate.median > 0
