@@ -35,6 +35,8 @@ pre { padding: .7rem 1rem; overflow-x: auto; background: #f5f5f5; border-left: 3
 }
 """
 
+_RESUMED = '<p class="note">Then the run was resumed with:</p>'
+
 _CURVES_CAPTION = (
     "Curves of the KAF network before and after training, evenly chosen layers and channels, over the density of the "
     "inputs that reach them. The dictionary spans the outer ticks; beyond them a curve returns to 0."
@@ -77,7 +79,7 @@ keep gradients in scale (<code>init="isometric"</code>).</p>
 <h2>Settings</h2>
 {_pairs(settings)}
 <h2>Machine and versions</h2>
-{"".join(_pairs(_flat(environment)) for environment in metrics["environments"])}
+{_RESUMED.join(_pairs(_flat(environment)) for environment in metrics["environments"])}
 """
     return f"""<!doctype html>
 <html lang="en">
