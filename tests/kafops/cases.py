@@ -207,6 +207,8 @@ def _cases() -> list[Case]:
           for name in ("channels_last", "swapped", "every_third", "expanded_batch", "overlapping")),
         *(Case(shape=(600,), layout=name, shared=alone) for name in ("every_third", "offset", "expanded")),
         Case(shape=(2, 40, 30, 30), layout="channels_last"),
+        *(Case(shape=(2, 48, 17, 9), layout="channels_last", grad_layout=name, dtype=dtype)
+          for name in ("contiguous", "channels_last") for dtype in (F32, F16)),
         Case(shape=(2, 16, 30, 30), layout="channels_last", dtype=F16),
         Case(shape=(2, 70, 4, 5), layout="channels_last", dtype=BF16, free=True),
         # Dictionaries.

@@ -1,5 +1,7 @@
 """Two gloo processes, each with half of the batch, against one process with all of it."""
 
+import faulthandler
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -61,12 +63,14 @@ def make_data():
 
 
 def worker(rank, directory, wrappers):
+    faulthandler.enable()
     dist.init_process_group("gloo", init_method=f"file://{directory}/store", rank=rank, world_size=PROCESSES)
     try:
         torch.set_num_threads(1)
         own = [t.chunk(PROCESSES)[rank] for t in make_data()]
         for wrap in wrappers:
             torch.save(train(wrap(make_net()), *own), f"{directory}/{wrap.__name__}-{rank}.pt")
+        dist.barrier()  # gloo may abort a process whose peer has left
     finally:
         dist.destroy_process_group()
 
