@@ -243,7 +243,7 @@ inline void run_columns(const Plan& p, int64_t c, int64_t width, int64_t begin, 
         }
         spreader.used([&](int64_t from, int64_t to) {
           for (int l = 0; l < W; ++l)
-            flush(held + l * size, 1, size, from, to, sums + p.sum_offset[c + k + l] + i * size);
+            flush<1>(held + l * size, size, from, to, sums + p.sum_offset[c + k + l] + i * size);
         });
       }
   }

@@ -44,14 +44,14 @@ void eval_scalar(const Grid<T>& grid, const T* table, const T* x, const T* w, T*
 }
 
 // sums += tables in [begin, end), each `size` long, which are zero again.
-template <class T>
-void flush(T* tables, int count, int64_t size, int64_t begin, int64_t end, double* sums) {
+template <int Count, class T>
+void flush(T* tables, int64_t size, int64_t begin, int64_t end, double* sums) {
   for (int64_t i = begin; i < end; ++i) {
     T sum = tables[i];
-    for (int t = 1; t < count; ++t) sum += tables[t * size + i];
+    for (int t = 1; t < Count; ++t) sum += tables[t * size + i];
     sums[i] += sum;
   }
-  for (int t = 0; t < count; ++t) std::fill(tables + t * size + begin, tables + t * size + end, T(0));
+  for (int t = 0; t < Count; ++t) std::fill(tables + t * size + begin, tables + t * size + end, T(0));
 }
 
 // sums += w p_m(v), a row for each cell.
@@ -248,7 +248,7 @@ inline void spread_vector(const Grid<float>& g, const float* x, const float* w, 
       spreader.add(e, reinterpret_cast<char*>(copies));
     }
     if ((begin + kGroup) % kHeld == 0 || begin + kGroup >= n)
-      spreader.used([&](int64_t from, int64_t to) { flush(copies, kCopies, size, from, to, sums); });
+      spreader.used([&](int64_t from, int64_t to) { flush<kCopies>(copies, size, from, to, sums); });
   }
 }
 
@@ -275,7 +275,7 @@ void spread(const Grid<T>& g, const T* x, const T* w, int64_t n, double* sums, T
   // Adding all to one sum would lose digits: each tile has its own first.
   spread_scalar(g, x, w, n, reinterpret_cast<double*>(copies));
   const int64_t size = static_cast<int64_t>(g.count) * Precision<T>::kPoints;
-  flush(copies, 1, size, 0, size, sums);
+  flush<1>(copies, size, 0, size, sums);
 }
 
 // The same without a table, for few elements or cells too many: every Gaussian, in double.
