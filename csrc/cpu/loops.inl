@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <optional>
 
 #include "cells.inl"
 #include "row.inl"
@@ -50,6 +51,21 @@ void run_sums(const Plan& p, int64_t c, int64_t n, const Row<T>& r, const Grid<T
   }
 }
 
+template <class T>
+void run_row(const Plan& p, int64_t c, int64_t n, const Row<T>& r, const Grid<T>& grid, double* sums, T* copies) {
+#ifndef KAF_SCALAR
+  if constexpr (kPermutes && std::is_same_v<T, float>)
+    // An ordinary backward pass finds the places of x once for both.
+    if (grid.count == kPermuteCells && p.products_count == 1 && p.sums_count == 1 && p.products[0].weight == kGrad &&
+        p.sums[0] == kGrad) {
+      const float* table = reinterpret_cast<const float*>(p.tables.get()) + p.table_offset[c];
+      return spread_vector<true>(grid, r.x, r.grad, n, sums, copies, r.next, table, r.outputs[p.products[0].output]);
+    }
+#endif
+  run_products(p, c, n, r, grid);
+  run_sums(p, c, n, r, grid, sums, copies);
+}
+
 template <class T> struct Buffers {
   static constexpr int kSize = std::max(kTile, kColumns * kRow);
   alignas(64) T x[kSize], grad[kSize], grad_x[kSize], product[kTile], outputs[kMaxOutputs][kSize];
@@ -74,8 +90,7 @@ void run_rows(const Plan& p, int64_t c, int64_t width, int64_t begin, int64_t en
         if (const View& out = p.outputs[i])
           r.outputs[i] = in_place<T>(p, out, at, n) ? place<T>(p, out, k, at) : b.outputs[i];
       const Grid<T>& grid = grids[p.shared_basis ? 0 : k];
-      run_products(p, k, n, r, grid);
-      run_sums(p, k, n, r, grid, sums + p.sum_offset[k], copies);
+      run_row(p, k, n, r, grid, sums + p.sum_offset[k], copies);
       for (int i = 0; i < kMaxOutputs; ++i)
         if (r.outputs[i] == b.outputs[i]) store_row(p, p.outputs[i], k, at, n, b.outputs[i]);
     }
@@ -236,7 +251,8 @@ inline void run_columns(const Plan& p, int64_t c, int64_t width, int64_t begin, 
           for (int64_t e = from; e < to; ++e) {
             V w = load_lanes(type, grad.at(e, k));
             if (p.sums[i] == kProduct) w = V::mul(w, load_lanes(type, grad_x.at(e, k)));
-            spreader.prepare(static_cast<int>(e - from) * W, load_lanes(type, x.at(e, k)), w, sum_rows);
+            typename V::Int cell;
+            spreader.prepare(static_cast<int>(e - from) * W, load_lanes(type, x.at(e, k)), w, sum_rows, cell);
           }
           for (int64_t e = from; e < to; ++e)
             spreader.add(static_cast<int>(e - from) * W, reinterpret_cast<char*>(held));

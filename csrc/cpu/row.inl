@@ -127,23 +127,33 @@ template <bool Weighted, bool Add> inline V weighted(V y, const float* w, const 
   return y;
 }
 
-// out = [out +] [w] curve(x), with the table held in registers.
-template <bool Weighted, bool Add>
-void eval_permute(const Grid<float>& g, const float* table, const float* x, const float* w, float* out, int64_t n) {
-  constexpr int P = 8;
-  const Lanes lanes(g);
+// A table of kPermuteCells cells, held in registers.
+struct PermuteTable {
+  static constexpr int P = Precision<float>::kPoints;
   V low[P], high[P];
-  for (int m = 0; m < P; ++m) {
-    low[m] = V::load(table + m * kPermuteCells);
-    high[m] = V::load(table + m * kPermuteCells + kPermuteCells / 2);
+  explicit PermuteTable(const float* table) {
+    for (int m = 0; m < P; ++m) {
+      low[m] = V::load(table + m * kPermuteCells);
+      high[m] = V::load(table + m * kPermuteCells + kPermuteCells / 2);
+    }
   }
-  const auto step = [&](const float* xe, const float* we, float* oe) __attribute__((always_inline)) {
-    typename V::Int cell;
-    const V v = lanes.locate(V::load(xe), cell);
+  inline __attribute__((always_inline)) V polynomial(typename V::Int cell, V v) const {  // Σ_m c_m v^m
     V y = V::lookup(cell, low[P - 1], high[P - 1]);
     KAF_UNROLL
     for (int m = P - 2; m >= 0; --m) y = V::fma(y, v, V::lookup(cell, low[m], high[m]));
-    V::store(oe, weighted<Weighted, Add>(y, we, oe));
+    return y;
+  }
+};
+
+// out = [out +] [w] curve(x), with the table held in registers.
+template <bool Weighted, bool Add>
+void eval_permute(const Grid<float>& g, const float* table, const float* x, const float* w, float* out, int64_t n) {
+  const Lanes lanes(g);
+  const PermuteTable held(table);
+  const auto step = [&](const float* xe, const float* we, float* oe) __attribute__((always_inline)) {
+    typename V::Int cell;
+    const V v = lanes.locate(V::load(xe), cell);
+    V::store(oe, weighted<Weighted, Add>(held.polynomial(cell, v), we, oe));
   };
   int64_t e = 0;
   for (; e + V::kWidth <= n; e += V::kWidth) step(x + e, Weighted ? w + e : nullptr, out + e);
@@ -187,9 +197,8 @@ class Spreader {
  public:
   explicit Spreader(const Grid<float>& g) : lanes_(g) { forget(); }
 
-  // tables[l]: where lane l's table begins, in bytes from the base given to add().
-  void prepare(int e, V x, V w, typename V::Int tables) {
-    typename V::Int cell;
+  // tables[l]: where lane l's table begins, in bytes from the base given to add(). Returns the places of x in their cells.
+  V prepare(int e, V x, V w, typename V::Int tables, typename V::Int& cell) {
     const V v = lanes_.locate(x, cell), v2 = V::mul(v, v), wv = V::mul(w, v);
     V::store_quads(quads_ + 4 * e, w, wv, V::mul(w, v2), V::mul(wv, v2));
     V::store(fourth_ + e, V::mul(v2, v2));
@@ -197,6 +206,7 @@ class Spreader {
     lowest_ = V::min_unsigned(lowest_, row);
     highest_ = V::max_unsigned(highest_, row);
     V::store_int(offset_ + e, V::add_int(V::template shift_left<5>(row), tables));
+    return v;
   }
 
   void add(int e, char* base) const {  // the V::kWidth elements prepared at e
@@ -226,22 +236,29 @@ class Spreader {
   alignas(64) uint32_t offset_[kGroup];
 };
 
-// One channel's row of elements. Adding is limited by the load ports and leaves the memory idle, so it fetches the data
-// of the tile that comes next.
-inline void spread_vector(const Grid<float>& g, const float* x, const float* w, int64_t n, double* sums, float* copies,
-                          const Next<float>& next) {
+// One channel's row of elements; with Eval also out = w curve(x), from a table that permutes look up. Adding is limited
+// by the load ports and leaves the memory idle, so it fetches the data of the tile that comes next.
+template <bool Eval>
+void spread_vector(const Grid<float>& g, const float* x, const float* w, int64_t n, double* sums, float* copies,
+                   const Next<float>& next, const float* table, float* out) {
   constexpr int W = V::kWidth;
   const int64_t size = static_cast<int64_t>(g.count) * 8;
   const auto tables = V::steps(static_cast<int32_t>(size * 4), kCopies);
   Spreader spreader(g);
   for (int64_t begin = 0; begin < n; begin += kGroup) {
     const int length = static_cast<int>(std::min<int64_t>(n - begin, kGroup));
+    const std::optional<PermuteTable> held = Eval ? std::optional<PermuteTable>(table) : std::nullopt;
+    const auto step = [&](int e, const float* xe, const float* we, float* oe) __attribute__((always_inline)) {
+      typename V::Int cell;
+      const V weight = V::load(we), v = spreader.prepare(e, V::load(xe), weight, tables, cell);
+      if constexpr (Eval) V::store(oe, V::mul(held->polynomial(cell, v), weight));
+    };
     int e = 0;
-    for (; e + W <= length; e += W)
-      spreader.prepare(e, V::load(x + begin + e), V::load(w + begin + e), tables);
+    for (; e + W <= length; e += W) step(e, x + begin + e, w + begin + e, Eval ? out + begin + e : nullptr);
     if (e < length) {
-      Tail xt(x + begin + e, length - e), wt(w + begin + e, length - e);
-      spreader.prepare(e, V::load(xt.data), V::load(wt.data), tables);
+      Tail xt(x + begin + e, length - e), wt(w + begin + e, length - e), ot(nullptr, 0);
+      step(e, xt.data, wt.data, ot.data);
+      if constexpr (Eval) std::copy(ot.data, ot.data + (length - e), out + begin + e);
     }
     for (e = 0; e < length; e += W) {
       for (const float* p : next.data) __builtin_prefetch(p ? p + begin + e : x);
@@ -269,7 +286,7 @@ void eval(const Grid<T>& g, const T* table, const T* x, const T* w, T* out, int6
 template <class T>
 void spread(const Grid<T>& g, const T* x, const T* w, int64_t n, double* sums, T* copies, const Next<T>& next) {
 #ifndef KAF_SCALAR
-  if constexpr (std::is_same_v<T, float>) return spread_vector(g, x, w, n, sums, copies, next);
+  if constexpr (std::is_same_v<T, float>) return spread_vector<false>(g, x, w, n, sums, copies, next, nullptr, nullptr);
 #endif
   if constexpr (std::is_same_v<T, float>) return spread_scalar(g, x, w, n, sums);
   // Adding all to one sum would lose digits: each tile has its own first.
