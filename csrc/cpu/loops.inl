@@ -71,6 +71,29 @@ template <class T> struct Buffers {
   alignas(64) T x[kSize], grad[kSize], grad_x[kSize], product[kTile], outputs[kMaxOutputs][kSize];
 };
 
+// A forward pass in half precision along runs of unit stride, where permutes look up the tables: needs no buffers.
+template <class T>
+bool eval_half_rows(const Plan& p, int64_t c, int64_t width, int64_t at, int64_t n, const std::vector<Grid<T>>& grids) {
+#ifndef KAF_SCALAR
+  if constexpr (kPermutes && std::is_same_v<T, float>) {
+    const View &x = p.x, &out = p.outputs[0];
+    if (x.type == Type::f32 || p.products_count != 1 || p.sums_count || p.products[0].weight != kOne ||
+        p.products[0].output != 0 || !in_one_run(p, x, at, n) || !in_one_run(p, out, at, n))
+      return false;
+    for (const Grid<T>& grid : grids)
+      if (grid.count != kPermuteCells) return false;
+    const int64_t from = place_offset(p, x, at), to = place_offset(p, out, at);
+    for (int64_t k = c; k < c + width; ++k)
+      eval_permute_half(grids[p.shared_basis ? 0 : k],
+                        reinterpret_cast<const float*>(p.tables.get()) + p.table_offset[k], x.type,
+                        reinterpret_cast<const uint16_t*>(x.data) + k * x.channel_stride + from,
+                        reinterpret_cast<uint16_t*>(out.data) + k * out.channel_stride + to, n);
+    return true;
+  }
+#endif
+  return false;
+}
+
 // A block of channels, each a row of memory, positions [begin, end).
 template <class T>
 void run_rows(const Plan& p, int64_t c, int64_t width, int64_t begin, int64_t end, const std::vector<Grid<T>>& grids,
@@ -79,6 +102,7 @@ void run_rows(const Plan& p, int64_t c, int64_t width, int64_t begin, int64_t en
   for (int64_t at = begin, n; at < end; at += n) {
     n = std::min<int64_t>(end - at, kTile);
     if (inner >= kTile / 4) n = std::min(n, inner - at % inner);  // stay in one run: in place where possible
+    if (eval_half_rows(p, c, width, at, n, grids)) continue;
     for (int64_t k = c; k < c + width; ++k) {
       Row<T> r{load_row(p, p.x, k, at, n, b.x), load_row(p, p.grad, k, at, n, b.grad),
                load_row(p, p.grad_x, k, at, n, b.grad_x), b.product, {}, {}};

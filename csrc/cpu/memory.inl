@@ -100,10 +100,13 @@ template <class F> void for_runs(const Plan& p, const View& v, int64_t at, int64
 
 template <class T> constexpr Type kNative = std::is_same_v<T, float> ? Type::f32 : Type::f64;
 
-// Whether n positions from `at` lie in one run of unit stride and in T: then the loops work in place.
-template <class T> bool in_place(const Plan& p, const View& v, int64_t at, int64_t n) {
+// Whether n positions from `at` lie in one run of unit stride, and also in T: then the loops work in place.
+inline bool in_one_run(const Plan& p, const View& v, int64_t at, int64_t n) {
   const int inner = p.dims - 1;
-  return v.type == kNative<T> && v.strides[inner] == 1 && at % p.sizes[inner] + n <= p.sizes[inner];
+  return v.strides[inner] == 1 && at % p.sizes[inner] + n <= p.sizes[inner];
+}
+template <class T> bool in_place(const Plan& p, const View& v, int64_t at, int64_t n) {
+  return v.type == kNative<T> && in_one_run(p, v, at, n);
 }
 
 inline int64_t place_offset(const Plan& p, const View& v, int64_t at) {

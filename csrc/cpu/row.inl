@@ -164,6 +164,30 @@ void eval_permute(const Grid<float>& g, const float* table, const float* x, cons
   }
 }
 
+// out = curve(x) in half precision, converted in registers.
+inline void eval_permute_half(const Grid<float>& g, const float* table, Type type, const uint16_t* x, uint16_t* out,
+                              int64_t n) {
+  constexpr int W = V::kWidth;
+  const Lanes lanes(g);
+  const PermuteTable held(table);
+  const auto all = [&](auto half) __attribute__((always_inline)) {
+    const auto step = [&](const uint16_t* xe, uint16_t* oe) __attribute__((always_inline)) {
+      typename V::Int cell;
+      const V v = lanes.locate(V::load_half(xe, half), cell);
+      V::store_half(oe, held.polynomial(cell, v), half);
+    };
+    int64_t e = 0;
+    for (; e + W <= n; e += W) step(x + e, out + e);
+    if (e == n) return;
+    uint16_t last[W] = {};
+    std::copy(x + e, x + n, last);
+    step(last, last);
+    std::copy(last, last + (n - e), out + e);
+  };
+  if (type == Type::f16) all(std::integral_constant<Type, Type::f16>());
+  else all(std::integral_constant<Type, Type::bf16>());
+}
+
 // The same with a table of any number of cells in memory.
 template <bool Weighted, bool Add>
 void eval_rows(const Grid<float>& g, const float* table, const float* x, const float* w, float* out, int64_t n) {
