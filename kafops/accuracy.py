@@ -6,6 +6,7 @@ number of roundoffs times the same sum with every term taken absolutely: Σ|α|K
 and so on. `bounds` forms these sums. They are not tuned to a kernel, nor do they depend on how one works.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from types import ModuleType
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from kafops import reference
 
-__all__ = ["Problem", "bounds", "conditioning", "excess", "values"]
+__all__ = ["Problem", "bounds", "conditioning", "excess", "random_problem", "values"]
 
 # Two roundings for each of the up to 16 terms of a polynomial or a series. The roundings of many elements are taken to
 # average out, so that this serves for sums over them as well.
@@ -53,6 +54,37 @@ class Problem:
         """The differentiable arguments by name."""
         named = {"x": self.x, "alpha": self.alpha, "gamma": self.gamma, "dictionary": self.dictionary}
         return {name: t for name, t in named.items() if t is not None}
+
+
+def random_problem(
+    shape: tuple[int, ...], size: int, spacing: float, rows: int, free: bool = False, boundary: float = 3.0
+) -> Problem:
+    """Draw a problem in float32, the same for the same arguments: x ~ N(0, 2²), alpha ~ N(0, 0.8²).
+
+    Args:
+        shape: of x.
+        size: D, the number of points; a free dictionary has them around the even ones.
+        spacing: γΔ², with Δ the distance of the even points.
+        rows: of every parameter: the number of channels, or 1.
+        free: whether there is a dictionary.
+        boundary: half-width of the dictionary.
+    """
+    draw = torch.Generator().manual_seed(0)
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=draw)
+
+    step = 2 * boundary / (size - 1) if size > 1 else boundary
+    width = step / math.sqrt(spacing)  # 1 / sqrt(γ)
+    x = 2 * randn(*shape)
+    alpha, gamma = 0.8 * randn(rows, size), torch.full((rows,), 1 / width**2)
+    # The weights bring every second derivative to the same order of magnitude, so that none hides the others.
+    v = [randn(*shape) * width, randn(*alpha.shape), randn(rows) / width**2]
+    grad = randn(*shape)
+    if not free:
+        return Problem(x, alpha, gamma, None, boundary, grad, tuple(v))
+    dictionary = reference.uniform_dictionary(size, boundary, like=alpha) + 0.3 * step * randn(*alpha.shape)
+    return Problem(x, alpha, gamma, dictionary, boundary, grad, (*v, width * randn(*alpha.shape)))
 
 
 def values(problem: Problem, functions: ModuleType, dtype: torch.dtype | None = None) -> dict[str, Tensor]:

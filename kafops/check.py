@@ -10,7 +10,7 @@ import math
 import platform
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -18,7 +18,7 @@ from torch import Tensor
 
 import kafops
 from kafops import backends
-from kafops.accuracy import Problem, excess, values
+from kafops.accuracy import Problem, excess, random_problem, values
 
 __all__ = ["main", "processor"]
 
@@ -37,21 +37,10 @@ class _Case:
     rows: int = 20  # of every parameter
 
     def problem(self) -> Problem:
-        draw = torch.Generator().manual_seed(0)
-
-        def randn(*shape: int) -> Tensor:
-            return torch.randn(shape, generator=draw)
-
-        boundary = 3.0
-        step = 2 * boundary / (self.size - 1) if self.size > 1 else boundary
-        width = step / math.sqrt(self.spacing)  # 1 / sqrt(γ)
-        x, grad, v_x = (self._data(randn(*self.shape) * scale) for scale in (2.0, 1.0, width))
-        alpha, gamma = randn(self.rows, self.size), torch.full((self.rows,), 1 / width**2)
-        dictionary = randn(self.rows, self.size) * 2 if self.free else None
-        v = [v_x, randn(*alpha.shape), randn(*gamma.shape) / width**2]
-        if dictionary is not None:
-            v.append(randn(*dictionary.shape) * width)
-        return Problem(x, alpha, gamma, dictionary, boundary, grad, tuple(v))
+        p = random_problem(self.shape, self.size, self.spacing, self.rows, self.free)
+        v_x, *v = p.v
+        assert v_x is not None
+        return replace(p, x=self._data(p.x), grad=self._data(p.grad), v=(self._data(v_x), *v))
 
     def _data(self, t: Tensor) -> Tensor:
         t = t.to(self.dtype)

@@ -196,15 +196,7 @@ void eval_square(const Plan& p, int64_t c, int64_t k, int64_t at, const Block& d
     const float* table = tables + product.curve * (P * kPermuteCells);
     KAF_UNROLL
     for (int i = 0; i < W; ++i, table += next) {
-      const auto bits = V::load_int(cell + i * W);
-      const V v = V::load(place + i * W);
-      const auto lookup = [&](int m) __attribute__((always_inline)) {
-        const float* column = table + m * kPermuteCells;
-        return V::lookup(bits, V::load(column), V::load(column + kPermuteCells / 2));
-      };
-      y[i] = lookup(P - 1);
-      KAF_UNROLL
-      for (int m = P - 2; m >= 0; --m) y[i] = V::fma(y[i], v, lookup(m));
+      y[i] = PermuteTable(table).polynomial(V::load_int(cell + i * W), V::load(place + i * W));
     }
     V::transpose(y);
     const auto weigh = [&](int i, const char* position) { y[i] = V::mul(y[i], load_lanes(type, position)); };

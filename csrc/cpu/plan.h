@@ -104,7 +104,7 @@ struct Plan {
   std::unique_ptr<double[]> partial;         // [chunks][sums_size]
   std::vector<double> moments;               // [sums_count, C, D, kMaxDegree + 1]: the result
 
-  // Tasks: chunks of positions × blocks of channels, fixed by the shapes alone so that results do not depend on threads.
+  // Tasks: chunks of positions × blocks of channels, fixed by shapes and cells so that results do not depend on threads.
   int64_t chunk = 0, chunks = 0, block = 0, blocks = 0;
   bool channels_inner = false;               // channels are innermost in memory
 };

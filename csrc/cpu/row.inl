@@ -188,7 +188,7 @@ inline void eval_permute_half(const Grid<float>& g, const float* table, Type typ
   else all(std::integral_constant<Type, Type::bf16>());
 }
 
-// The same with a table of any number of cells in memory.
+// out = [out +] [w] curve(x), with a table of any number of cells in memory.
 template <bool Weighted, bool Add>
 void eval_rows(const Grid<float>& g, const float* table, const float* x, const float* w, float* out, int64_t n) {
   const Lanes lanes(g);
@@ -271,6 +271,7 @@ void spread_vector(const Grid<float>& g, const float* x, const float* w, int64_t
   Spreader spreader(g);
   for (int64_t begin = 0; begin < n; begin += kGroup) {
     const int length = static_cast<int>(std::min<int64_t>(n - begin, kGroup));
+    // Loaded again for each group, as adding takes the registers.
     const std::optional<PermuteTable> held = Eval ? std::optional<PermuteTable>(table) : std::nullopt;
     const auto step = [&](int e, const float* xe, const float* we, float* oe) __attribute__((always_inline)) {
       typename V::Int cell;

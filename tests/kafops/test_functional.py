@@ -37,6 +37,7 @@ WRONG_EVERYWHERE = [
     ({"x": torch.ones(4, 3, dtype=torch.bool)}, TypeError, r"x must have one of the dtypes .*torch\.bool"),
     ({"x": torch.ones(4, 3, dtype=torch.complex64)}, TypeError, r"x must have one of the dtypes .*torch\.complex64"),
     ({"x": torch.ones(4, 3).to(torch.float8_e5m2)}, TypeError, r"x must have one of the dtypes .*torch\.float8_e5m2"),
+    ({"x": torch.nested.nested_tensor([torch.ones(3)])}, TypeError, r"x must be a dense .*nested tensor"),
     ({"x": torch.ones(4, 3).to_sparse()}, TypeError, r"x must be a dense .*torch\.sparse_coo.*to_dense"),
     ({"x": torch.ones(4, 2, 5)}, ValueError, r"alpha must have one row per channel.*has 2 channels.*3 rows"),
     ({"x": torch.ones(3)}, ValueError, r"x must have shape \[N, C, \*\].*got x \[3\] and alpha \[3, 6\]"),

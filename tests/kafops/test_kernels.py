@@ -201,6 +201,14 @@ def test_equal_inputs_of_one_large_channel():
     assert_exact(p)
 
 
+def test_many_cells():
+    """A point far away makes thousands of cells, whose sums are kept for fewer chunks of positions."""
+    p = Case((40_000, 2), size=6, free=True).problem()
+    p.dictionary[:, 0] = 900.0
+    p.x[:2] = 900.0
+    assert_exact(replace(p, gamma=torch.full_like(p.gamma, 1.67)))
+
+
 @pytest.mark.parametrize("size", [2, 5, 20])
 @pytest.mark.parametrize("gamma", [1e-3, 1e-4, 1e-5, 1e-6])
 def test_wide_gaussians(gamma, size):

@@ -56,6 +56,9 @@ def test_a_file_or_a_broken_record_is_refused(tmp_path: Path) -> None:
     (tmp_path / "run.json").write_text("{")
     with pytest.raises(RunError, match="not valid JSON"):
         start(tmp_path, seed=1)
+    (tmp_path / "run.json").write_text('{"format": 1}')
+    with pytest.raises(RunError, match="another version"):
+        start(tmp_path, seed=1)
     (tmp_path / "run.json").write_text('{"format": 99}')
     with pytest.raises(RunError, match="another version"):
         start(tmp_path, seed=1)
