@@ -64,6 +64,26 @@ KAF_FN double dot(const Term& t, const double* m) {
   return s;
 }
 
+// What one point δ contributes at x, given d = x − δ and K = exp(−γ d²), to the second derivatives of <g, f(x)>: the
+// formulas above written out, for kernels that form them for every element. v is the direction (v_α, v_γ, v_δ) of the
+// second differentiation in the parameters, v_x that in x. f = α K, and q is the derivative of f along v.
+template <class A> struct SecondOrder {
+  A slope, curvature;     // f′, f″
+  A along, along_slope;   // q, q′
+  A alpha_x, alpha_v;     // ∂/∂α of f′ and of q
+  A gamma_x, gamma_v;     // ∂/∂γ of f′ and of q
+};
+template <class A>
+KAF_FN SecondOrder<A> second_order(A d, A k, A gamma, A alpha, A v_alpha, A v_gamma, A v_dictionary) {
+  const A w = -2 * gamma * d, dd = d * d, f = alpha * k;             // K′ = w K
+  const A m = v_gamma * -dd - v_dictionary * w;                      // along v, K changes by m K
+  const A m_slope = -2 * v_gamma * d + 2 * gamma * v_dictionary;
+  const A m_gamma = 2 * v_dictionary * d - dd * m;                   // ∂(m K)/∂γ = m_gamma K
+  const A q = v_alpha * k + m * f;
+  return {w * f, (w * w - 2 * gamma) * f, q, m_slope * f + w * q, w * k, m * k, -d * (2 + w * d) * f,
+          m_gamma * f - dd * v_alpha * k};
+}
+
 // e^z in double, within 2 ulp, without branches or calls so that loops over it vectorise. 0 below −700, inf above 709.
 KAF_FN double exp_double(double z) {
   const double magic = 0x1.8p52;  // adding it rounds to an integer, left in the low bits

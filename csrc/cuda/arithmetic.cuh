@@ -1,0 +1,119 @@
+// Numbers: the types of tensors, the arithmetic done on them, and the two approximate instructions of the GPU.
+#pragma once
+#include <cmath>
+#include <cstdint>
+
+#ifdef KAFOPS_EMULATED
+#include "cuda_emulator.h"
+#else
+#include <cuda_bf16.h>
+#include <cuda_fp16.h>
+#define KAF_DYNAMIC_SHARED(name) extern __shared__ __align__(16) unsigned char name[]
+#endif
+
+#include "../kaf_math.h"
+#include "call.h"
+
+namespace kaf {
+
+struct bfloat16 { uint16_t bits; };
+struct float16 { uint16_t bits; };
+
+// What arithmetic is done in.
+template <class T> struct Arithmetic { using type = float; };
+template <> struct Arithmetic<double> { using type = double; };
+
+KAF_FN float to_arithmetic(float v) { return v; }
+KAF_FN double to_arithmetic(double v) { return v; }
+KAF_FN float to_arithmetic(bfloat16 v) {
+  const uint32_t bits = static_cast<uint32_t>(v.bits) << 16;
+  float f;
+  std::memcpy(&f, &bits, 4);
+  return f;
+}
+
+#ifdef KAFOPS_EMULATED
+
+KAF_FN float to_arithmetic(float16 v) {
+  _Float16 h;
+  std::memcpy(&h, &v.bits, 2);
+  return static_cast<float>(h);
+}
+template <class T> KAF_FN T from_arithmetic(typename Arithmetic<T>::type v) { return v; }
+template <> KAF_FN bfloat16 from_arithmetic<bfloat16>(float v) {
+  uint32_t bits;
+  std::memcpy(&bits, &v, 4);
+  if (v != v) return {0x7fff};
+  return {static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};  // to nearest, ties to even
+}
+template <> KAF_FN float16 from_arithmetic<float16>(float v) {
+  const _Float16 h = static_cast<_Float16>(v);
+  float16 r;
+  std::memcpy(&r.bits, &h, 2);
+  return r;
+}
+KAF_FN float exp2_approx(float v) { return kaf_emulator::ex2_approx(v); }
+KAF_FN float reciprocal_approx(float v) { return kaf_emulator::rcp_approx(v); }
+
+#else
+
+__device__ __forceinline__ float to_arithmetic(float16 v) { return __half2float(__ushort_as_half(v.bits)); }
+template <class T> __device__ __forceinline__ T from_arithmetic(typename Arithmetic<T>::type v) { return v; }
+template <> __device__ __forceinline__ bfloat16 from_arithmetic<bfloat16>(float v) {
+  return {__bfloat16_as_ushort(__float2bfloat16_rn(v))};
+}
+template <> __device__ __forceinline__ float16 from_arithmetic<float16>(float v) {
+  return {__half_as_ushort(__float2half_rn(v))};
+}
+// 2^v, relative error 2^-22; subnormal results are 0.
+__device__ __forceinline__ float exp2_approx(float v) {
+  float r;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(v));
+  return r;
+}
+// 1 / v within 1 ulp.
+__device__ __forceinline__ float reciprocal_approx(float v) {
+  float r;
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(v));
+  return r;
+}
+
+#endif
+
+// v clamped to [low, high]; NaN stays.
+template <class T> __device__ __forceinline__ T clamp(T v, T low, T high) {
+  return v < low ? low : (v > high ? high : v);
+}
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 800
+template <> __device__ __forceinline__ float clamp(float v, float low, float high) {
+  asm("max.NaN.f32 %0, %0, %1;" : "+f"(v) : "f"(low));
+  asm("min.NaN.f32 %0, %0, %1;" : "+f"(v) : "f"(high));
+  return v;
+}
+#endif
+
+// 2^(high + low) to a rounding or two, for high + low above −126.
+KAF_FN float exp2_exact(float high, float low) {
+  const float n = rintf(high), f = (high - n) + low;  // |f| ≤ 1/2; the difference is exact
+  float p = 1.52527338e-5f;                           // Taylor: (ln 2)^7 / 7! … 1
+  p = fmaf(p, f, 1.54035304e-4f);
+  p = fmaf(p, f, 1.33335581e-3f);
+  p = fmaf(p, f, 9.61812911e-3f);
+  p = fmaf(p, f, 5.55041087e-2f);
+  p = fmaf(p, f, 2.40226507e-1f);
+  p = fmaf(p, f, 6.93147181e-1f);
+  return ldexpf(fmaf(p, f, 1.0f), static_cast<int>(n));
+}
+
+// exp(scale d²), with `scale` as gaussian_scale makes it of γ.
+KAF_FN float gaussian_scale(float gamma) { return -gamma * 1.44269504f; }
+KAF_FN double gaussian_scale(double gamma) { return -gamma; }
+__device__ __forceinline__ float gaussian(float d, float scale) { return exp2_approx(scale * d * d); }
+__device__ __forceinline__ double gaussian(double d, double scale) { return exp_double(scale * d * d); }
+
+template <class A> KAF_FN Split<A> split(double v) {
+  const A high = static_cast<A>(v);
+  return {high, high - high == 0 ? static_cast<A>(v - high) : A(0)};  // an infinite v has no low part
+}
+
+}  // namespace kaf

@@ -1,0 +1,138 @@
+// Who computes which elements, and how what the threads of a block have summed up comes together.
+//
+// Memory is a matrix [rows, columns] of runs of `inner` elements, a row at `pitch` elements from the next. Each column
+// has one channel's parameters:
+//
+//     NCHW, one shared curve       columns = C,      inner = L, the elements of a channel that lie side by side
+//     channels_last, [N, C]        columns = C · L,  inner = 1, L columns to a channel
+//
+// A block takes `columns_at_once` adjacent columns, and of each the runs of some rows, or a part of one run. Its threads
+// stand side by side along the columns. With one column, threads take vectors of 16 bytes along the run; with many,
+// single elements, which are side by side in memory across the threads of a warp.
+//
+// Only the address of a block's first element is computed in 64 bits: the launcher keeps rows_per_block · pitch below
+// 2^31.
+#pragma once
+#include "arithmetic.cuh"
+
+namespace kaf {
+
+template <class A> __device__ __forceinline__ A read(const Parameter& p, int64_t channel, int64_t k) {
+  if (!p.data) return 0;
+  const int64_t i = channel * p.row + k * p.column;
+  return p.is_double ? static_cast<A>(static_cast<const double*>(p.data)[i])
+                     : static_cast<A>(static_cast<const float*>(p.data)[i]);
+}
+
+template <class T> struct alignas(16) Vector16 {
+  static constexpr int kSize = 16 / sizeof(T);
+  T v[kSize];
+};
+
+// The elements of one thread: tiles of kElements, which are side by side (kVector) or a thread group apart.
+template <class T, bool kVector> struct Tile {
+  static constexpr int kElements = kVector ? Vector16<T>::kSize : 4;
+  static constexpr int kAccesses = kVector ? 1 : kElements;  // to memory, for one tile
+  using A = typename Arithmetic<T>::type;
+
+  const Tiling& t;
+  int column, lane;   // of the thread: its column within the block, its place among the threads of that column
+  int group;          // threads of a column
+  int64_t j;          // its column
+  uint32_t active;    // the block's columns that are computed: bit i for the i-th
+  int count, tiles;   // positions of this block in a column, tiles of each thread
+  int64_t chunk;      // which partial sums are this block's
+  int64_t base;       // offset of the thread's column in the block's first row
+
+  __device__ __forceinline__ Tile(const Tiling& tiling, int64_t block) : t(tiling) {
+    column = threadIdx.x & (t.columns_at_once - 1);
+    lane = threadIdx.x / t.columns_at_once;
+    group = kThreads / t.columns_at_once;
+    const int64_t chunks = chunks_of(t);
+    chunk = block % chunks;
+    j = block / chunks * t.columns_at_once + column;
+    const int64_t rest = t.columns - (j - column);
+    active = rest >= 32 ? 0xffffffffu : (1u << rest) - 1;
+    const int64_t row = chunk / t.run_blocks * t.rows_per_block, start = chunk % t.run_blocks * t.run;
+    const int64_t rows = t.rows - row, run = t.inner - start;
+    count = (rows < t.rows_per_block ? static_cast<int>(rows) : t.rows_per_block) *
+            (run < t.run ? static_cast<int>(run) : t.run);
+    tiles = (count + group * kElements - 1) / (group * kElements);
+    base = row * t.pitch + j * t.inner + start;
+  }
+
+  __device__ __forceinline__ bool is_active(int i) const { return active >> i & 1; }
+  __device__ __forceinline__ int64_t channel_of(int i) const { return (j - column + i) / t.columns_per_channel; }
+  // The channel of the thread; some other where there is none.
+  __device__ __forceinline__ int64_t channel() const { return channel_of(is_active(column) ? column : 0); }
+
+  // The thread's column of a tensor, from which a Place is an offset.
+  template <class U> __device__ __forceinline__ U* column_of(U* data) const { return data ? data + base : nullptr; }
+
+  // Where a tile's elements lie.
+  struct Place {
+    uint32_t offset[kAccesses];
+    bool exists[kAccesses];
+  };
+  __device__ __forceinline__ Place place(int tile) const {
+    Place p;
+#pragma unroll
+    for (int a = 0; a < kAccesses; ++a) {
+      const int q = kVector ? (tile * group + lane) * kElements : (tile * kElements + a) * group + lane;
+      p.exists[a] = is_active(column) && q < count;
+      p.offset[a] = q * t.step + (__umulhi(q, t.run_magic) >> t.run_shift) * t.row_step;
+    }
+    return p;
+  }
+
+  // A tile's elements; 0 where there is none.
+  static __device__ __forceinline__ void load(const T* column, const Place& p, A (&out)[kElements]) {
+    if constexpr (kVector) {
+      Vector16<T> vector{};
+      if (p.exists[0]) vector = *reinterpret_cast<const Vector16<T>*>(column + p.offset[0]);
+#pragma unroll
+      for (int v = 0; v < kElements; ++v) out[v] = to_arithmetic(vector.v[v]);
+    } else {
+#pragma unroll
+      for (int v = 0; v < kElements; ++v) out[v] = p.exists[v] ? to_arithmetic(column[p.offset[v]]) : A(0);
+    }
+  }
+  static __device__ __forceinline__ void store(T* column, const Place& p, const A (&in)[kElements]) {
+    if constexpr (kVector) {
+      Vector16<T> vector;
+#pragma unroll
+      for (int v = 0; v < kElements; ++v) vector.v[v] = from_arithmetic<T>(in[v]);
+      if (p.exists[0]) *reinterpret_cast<Vector16<T>*>(column + p.offset[0]) = vector;
+    } else {
+#pragma unroll
+      for (int v = 0; v < kElements; ++v)
+        if (p.exists[v]) column[p.offset[v]] = from_arithmetic<T>(in[v]);
+    }
+  }
+};
+
+// Sums over the threads of a column, one number for each of `count` sums: sums [count][kThreads] in shared memory, as
+// the threads left them. use(i, column, total) is called once for each active column, by some thread. The order is fixed.
+template <class A, class Tile, class Use>
+__device__ __forceinline__ void sum_over_threads(const A* sums, int count, const Tile& tile, Use use) {
+  const int columns_at_once = tile.t.columns_at_once;
+  __syncthreads();
+  const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  for (int i = warp; i < count; i += kThreads / 32) {
+    A total = 0;
+#pragma unroll
+    for (int w = 0; w < kThreads; w += 32) total += sums[i * kThreads + w + lane];
+    for (int offset = 16; offset >= columns_at_once; offset /= 2) total += __shfl_xor_sync(0xffffffffu, total, offset);
+    if (lane < columns_at_once && tile.is_active(lane)) use(i, lane, total);
+  }
+  __syncthreads();
+}
+
+// Leaves a block's sum for the second stage.
+template <class A, class Tile>
+__device__ __forceinline__ void put_partial(const Tile& tile, const Call& call, int slot, int column, A total) {
+  const int64_t j = tile.j - tile.column + column;
+  static_cast<A*>(call.partial)[(tile.chunk * tile.t.columns + j) * call.slots + slot] = total;
+}
+
+}  // namespace kaf
