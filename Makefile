@@ -4,13 +4,13 @@ VENV := .venv
 PY := $(VENV)/bin/python
 INSTALLED := $(VENV)/.installed
 BUILT := $(VENV)/.built
-SOURCES := $(shell find csrc -name '*.cpp' -o -name '*.h' -o -name '*.inl')
+SOURCES := $(shell find csrc -type f)
 PIP := $(PY) -m pip --disable-pip-version-check
 RUN := bench/out/latest.json
 
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 .DEFAULT_GOAL := help
-.PHONY: help venv build demo test test-slow bench lint sanitize wheel clean
+.PHONY: help venv build demo test test-slow bench gpu gpu-static lint sanitize wheel clean
 
 help:  ## show the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -22,7 +22,7 @@ $(PY):
 # The package is installed without its kernels, which the next rule builds in place, and only what changed of them.
 $(INSTALLED): $(PY) pyproject.toml
 	$(PIP) install torch torchvision "setuptools>=77" ninja
-	KAFOPS_BUILD_CPU=0 $(PIP) install --quiet --no-build-isolation -e ".[models,test,bench,lint]"
+	KAFOPS_BUILD_CPU=0 KAFOPS_BUILD_CUDA=0 $(PIP) install --quiet --no-build-isolation -e ".[models,test,bench,lint]"
 	@touch $@
 
 build: $(BUILT)  ## install torch and all else that is needed into .venv, and build the kernels in place
@@ -44,6 +44,17 @@ bench: build  ## time every row of the table and write bench/results (ARGS=--qui
 	@mkdir -p $(dir $(RUN))
 	$(PY) -m pytest bench --benchmark-json=$(RUN) --benchmark-columns=median,iqr,rounds $(ARGS)
 	$(PY) -m bench.report $(RUN)
+
+gpu: build  ## on a CUDA device: test each GPU backend, time it, write bench/results (ARGS="--quick --minutes 8" for less)
+	@$(PY) -m bench.gpu --check
+	$(PY) -m pytest tests/gpu
+	for backend in $$($(PY) -m bench.gpu --check); do \
+	  KAFOPS_BACKEND=$$backend KAFOPS_TEST_DEVICE=cuda $(PY) -m pytest -m "not slow" tests/kafops/test_kernels.py || exit 1; \
+	done
+	$(PY) -m bench.gpu $(ARGS)
+
+gpu-static: $(INSTALLED)  ## compile all GPU kernels and prove what they cost, without a GPU; writes docs/gpu-static
+	$(PY) -m bench.gpu_static $(ARGS)
 
 lint: $(INSTALLED)  ## ruff and mypy
 	$(PY) -m ruff check

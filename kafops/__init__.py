@@ -4,6 +4,7 @@ from kafops import ops as ops  # defines the schemas before any backend register
 
 # isort: split
 from kafops import backends, init, reference
+from kafops.backends import backend
 from kafops.convert import Replacement, ReplacementReport, replace_activations
 from kafops.functional import kaf, kaf_free
 from kafops.modules import KAF, KAF1d, KAF2d, KAF3d, LazyKAF1d, LazyKAF2d, LazyKAF3d
@@ -20,6 +21,7 @@ __all__ = [
     "LazyKAF3d",
     "Replacement",
     "ReplacementReport",
+    "backend",
     "backends",
     "init",
     "kaf",

@@ -1,8 +1,8 @@
-"""`python -m kafops.check`: compare the kernels with the float64 reference on this machine.
+"""`python -m kafops.check`: compare the kernels with the float64 reference on this machine, its GPU too.
 
 Prints what computes here and, for a handful of cases, the largest error of the output, of its gradients and of their
 gradients, as a share of what rounding allows (see kafops.accuracy). Exits with 1 where a value is wrong, else with 0,
-also where there are no kernels and the reference is all there is.
+also where there are no kernels and the reference is all there is. KAFOPS_BACKEND chooses the kernels.
 """
 
 import argparse
@@ -36,11 +36,12 @@ class _Case:
     free: bool = False
     rows: int = 20  # of every parameter
 
-    def problem(self) -> Problem:
+    def problem(self, device: torch.device) -> Problem:
         p = random_problem(self.shape, self.size, self.spacing, self.rows, self.free)
-        v_x, *v = p.v
-        assert v_x is not None
-        return replace(p, x=self._data(p.x), grad=self._data(p.grad), v=(self._data(v_x), *v))
+        moved = {name: t.to(device) for name, t in p.arguments.items() if name != "x"}
+        v_x, *v = (t.to(device) for t in p.v if t is not None)
+        x, grad, v_x = (self._data(t.to(device)) for t in (p.x, p.grad, v_x))
+        return replace(p, x=x, grad=grad, v=(v_x, *v), **moved)
 
     def _data(self, t: Tensor) -> Tensor:
         t = t.to(self.dtype)
@@ -72,30 +73,35 @@ _CASES = (
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run the check, print its table, and return the exit status: 1 where a value is wrong."""
-    argparse.ArgumentParser(prog="python -m kafops.check", description=__doc__.partition("\n\n")[2]).parse_args(
-        arguments
-    )
+    parser = argparse.ArgumentParser(prog="python -m kafops.check", description=__doc__.partition("\n\n")[2])
+    found = "cuda" if torch.cuda.is_available() else "cpu"
+    parser.add_argument("--device", default=found, help="cpu, cuda, cuda:1, ...; here %(default)s unless given")
+    device = torch.device(parser.parse_args(arguments).device)
     print(f"kafops {kafops.__version__}, torch {torch.__version__}, Python {platform.python_version()}")
     print(f"{processor()}, {platform.system()} {platform.machine()}, {torch.get_num_threads()} threads")
-    print(f"{backends.explain(torch.empty(0))}\n")
+    if device.type == "cuda":
+        capability = "{}.{}".format(*torch.cuda.get_device_capability(device))
+        print(f"{torch.cuda.get_device_name(device)}, compute capability {capability}, CUDA {torch.version.cuda}")
+    print(f"{backends.explain(torch.empty(0, device=device))}\n")
     print("largest error as a share of what rounding allows; above 1 is wrong")
     width = max(len(case.name) for case in _CASES) + 2
     print(f"{'':{width}}" + "".join(f"{stage:>17}" for stage in _STAGES))
-    wrong = [case.name for case in _CASES if not _run(case, width)]
-    if not _run_non_finite(width):
+    wrong = [case.name for case in _CASES if not _run(case, device, width)]
+    if not _run_non_finite(device, width):
         wrong.append("NaN and infinity")
     total = len(_CASES) + 1
     if wrong:
         print(f"\nWRONG: {len(wrong)} of {total} cases differ from the float64 reference. Please report this output.")
         return 1
-    computed = "kernels" if backends.choose(torch.empty(0)) != "reference" else "reference in each dtype"
+    compiled = backends.choose(torch.empty(0, device=device)) != "reference"
+    computed = "kernels" if compiled else "reference in each dtype"
     print(f"\nRIGHT: the {computed} and the float64 reference agree in all {total} cases.")
     return 0
 
 
-def _run(case: _Case, width: int) -> bool:
+def _run(case: _Case, device: torch.device, width: int) -> bool:
     """Print the case's line; return whether it is right."""
-    problem = case.problem()
+    problem = case.problem(device)
     try:
         shares = excess(problem, values(problem, kafops))
     except Exception as error:  # whatever a broken installation raises is a result to report
@@ -111,12 +117,13 @@ def _run(case: _Case, width: int) -> bool:
     return right
 
 
-def _run_non_finite(width: int) -> bool:
+def _run_non_finite(device: torch.device, width: int) -> bool:
     """Print the line on NaN, which gives NaN in its element, and ±inf, which gives 0; return whether that is so."""
-    x = torch.linspace(-3, 3, 1000).reshape(-1, 2)
-    clean = kafops.kaf(x, torch.ones(1, 20), torch.ones(1))
+    x = torch.linspace(-3, 3, 1000, device=device).reshape(-1, 2)
+    alpha, gamma = torch.ones(1, 20, device=device), torch.ones(1, device=device)
+    clean = kafops.kaf(x, alpha, gamma)
     x[0, 0], x[1, 0], x[2, 1] = math.nan, math.inf, -math.inf
-    y = kafops.kaf(x, torch.ones(1, 20), torch.ones(1))
+    y = kafops.kaf(x, alpha, gamma)
     clean[1, 0] = clean[2, 1] = 0
     right = bool(y[0, 0].isnan()) and torch.equal(y.flatten()[1:], clean.flatten()[1:])
     print(f"{'float32, NaN and infinity':{width}}{'':{17 * len(_STAGES)}}  {'ok' if right else 'WRONG'}")

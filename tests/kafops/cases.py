@@ -1,5 +1,6 @@
 """The table of cases that every backend is tested on, and the problem that each case stands for."""
 
+import os
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
@@ -9,6 +10,8 @@ from torch import Tensor
 from kafops.accuracy import Problem
 
 F32, F64, BF16, F16 = DTYPES = torch.float32, torch.float64, torch.bfloat16, torch.float16
+DEVICE = os.environ.get("KAFOPS_TEST_DEVICE", "cpu")  # where the table is computed: "cuda" tests the GPU kernels
+GPU_KERNELS = DEVICE != "cpu" or os.environ.get("KAFOPS_TEST_GPU_KERNELS") == "1"  # which may be run on the CPU
 SIZES = (1, 2, 5, 20, 33, 64, 128)
 SPACINGS = (1 / 8, 1 / 6, 1 / 2, 2.0, 8.0)  # γΔ², Δ the distance between neighbouring points
 
@@ -132,7 +135,7 @@ class Case:
         """Δ; for a single point, as for three."""
         return 2 * self.boundary / (self.size - 1) if self.size > 1 else self.boundary
 
-    def problem(self, seed: int = 0, device: str = "cpu") -> Problem:
+    def problem(self, seed: int = 0, device: str = DEVICE) -> Problem:
         """Draw the inputs: the same on every device."""
         draw = torch.Generator().manual_seed(seed)
 

@@ -1,12 +1,17 @@
-"""The kernels against the float64 reference. KAFOPS_CPU_CAPABILITY chooses the instruction set that is tested."""
+"""The kernels against the float64 reference.
 
+KAFOPS_TEST_DEVICE=cuda tests those of the GPU, KAFOPS_BACKEND a chosen backend, KAFOPS_CPU_CAPABILITY a chosen
+instruction set of the CPU.
+"""
+
+import functools
 import itertools
 import math
 from dataclasses import replace
 
 import pytest
 import torch
-from cases import BF16, CASES, DTYPES, F16, F32, F64, LAYOUTS, SIZES, SPACINGS, Case
+from cases import BF16, CASES, DEVICE, DTYPES, F16, F32, F64, GPU_KERNELS, LAYOUTS, SIZES, SPACINGS, Case
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -17,7 +22,11 @@ from kafops.accuracy import Problem, conditioning, excess, values
 from kafops.backends import cpu
 from kafops.ops import Needs
 
-pytestmark = pytest.mark.skipif(cpu.load_error is not None, reason=f"no compiled kernels: {cpu.load_error}")
+pytestmark = pytest.mark.skipif(
+    DEVICE == "cpu" and cpu.load_error is not None, reason=f"no compiled kernels: {cpu.load_error}"
+)
+
+tensor = functools.partial(torch.tensor, device=DEVICE)
 
 FREE = pytest.mark.parametrize("free", [False, True], ids=["uniform", "free"])
 # So few elements in a channel that the Gaussians are summed one by one, and so many that curves are tabulated.
@@ -77,9 +86,9 @@ def test_values(case):
 def test_one_node_by_hand(dtype):
     # γ = ln 2, so K = 2^-x²: 1, 1/2, 1/16 at 0, 1, -2
     gamma = math.log(2)
-    x = torch.tensor([[0.0], [1.0], [-2.0]], dtype=dtype)
-    grad, v = torch.tensor([[3.0], [-1.0], [2.0]], dtype=dtype), torch.tensor([[1.0], [2.0], [-4.0]], dtype=dtype)
-    p = Problem(x, torch.tensor([[4.0]]), torch.tensor([gamma]), None, 3.0, grad, (v, None, None))
+    x = tensor([[0.0], [1.0], [-2.0]], dtype=dtype)
+    grad, v = tensor([[3.0], [-1.0], [2.0]], dtype=dtype), tensor([[1.0], [2.0], [-4.0]], dtype=dtype)
+    p = Problem(x, tensor([[4.0]]), tensor([gamma]), None, 3.0, grad, (v, None, None))
     got = values(p, kafops)
     wanted = {
         "y": [4, 2, 0.25],
@@ -98,31 +107,33 @@ def test_one_node_by_hand(dtype):
         "double backward gamma": [-2 * (-2 + 2 * gamma) * 2 + -8 * (4 - 16 * gamma) * 0.25],
     }
     for name, numbers in wanted.items():
-        exact = torch.tensor(numbers, dtype=F64).reshape(got[name].shape)
+        exact = tensor(numbers, dtype=F64).reshape(got[name].shape)
         torch.testing.assert_close(got[name].double(), exact, rtol=2 * torch.finfo(dtype).eps + 2e-7, atol=5e-7)
 
 
 @FREE
 def test_two_nodes_by_hand(free):
     # γ = ln 2, nodes at ±1: K = 1/2, 1/2 at 0; 1/16, 1 at 1; 2^-9, 1/2 at 2
-    x, alpha = torch.tensor([[0.0], [1.0], [2.0]]), torch.tensor([[2.0, -4.0]])
-    gamma = torch.tensor([math.log(2)])
-    p = Problem(x, alpha, gamma, torch.tensor([[-1.0, 1.0]]) if free else None, 1.0, torch.ones(3, 1), (x, None, None))
+    x, alpha = tensor([[0.0], [1.0], [2.0]]), tensor([[2.0, -4.0]])
+    gamma = tensor([math.log(2)])
+    p = Problem(
+        x, alpha, gamma, tensor([[-1.0, 1.0]]) if free else None, 1.0, torch.ones(3, 1, device=DEVICE), (x, None, None)
+    )
     y = call(p)
-    torch.testing.assert_close(y, torch.tensor([[-1.0], [2 / 16 - 4], [2 / 512 - 2]]))
+    torch.testing.assert_close(y, tensor([[-1.0], [2 / 16 - 4], [2 / 512 - 2]]))
     dx, dalpha, dgamma, ddictionary = ops.kaf_backward(p.grad, *op_arguments(p), 15)
     g = gamma.item()
-    torch.testing.assert_close(dalpha, torch.tensor([[0.5 + 1 / 16 + 1 / 512, 0.5 + 1 + 0.5]]))
+    torch.testing.assert_close(dalpha, tensor([[0.5 + 1 / 16 + 1 / 512, 0.5 + 1 + 0.5]]))
     # -2γ Σ_k (x - δ_k) α_k K_k
     torch.testing.assert_close(
-        dx, torch.tensor([[-2 * g * (1 + 2)], [-2 * g * (2 * 2 / 16)], [-2 * g * (3 * 2 / 512 - 4 / 2)]])
+        dx, tensor([[-2 * g * (1 + 2)], [-2 * g * (2 * 2 / 16)], [-2 * g * (3 * 2 / 512 - 4 / 2)]])
     )
     # -Σ_n Σ_k (x - δ_k)² α_k K_k
-    torch.testing.assert_close(dgamma, torch.tensor([-((1 - 2) + (4 * 2 / 16) + (9 * 2 / 512 - 2))]))
+    torch.testing.assert_close(dgamma, tensor([-((1 - 2) + (4 * 2 / 16) + (9 * 2 / 512 - 2))]))
     if free:
         # 2γ Σ_n (x - δ_k) α_k K_k
         wanted = [2 * g * (1 + 2 * 2 / 16 + 3 * 2 / 512), 2 * g * (-1 * -2 + 0 - 2)]
-        torch.testing.assert_close(ddictionary, torch.tensor([wanted]))
+        torch.testing.assert_close(ddictionary, tensor([wanted]))
 
 
 @FREE
@@ -165,6 +176,10 @@ def test_second_derivatives_of_no_gradient_are_zero():
 
 # --------------------------------------------------------------------------------------------------- accuracy
 
+# What errors below are not compared any more, in roundings of the largest term. A GPU's 2^x is good to 2.5 ulp, 5
+# roundings, and 1 / x to 2: K = 2^z s² with s = 1 / 2^p is good to 5 + 2 (5 + 2) and some 3 of its own, twice 11.
+FLOOR = 11 if GPU_KERNELS else 1
+
 
 @FREE
 @pytest.mark.parametrize("spacing", SPACINGS, ids=lambda t: f"spacing={t:.3g}")
@@ -178,11 +193,11 @@ def test_as_exact_as_the_eager_reference(size, spacing, free):
     n is; that an error is smaller still is luck, and comparing two lucky numbers says nothing.
     """
     p = Case((2000, 4), size=size, spacing=spacing, free=free).problem()
-    p.x[:2] = torch.tensor([[1e4], [-1e4]])
+    p.x[:2] = tensor([[1e4], [-1e4]])
     truth, eager, got, scale = values(p, reference, F64), values(p, reference), values(p, kafops), conditioning(p)
     for name in truth:
         ours, theirs = ((v[name] - truth[name]).abs().max() / scale[name].max() for v in (got, eager))
-        assert ours <= 2 * max(theirs, torch.finfo(F32).eps / 2), f"{name}: error {ours:.2e}, eager {theirs:.2e}"
+        assert ours <= 2 * max(theirs, FLOOR * torch.finfo(F32).eps / 2), f"{name}: error {ours:.2e}, eager {theirs:.2e}"
 
 
 @pytest.mark.parametrize("dtype", [F32, F64, BF16], ids=str)
@@ -196,7 +211,7 @@ def test_equal_inputs(channels, at, dtype):
 
 
 def test_equal_inputs_of_one_large_channel():
-    x = torch.full((2, 1, 32, 64), 1.340972661972046)
+    x = torch.full((2, 1, 32, 64), 1.340972661972046, device=DEVICE)
     p = replace(Case((2, 1, 32, 64)).problem(), x=x, grad=torch.full_like(x, 0.2055988311767578), v=(x, None, None))
     assert_exact(p)
 
@@ -252,8 +267,8 @@ def test_dictionaries_in_disorder(count):
     """Points that coincide, are in any order, and lie so wide apart that no table could hold the curve."""
     base = Case((count, 2), size=6, free=True).problem()
     for points in ([1, 1, 1, 1, 1, 1], [3, -3, 0, 3, -3, 0], [-1e4, 0, 1, 2, 3, 1e5], [0, 1e30, -1e30, 1, 2, 3]):
-        p = replace(base, dictionary=torch.tensor([points, points[::-1]], dtype=F32))
-        p.x[:2] = torch.tensor([[1e4], [-1e4]])
+        p = replace(base, dictionary=tensor([points, points[::-1]], dtype=F32))
+        p.x[:2] = tensor([[1e4], [-1e4]])
         assert_exact(replace(p, gamma=torch.full_like(p.gamma, 2.0)), name=points)
 
 
@@ -316,7 +331,7 @@ def test_grad_that_is_not_finite(bad, count, free):
 def test_infinite_inputs_give_zero(dtype, count, free):
     p = Case((count, 3), size=5, dtype=dtype, free=free).problem()
     far = p.x.clone()
-    far[:2] = torch.tensor([math.inf, -math.inf])[:, None]
+    far[:2] = tensor([math.inf, -math.inf])[:, None]
     near = far.clone()
     near[:2] = 6e4  # as good as infinity
     got, wanted = values(replace(p, x=far), kafops), values(replace(p, x=near), kafops)
@@ -331,7 +346,7 @@ def test_infinite_inputs_give_zero(dtype, count, free):
 def test_largest_inputs_give_zero(dtype):
     for count in (3, 600):
         p = Case((count, 2), size=5, dtype=dtype).problem()
-        p.x[:2] = torch.tensor([[1.0], [-1.0]], dtype=dtype) * torch.finfo(dtype).max
+        p.x[:2] = tensor([[1.0], [-1.0]], dtype=dtype) * torch.finfo(dtype).max
         p.x[2] = torch.finfo(dtype).tiny
         got = values(p, kafops)
         assert not any(got[name][:2].any() for name in ("y", "backward x", "double backward x", "double backward grad"))
@@ -415,7 +430,7 @@ def test_parameters_in_any_layout(layout):
 
 
 def test_negated_view():
-    z = torch.complex(torch.randn(300, 3), torch.randn(300, 3))
+    z = torch.randn(300, 3, dtype=torch.complex64, device=DEVICE)
     p = Case((300, 3)).problem()
     x = z.conj().imag
     assert x.is_neg()
@@ -476,8 +491,8 @@ def test_drawn_cases(case, seed):
 )
 def test_drawn_values(x, alpha, gamma, repeats):
     """Any float32 as x, NaN and infinities among them; repeated, so that the curve is tabulated as well."""
-    x = torch.tensor(x, dtype=F32).repeat(repeats)
-    p = Problem(x, torch.tensor([alpha]), torch.tensor([gamma]), None, 3.0, torch.ones_like(x), (None, None, None))
+    x = tensor(x, dtype=F32).repeat(repeats)
+    p = Problem(x, tensor([alpha]), tensor([gamma]), None, 3.0, torch.ones_like(x), (None, None, None))
     y, exact = call(p), reference.kaf(p.x.double(), p.alpha.double(), p.gamma.double(), 3.0)
     assert torch.equal(y.isnan(), x.isnan())
     assert not y[x.isinf()].any()
@@ -498,11 +513,11 @@ def test_drawn_values(x, alpha, gamma, repeats):
     st.sampled_from(DTYPES),
 )
 def test_drawn_dictionaries(points, gamma, count, dtype):
-    dictionary = torch.tensor([points])
+    dictionary = tensor([points])
     case = Case((count, 1), size=len(points), free=True, dtype=dtype, boundary=20.0, spacing=1.0)
     p = case.problem()
     weights = (p.v[0] * 0.01, *p.v[1:])  # within the range of float16 where gamma is large
-    assert_exact(replace(p, dictionary=dictionary, gamma=torch.tensor([gamma]), v=weights))
+    assert_exact(replace(p, dictionary=dictionary, gamma=tensor([gamma]), v=weights))
 
 
 # -------------------------------------------------------------------------------------------------------- size
@@ -513,28 +528,28 @@ def test_more_than_two_to_the_31_elements():
     """9 GB: x and y of 2^31 + 5 bfloat16, repeating a pattern whose length divides no power of two."""
     torch.set_num_threads(2)
     n, period = 2**31 + 5, 4099
-    pattern = (torch.randn(period, generator=torch.Generator().manual_seed(0)) * 2).to(BF16)
-    alpha, gamma = Case(shared=ALL_SHARED).problem().alpha, torch.tensor([1.67])
-    x = torch.empty(n, dtype=BF16)
+    pattern = (torch.randn(period, generator=torch.Generator().manual_seed(0)) * 2).to(DEVICE, BF16)
+    alpha, gamma = Case(shared=ALL_SHARED).problem().alpha, tensor([1.67])
+    x = torch.empty(n, dtype=BF16, device=DEVICE)
     whole = n // period * period
     x[:whole].view(-1, period).copy_(pattern)
     x[whole:] = pattern[: n - whole]
 
     def check(t: Tensor, wanted: Tensor) -> None:
         for start in (0, 2**30, 2**31 - period, n - 2 * period):
-            index = torch.arange(start, min(start + 2 * period, n)) % period
+            index = torch.arange(start, min(start + 2 * period, n), device=DEVICE) % period
             assert torch.equal(t[start : start + 2 * period], wanted[index]), f"from {start}"
 
     wanted = kafops.kaf(pattern, alpha, gamma)
     y = kafops.kaf(x, alpha, gamma)
     check(y, wanted)
     del y
-    grad = torch.tensor(0.5, dtype=BF16).expand(n)
+    grad = tensor(0.5, dtype=BF16).expand(n)
     dx, dalpha, *_ = ops.kaf_backward(grad, x, alpha, gamma, None, 3.0, int(Needs.X | Needs.ALPHA))
     wanted, *_ = ops.kaf_backward(grad[:period], pattern, alpha, gamma, None, 3.0, int(Needs.X))
     check(dx, wanted)
     del dx
-    counts = torch.full((period,), n // period, dtype=F64)
+    counts = torch.full((period,), n // period, dtype=F64, device=DEVICE)
     counts[: n % period] += 1
     exact = values(
         Problem(pattern.double(), alpha.double(), gamma.double(), None, 3.0, counts / 2, (None, alpha.double(), None)),

@@ -1,0 +1,323 @@
+"""Reads the assembly that nvdisasm prints (SASS): instructions, loops, and what one turn of a loop costs.
+
+A loop is a natural one: a branch to a block that dominates it, and all blocks between. A turn follows the path through
+the loop that stores most, and among those the one with most instructions; all of a path's instructions take an issue
+slot, whether their predicate holds or not. Only NOPs are left out.
+"""
+
+import re
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, field
+from functools import cached_property
+
+PIPES = ("fma", "alu", "mufu", "convert", "fp64", "global", "shared", "local", "other")
+
+_SECTION = re.compile(r"^\s*\.section\s+\.text\.([^,\s]+),")
+_LABEL = re.compile(r"^([.$\w]+):")
+_INSTRUCTION = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(@!?U?P[0-9T]+\s+)?([A-Z][A-Z0-9_.]*)\s*([^;]*);")
+_TARGET = re.compile(r"`\(([^)]+)\)")
+_INDIRECT = re.compile(r'BRANCH_TARGETS ([^"]+)"')
+
+_FMA = re.compile(r"(FFMA|FMUL|FADD|IMAD|HFMA|HADD|HMUL|IMUL|IDP)(2|32I)?")
+_FP64 = re.compile(r"D(FMA|ADD|MUL|SETP|MNMX)")
+_CONVERT = re.compile(r"F2F|F2FP|F2I|I2F|I2I|FRND|F2IP|I2IP|POPC|FLO|BREV")
+_GLOBAL = re.compile(r"LDG|STG|LD|ST|ATOM|ATOMG|RED|REDG|LDGSTS")
+_SHARED = re.compile(r"LDS|STS|ATOMS|LDSM|STSM|SHFL|MATCH")
+_LOCAL = re.compile(r"LDL|STL")
+_OTHER = re.compile(  # branches, barriers, special registers, constants, and all that is done once for a warp (U...)
+    r"BRA|BRX|BRXU|JMP|JMX|EXIT|RET|CALL|BSSY|BSYNC|BREAK|BMOV|WARPSYNC|YIELD|BAR|B2R|R2B|DEPBAR|LDGDEPBAR|MEMBAR"
+    r"|ERRBAR|CCTL|CCTLL|NANOSLEEP|S2R|S2UR|CS2R|VOTE|R2UR|REDUX|ELECT|ACQBULK|PREEXIT|KILL|SYNCS|LDC|LDCU|U[A-Z]\w*"
+)
+_PIPES = (
+    ("mufu", re.compile("MUFU")),
+    ("fma", _FMA),
+    ("fp64", _FP64),
+    ("convert", _CONVERT),
+    ("global", _GLOBAL),
+    ("shared", _SHARED),
+    ("local", _LOCAL),
+    ("other", _OTHER),
+)
+_BRANCHES = ("BRA", "BRX", "BRXU", "JMP", "JMX")
+_ENDS = ("EXIT", "RET", "KILL")
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """One line: `@P0 LDG.E.128 R4, desc[UR4][R2.64] ;` has opcode LDG, modifiers E and 128, and is predicated."""
+
+    address: int
+    opcode: str
+    modifiers: tuple[str, ...] = ()
+    operands: str = ""
+    predicated: bool = False
+    targets: tuple[str, ...] = ()
+
+    @property
+    def bytes(self) -> int:
+        """Bytes that a memory access moves for each thread; 0 of any other instruction."""
+        if not self.opcode.startswith(("LD", "ST", "ATOM", "RED")):
+            return 0
+        widths = {"128": 16, "64": 8, "ENL2": 32, "U8": 1, "S8": 1, "U16": 2, "S16": 2}
+        return next((widths[m] for m in self.modifiers if m in widths), 4)
+
+    @property
+    def branches(self) -> bool:
+        """Whether control may go to a target. A subroutine's name is none; a call of a local label is a far branch."""
+        return self.opcode in _BRANCHES or (self.opcode == "CALL" and self.operands.startswith("`(.L"))
+
+    @property
+    def ends(self) -> bool:
+        """Whether control does not go on to the next instruction, if the predicate holds."""
+        if self.opcode in ("BRA", "JMP"):
+            return self.operands.startswith("`(")  # others have a condition: `BRA.U !UP0, ...`
+        return self.branches or self.opcode in _ENDS
+
+    @property
+    def pipe(self) -> str:
+        """What executes it. An unknown one counts as ALU, the narrowest of the pipes of common instructions."""
+        return next((pipe for pipe, opcodes in _PIPES if opcodes.fullmatch(self.opcode)), "alu")
+
+
+@dataclass
+class Cost:
+    """What some instructions take of a thread: issue slots, of them by pipe, and bytes moved to and from memory."""
+
+    pipes: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PIPES, 0.0))
+    exp2: float = 0.0  # of the MUFU's
+    reciprocals: float = 0.0
+    packed: float = 0.0  # instructions of the FMA pipe that do two elements' work, and take twice its time
+    words: float = 0.0  # of 4 bytes, through the path of shared and global memory
+    loaded: float = 0.0
+    stored: float = 0.0
+    loaded_wide: float = 0.0  # of them by accesses of 128 bits
+    stored_wide: float = 0.0
+
+    @property
+    def slots(self) -> float:
+        return sum(self.pipes.values())
+
+    def __add__(self, other: "Cost") -> "Cost":
+        return self.plus(other, 1.0)
+
+    def plus(self, other: "Cost", times: float) -> "Cost":
+        """Return self + times · other."""
+        pipes = {p: self.pipes[p] + times * other.pipes[p] for p in PIPES}
+        rest = {n: getattr(self, n) + times * getattr(other, n) for n in vars(self) if n != "pipes"}
+        return Cost(pipes, **rest)
+
+    def per(self, elements: float) -> "Cost":
+        return Cost().plus(self, 1 / elements)
+
+
+def cost(instructions: Iterable[Instruction]) -> Cost:
+    """Add up instructions, each once."""
+    total = Cost()
+    for i in instructions:
+        if i.opcode == "NOP":
+            continue
+        total.pipes[i.pipe] += 1
+        total.exp2 += i.opcode == "MUFU" and "EX2" in i.modifiers
+        total.reciprocals += i.opcode == "MUFU" and "RCP" in i.modifiers
+        total.packed += i.opcode in ("FFMA2", "FADD2", "FMUL2")
+        if i.pipe in ("global", "shared", "local"):
+            total.words += max(i.bytes, 4) / 4
+        if i.pipe == "global":
+            for name, opcodes in (("loaded", ("LDG", "LD")), ("stored", ("STG", "ST"))):
+                if i.opcode in opcodes:
+                    setattr(total, name, getattr(total, name) + i.bytes)
+                    if i.bytes >= 16:
+                        setattr(total, f"{name}_wide", getattr(total, f"{name}_wide") + i.bytes)
+    return total
+
+
+@dataclass
+class Block:
+    """Instructions that are always executed together, and where control goes after them."""
+
+    start: int
+    instructions: list[Instruction]
+    successors: tuple[int, ...] = ()
+
+    @cached_property
+    def cost(self) -> Cost:
+        return cost(self.instructions)
+
+
+@dataclass(frozen=True)
+class Loop:
+    """A natural loop: its header, and the starts of all its blocks."""
+
+    header: int
+    blocks: frozenset[int]
+
+
+class Code:
+    """A kernel's instructions, with labels resolved."""
+
+    def __init__(self, name: str, instructions: list[Instruction], labels: dict[str, int]) -> None:
+        self.name, self.instructions, self.labels = name, instructions, labels
+
+    @cached_property
+    def blocks(self) -> dict[int, Block]:
+        """Basic blocks by the index of their first instruction, reachable ones only."""
+        n = len(self.instructions)
+        starts = {0, *(at for at in self.labels.values() if at < n)}
+        lines = enumerate(self.instructions)
+        starts.update(i + 1 for i, line in lines if (line.branches or line.opcode in _ENDS) and i + 1 < n)
+        order = sorted(starts)
+        blocks = {}
+        for start, end in zip(order, [*order[1:], n], strict=True):
+            inside = self.instructions[start:end]
+            blocks[start] = Block(start, inside, self._successors(inside[-1], end if end < n else None))
+        reached, waiting = set[int](), [0]
+        while waiting:
+            start = waiting.pop()
+            if start not in reached:
+                reached.add(start)
+                waiting.extend(blocks[start].successors)
+        return {start: block for start, block in blocks.items() if start in reached}
+
+    def _successors(self, last: Instruction, following: int | None) -> tuple[int, ...]:
+        targets = [self.labels[t] for t in last.targets if t in self.labels] if last.branches else []
+        if following is not None and (last.predicated or not last.ends):
+            targets.append(following)
+        return tuple(dict.fromkeys(targets))
+
+    @cached_property
+    def loops(self) -> list[Loop]:
+        """All natural loops, those that share a header as one."""
+        above = _dominators(self.blocks)
+        before: dict[int, list[int]] = {start: [] for start in self.blocks}
+        for start, block in self.blocks.items():
+            for successor in block.successors:
+                before[successor].append(start)
+        bodies: dict[int, set[int]] = {}
+        for start, block in self.blocks.items():
+            for header in block.successors:
+                if header in above[start]:
+                    body = bodies.setdefault(header, {header})
+                    waiting = [start]
+                    while waiting:
+                        at = waiting.pop()
+                        if at not in body:
+                            body.add(at)
+                            waiting.extend(before[at])
+        return [Loop(header, frozenset(body)) for header, body in sorted(bodies.items())]
+
+    def inner(self, loop: Loop | None) -> list[Loop]:
+        """Return the loops directly inside a loop, or the outermost ones."""
+        inside = [x for x in self.loops if loop is None or x.blocks < loop.blocks]
+        return [x for x in inside if not any(x.blocks < y.blocks for y in inside)]
+
+    @property
+    def leaves(self) -> list[Loop]:
+        return [loop for loop in self.loops if not self.inner(loop)]
+
+    def turn(
+        self,
+        loop: Loop | None,
+        turns: Callable[[Loop], float] = lambda _: 0.0,
+        avoid: Callable[[Instruction], bool] = lambda _: False,
+    ) -> Cost:
+        """Return the cost of one turn of a loop, or with None of the whole program, once through.
+
+        Args:
+            loop: the loop, or None.
+            turns: how often each loop inside turns.
+            avoid: whether no path with this instruction is taken.
+        """
+        return self._turn(loop, turns, avoid) or Cost()
+
+    def _turn(
+        self, loop: Loop | None, turns: Callable[[Loop], float], avoid: Callable[[Instruction], bool]
+    ) -> Cost | None:
+        blocks = loop.blocks if loop else frozenset(self.blocks)
+        header = loop.header if loop else 0
+        inner = {x.header: x for x in self.inner(loop)}
+        home = {start: x.header for x in inner.values() for start in x.blocks}
+
+        def own(start: int) -> Cost | None:
+            if x := inner.get(start):
+                turn = self._turn(x, turns, avoid)
+                return turn and Cost().plus(turn, turns(x))
+            block = self.blocks[start]
+            return None if any(map(avoid, block.instructions)) else block.cost
+
+        def following(start: int) -> Iterator[int]:
+            """Yield where control goes, but not back; an inner loop is one place."""
+            for at in inner[start].blocks if start in inner else (start,):
+                for successor in self.blocks[at].successors:
+                    to = home.get(successor, successor)
+                    if successor in blocks and to != start and (loop is None or successor != header):
+                        yield to
+
+        best: dict[int, Cost | None] = {}
+        for start in _post_order(header, following):
+            paths = [best[to] for to in following(start) if to in best]
+            open_paths = [path for path in paths if path is not None]
+            rest = max(open_paths, key=lambda c: (c.stored, c.slots), default=None if paths else Cost())
+            cost = own(start)
+            best[start] = None if cost is None or rest is None else cost + rest
+        return best[header]
+
+    def calls(self, loop: Loop | None) -> list[str]:
+        """Return the names of the subroutines that a loop, or the program, calls."""
+        starts = loop.blocks if loop else self.blocks
+        return sorted({i.operands for s in starts for i in self.blocks[s].instructions if i.opcode == "CALL"})
+
+
+def _dominators(blocks: dict[int, Block]) -> dict[int, set[int]]:
+    order = list(reversed(_post_order(0, lambda s: blocks[s].successors)))
+    before: dict[int, list[int]] = {start: [] for start in blocks}
+    for start, block in blocks.items():
+        for successor in block.successors:
+            before[successor].append(start)
+    above = {start: set(blocks) for start in blocks} | {0: {0}}
+    changed = True
+    while changed:
+        changed = False
+        for start in order[1:]:
+            new = set.intersection(*(above[b] for b in before[start])) | {start}
+            if new != above[start]:
+                above[start], changed = new, True
+    return above
+
+
+def _post_order(entry: int, successors: Callable[[int], Iterable[int]]) -> list[int]:
+    order, seen = [], {entry}
+    stack = [(entry, iter(list(successors(entry))))]
+    while stack:
+        at, rest = stack[-1]
+        following = next((s for s in rest if s not in seen), None)
+        if following is None:
+            order.append(at)
+            stack.pop()
+        else:
+            seen.add(following)
+            stack.append((following, iter(list(successors(following)))))
+    return order
+
+
+def parse(text: str) -> dict[str, Code]:
+    """Read what `nvdisasm -c` prints: the code of every kernel, by its (mangled) name."""
+    codes: dict[str, Code] = {}
+    instructions: list[Instruction] = []
+    labels: dict[str, int] = {}
+    for line in text.splitlines():
+        if section := _SECTION.match(line):
+            instructions, labels = [], {}
+            codes[section[1]] = Code(section[1], instructions, labels)
+        elif label := _LABEL.match(line):
+            labels[label[1]] = len(instructions)
+        elif found := _INSTRUCTION.match(line):
+            address, predicate, name, operands = found.groups()
+            opcode, *modifiers = name.split(".")
+            targets = _TARGET.findall(operands)
+            if indirect := _INDIRECT.search(operands):
+                targets = [t.strip() for t in indirect[1].split(",")]
+            always = predicate is None or predicate.strip() in ("@PT", "@UPT")
+            instructions.append(
+                Instruction(int(address, 16), opcode, tuple(modifiers), operands.strip(), not always, tuple(targets))
+            )
+    return {name: code for name, code in codes.items() if code.instructions}

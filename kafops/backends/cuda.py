@@ -1,0 +1,51 @@
+"""The compiled CUDA kernels: loads kafops._C_cuda, and keeps the reason where it cannot."""
+
+import importlib
+import re
+from collections.abc import Sequence
+
+import torch
+
+MINIMUM = (7, 5)  # compute capability that the kernels are written for
+
+load_error: str | None = None
+try:
+    _C_cuda = importlib.import_module("kafops._C_cuda")  # registers the kernels of the operators of kafops.ops
+except ModuleNotFoundError:
+    load_error = "kafops was installed without CUDA kernels; reinstall it where there is nvcc"
+except ImportError as error:
+    load_error = str(error)
+
+
+def why_not() -> str | None:
+    """Say why the compiled kernels cannot serve this machine's GPUs, or return None. Looks at every visible GPU."""
+    if load_error is not None:
+        return f"the compiled CUDA kernels could not be loaded ({load_error})"
+    built = _C_cuda.architectures().split()
+    for index in range(torch.cuda.device_count()):
+        capability = torch.cuda.get_device_capability(index)
+        if not covers(built, capability):
+            return (
+                f"the compiled CUDA kernels were built for compute capabilities {', '.join(built)}, and GPU {index} "
+                f"({torch.cuda.get_device_name(index)}) has {capability[0]}.{capability[1]}; reinstall kafops with "
+                f"TORCH_CUDA_ARCH_LIST={capability[0]}.{capability[1]}"
+            )
+    return None
+
+
+def covers(built: Sequence[str], capability: tuple[int, int]) -> bool:
+    """Whether code built for `built` ("8.0", "12.0+PTX", "9.0a", ...) runs on a GPU.
+
+    Machine code runs on later minor versions of its own major version; PTX on every later GPU.
+    """
+    for name in built:
+        found = re.fullmatch(r"(\d+)\.(\d+)([af]?)(\+PTX)?", name)
+        if found is None:
+            continue
+        own = int(found[1]), int(found[2])
+        if found[3] == "a":
+            if own == capability:
+                return True
+        elif own <= capability and (own[0] == capability[0] or (found[4] and not found[3])):
+            return True
+    return False

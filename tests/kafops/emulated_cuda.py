@@ -1,0 +1,39 @@
+"""A plugin for pytest: the CUDA kernels, run on the CPU by tests/emulator, compute in the place of the CPU kernels.
+
+    pytest -p emulated_cuda tests/kafops/test_kernels.py
+
+KAFOPS_EMULATOR_ORDER chooses the order of threads, KAFOPS_TEST_SANITIZE=1 a build with AddressSanitizer and UBSan. New
+tensors are full of NaN, so that what a kernel leaves unwritten shows.
+"""
+
+import os
+import sys
+import warnings
+from pathlib import Path
+
+import torch
+
+import kafops
+
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT / "tests" / "emulator"))
+import build  # noqa: E402
+
+SOURCES = [ROOT / "csrc/cuda/ops.cpp", *sorted((ROOT / "csrc/cuda").glob("*.cu"))]
+
+
+def library(sanitize: bool) -> Path:
+    return build.compile_module("kafops_cuda", SOURCES, sanitize=sanitize, stable_torch=True)
+
+
+def pytest_configure() -> None:
+    torch.ops.load_library(str(library(os.environ.get("KAFOPS_TEST_SANITIZE") == "1")))
+    override = torch.library.Library("kafops", "IMPL")
+    with warnings.catch_warnings(action="ignore"):
+        for name in ("kaf", "kaf_backward", "kaf_double_backward"):
+            emulated = getattr(torch.ops.kafops_emulated, name).default
+            override.impl(name, emulated, "CPU", allow_override=True)
+    kafops.emulated_override = override  # as long as the process lives
+    torch.use_deterministic_algorithms(True)  # fills new tensors with NaN
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    assert torch.empty(3).isnan().all()

@@ -1,0 +1,14 @@
+"""A plugin for pytest: the Triton kernels, run on the CPU by Triton's interpreter, compute in the place of the others.
+
+    pytest -p interpreted_triton tests/kafops/test_kernels.py
+"""
+
+import os
+
+os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
+os.environ["KAFOPS_BACKEND"] = "triton"
+
+import triton_interpreter  # noqa: E402
+
+triton_interpreter.exact_fma()
+triton_interpreter.patch_once()

@@ -1,0 +1,276 @@
+"""Which backend is chosen, how one is forced, and what is said where none can serve."""
+
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+import kafops
+from kafops import backends, ops
+from kafops.backends import cpu, cuda, triton
+
+ROOT = Path(__file__).parents[2]
+compiled = pytest.mark.skipif(cpu.load_error is not None, reason=f"no compiled kernels: {cpu.load_error}")
+
+
+class Gpus:
+    """Stands for the GPUs of a machine, in place of those that there are."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.monkeypatch = monkeypatch
+        monkeypatch.setattr(torch.version, "cuda", "13.0")
+        monkeypatch.setattr(cuda, "load_error", None)
+        monkeypatch.setattr(triton, "load_error", None)
+        monkeypatch.setattr(triton, "interpreted", False)
+        self.are((9, 0))
+        self.built("8.0 9.0 12.0+PTX")
+
+    def are(self, *capabilities: tuple[int, int]) -> None:
+        self.monkeypatch.setattr(torch.cuda, "device_count", lambda: len(capabilities))
+        self.monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: capabilities[i])
+        self.monkeypatch.setattr(torch.cuda, "get_device_name", lambda i: f"GPU of {capabilities[i]}")
+        backends._asked_once.cache_clear()
+
+    def built(self, architectures: str) -> None:
+        module = type("module", (), {"architectures": staticmethod(lambda: architectures)})
+        self.monkeypatch.setattr(cuda, "_C_cuda", module, raising=False)
+        backends._asked_once.cache_clear()
+
+    def lack(self, module: object, reason: str) -> None:
+        self.monkeypatch.setattr(module, "load_error", reason)
+        backends._asked_once.cache_clear()
+
+
+@pytest.fixture
+def gpus(monkeypatch):
+    before = backends._default
+    yield Gpus(monkeypatch)
+    backends._asked_once.cache_clear()
+    backends._warn_once.cache_clear()
+    if before is None and backends._default is not None:
+        backends._default._destroy()
+        backends._default = None
+
+
+def on_gpu() -> torch.Tensor:
+    with FakeTensorMode():
+        return torch.empty(2, 3, device="cuda")
+
+
+# ------------------------------------------------------------------------------------------------------- choice
+
+
+@compiled
+def test_cpu_tensors_go_to_the_cpu_kernels():
+    assert backends.choose(torch.empty(1)) == "cpu"
+    assert backends.explain(torch.empty(1)) == f"cpu: compiled kernels, instruction set {cpu.capability()}"
+
+
+def test_cuda_tensors_go_to_cuda_else_to_triton_else_to_the_reference(gpus):
+    x = on_gpu()
+    assert backends.choose(x) == "cuda"
+    assert backends.explain(x) == "cuda: compiled CUDA kernels"
+    assert backends.available("cuda") == ("cuda", "triton", "reference")
+    gpus.lack(cuda, "libtorch_cuda.so: cannot open shared object file")
+    assert backends.choose(x) == "triton"
+    assert backends.explain(x) == (
+        "triton: Triton kernels, because the compiled CUDA kernels could not be loaded (libtorch_cuda.so: cannot open "
+        "shared object file)"
+    )
+    gpus.lack(triton, "the package triton is not installed")
+    assert backends.available("cuda") == ("reference",)
+    text = backends.explain(x)
+    assert text.startswith("reference: plain PyTorch, because the compiled CUDA kernels could not be loaded (libtorch")
+    assert "; the Triton kernels could not be loaded (the package triton is not installed)" in text
+
+
+def test_the_reference_is_announced_once_with_its_reasons(gpus, monkeypatch):
+    gpus.lack(cuda, "no nvcc")
+    gpus.lack(triton, "no triton")
+    x = on_gpu()
+    monkeypatch.setattr(backends.torch, "empty", lambda *size, device: x)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert [backends.choose(x) for _ in range(3)] == ["reference"] * 3
+    (warning,) = caught
+    for part in ("plain PyTorch reference, which is slow", "no nvcc", "no triton"):
+        assert part in str(warning.message)
+
+
+@pytest.mark.parametrize(
+    ("built", "capability", "runs"),
+    [
+        ("8.0", (8, 0), True),
+        ("8.0", (8, 6), True),  # later minor version
+        ("8.6", (8, 0), False),
+        ("8.0", (9, 0), False),  # machine code is for one major version
+        ("8.0+PTX", (9, 0), True),
+        ("8.0+PTX", (7, 5), False),
+        ("8.0 9.0 12.0+PTX", (10, 0), False),
+        ("8.0 9.0 12.0+PTX", (12, 1), True),
+        ("9.0a", (9, 0), True),
+        ("9.0a", (9, 1), False),
+        ("Ampere", (8, 0), False),
+    ],
+)
+def test_gpus_that_compiled_kernels_run_on(built, capability, runs):
+    assert cuda.covers(built.split(), capability) is runs
+
+
+def test_a_gpu_that_the_compiled_kernels_were_not_built_for_goes_to_triton(gpus):
+    gpus.are((9, 0), (7, 5))
+    x = on_gpu()
+    assert backends.choose(x) == "triton"
+    text = backends.explain(x)
+    assert "built for compute capabilities 8.0, 9.0, 12.0+PTX, and GPU 1 (GPU of (7, 5)) has 7.5" in text
+    assert "TORCH_CUDA_ARCH_LIST=7.5" in text
+
+
+def test_a_gpu_below_the_minimum_goes_to_the_reference(gpus):
+    gpus.are((7, 0))
+    x = on_gpu()
+    assert backends.available("cuda") == ("reference",)
+    assert "need compute capability 7.5, and GPU 0 (GPU of (7, 0)) has 7.0" in backends.explain(x)
+
+
+def test_meta_tensors_need_no_kernels():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert backends.choose(torch.empty(1, device="meta")) == "reference"
+    assert "no compiled kernels for device type 'meta'" in backends.explain(torch.empty(1, device="meta"))
+
+
+def test_what_is_asked_of_gpus_is_a_constant_under_torch_compile(gpus):
+    """Neither traced, which would break the graph, nor asked again."""
+
+    def double_where_cuda_serves(x: torch.Tensor) -> torch.Tensor:
+        return x * 2 if backends._why_not("cuda", "cuda") is None else x
+
+    x = torch.ones(3)
+    compiled = torch.compile(double_where_cuda_serves, backend="eager", fullgraph=True)
+    assert torch.equal(compiled(x), 2 * x)
+
+
+# ------------------------------------------------------------------------------------------------------- forcing
+
+
+def test_forcing_the_reference():
+    x, alpha, gamma = torch.randn(7, 3), torch.randn(3, 20), torch.ones(3)
+    with kafops.backend("reference"):
+        assert backends.choose(x) == "reference"
+        assert backends.explain(x) == "reference: plain PyTorch, because kafops.backend('reference') is in force"
+        assert torch.equal(kafops.kaf(x, alpha, gamma), kafops.reference.kaf(x, alpha, gamma, 3.0))
+    assert backends._forced is None
+
+
+@compiled
+def test_forced_backends_nest_and_end_with_an_error():
+    x = torch.empty(1)
+    with kafops.backend("reference"):
+        with pytest.raises(KeyError), kafops.backend("cpu"):
+            assert backends.choose(x) == "cpu"
+            raise KeyError
+        assert backends.choose(x) == "reference"
+    assert backends.choose(x) == "cpu"
+
+
+@compiled
+def test_a_compiled_function_notices_what_is_forced():
+    layer = torch.compile(kafops.KAF1d(3), backend="eager", fullgraph=True)
+    x = torch.randn(5, 3)
+    y = layer(x)
+    with kafops.backend("reference"):
+        expected = layer(x)
+        assert torch.equal(expected, layer(x))
+        assert not torch.equal(expected, y)
+    torch.testing.assert_close(y, expected)
+    assert torch.equal(layer(x), y)
+
+
+def test_unknown_backend():
+    with pytest.raises(ValueError, match="there is no backend 'cudnn'; kafops has 'cpu', 'cuda', 'triton', 'refere"):
+        kafops.backend("cudnn").__enter__()
+
+
+def test_a_backend_that_cannot_be_used_here(monkeypatch):
+    monkeypatch.setattr(cpu, "load_error", "not built")
+    with pytest.raises(RuntimeError, match=r"backend 'cpu' cannot be used here: .* could not be loaded \(not built\)"):
+        kafops.backend("cpu").__enter__()
+    assert backends._forced is None
+
+
+def test_a_tensor_that_the_forced_backend_cannot_serve(gpus):
+    with kafops.backend("cuda"):
+        assert backends.choose(on_gpu()) == "cuda"
+        with pytest.raises(RuntimeError, match=r"kafops.backend\('cuda'\) is in force, which cannot serve a tensor on 'cpu'"):
+            kafops.kaf(torch.ones(2, 3), torch.ones(3, 4), torch.ones(3))
+
+
+def test_forcing_triton_puts_its_functions_before_the_others(gpus, monkeypatch):
+    """On CPU tensors, for the interpreter serves those too; the function is replaced by one that is easy to know."""
+    monkeypatch.setattr(triton, "interpreted", True)
+    monkeypatch.setattr(triton, "kaf", lambda x, *arguments: torch.full_like(x, 7.0))
+    x, arguments = torch.ones(2, 3), (torch.ones(3, 4), torch.ones(3), None, 3.0)
+    before = ops.kaf(x, *arguments)
+    with kafops.backend("triton"):
+        assert backends.explain(x).startswith("triton: Triton kernels, run by Triton's interpreter, because")
+        assert torch.equal(ops.kaf(x, *arguments), torch.full_like(x, 7.0))
+        assert torch.equal(kafops.kaf(x, arguments[0], arguments[1]), torch.full_like(x, 7.0))
+    assert torch.equal(ops.kaf(x, *arguments), before)
+
+
+def run(program: str, **environment: str) -> subprocess.CompletedProcess:
+    command = [sys.executable, "-c", program]
+    return subprocess.run(command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True)
+
+
+def test_the_environment_forces_a_backend():
+    program = "import torch, kafops; print(kafops.backends.explain(torch.empty(1)))"
+    done = run(program, KAFOPS_BACKEND="reference")
+    assert "because KAFOPS_BACKEND=reference asks for backend 'reference'" in done.stdout, done.stderr
+    done = run(program, KAFOPS_BACKEND="nonsense")
+    assert done.returncode != 0
+    assert "there is no backend 'nonsense'" in done.stderr
+
+
+def test_importing_kafops_does_not_import_triton():
+    done = run("import sys, kafops; print('triton' in sys.modules)", KAFOPS_BACKEND="")
+    assert done.stdout.strip() == "False", done.stdout + done.stderr
+
+
+# ------------------------------------------------------------------------------------------------- what is not there
+
+
+def without(module: str, message: str) -> str:
+    """Return the start of a program in which importing a module fails."""
+    return f"""
+import importlib, sys, warnings
+class Missing:
+    def find_spec(self, name, path=None, target=None):
+        if name == {module!r}:
+            raise {message}
+sys.meta_path.insert(0, Missing())
+import torch, kafops
+"""
+
+
+def test_cuda_kernels_that_cannot_be_loaded():
+    """A CPU-only torch has no libtorch_cuda.so: the reason is kept, and all else works."""
+    message = "ImportError('libtorch_cuda.so: cannot open shared object file')"
+    done = run(
+        without("kafops._C_cuda", message)
+        + "print(kafops.backends.cuda.load_error); print(kafops.KAF1d(3)(torch.ones(2, 3)).shape)"
+    )
+    assert done.stdout.splitlines() == ["libtorch_cuda.so: cannot open shared object file", "torch.Size([2, 3])"], done
+
+
+def test_cuda_kernels_that_were_not_built():
+    done = run(
+        without("kafops._C_cuda", "ModuleNotFoundError('no module')") + "print(kafops.backends.cuda.load_error)"
+    )
+    assert "installed without CUDA kernels; reinstall it where there is nvcc" in done.stdout, done.stderr
