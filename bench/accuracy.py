@@ -20,11 +20,11 @@ SPACINGS = (1 / 8, 1 / 6, 1 / 2, 2.0, 8.0)  # γΔ²
 ELEMENTS, CHANNELS = 4000, 4
 
 
-def problem(size: int, spacing: float, free: bool) -> Problem:
+def problem(size: int, spacing: float, free: bool, device: str = "cpu") -> Problem:
     """Draw a problem, with a few x far outside the dictionary."""
     p = random_problem((ELEMENTS, CHANNELS), size, spacing, CHANNELS, free)
     p.x[:4] = torch.tensor([1e4, -1e4, 30.0, -30.0]).unsqueeze(1)
-    return p
+    return p.to(device)
 
 
 def errors(p: Problem) -> dict[str, tuple[float, float]]:
@@ -41,12 +41,14 @@ def errors(p: Problem) -> dict[str, tuple[float, float]]:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     """Print one line per value: the worst case of kafops, of the reference, and the worst of their ratios."""
-    argparse.ArgumentParser(prog="python -m bench.accuracy", description=__doc__).parse_args(arguments)
-    print(f"{kafops.backends.explain(torch.empty(1))}; torch {torch.__version__}")
+    parser = argparse.ArgumentParser(prog="python -m bench.accuracy", description=__doc__)
+    parser.add_argument("--device", default="cpu", help="where the kernels and the eager reference compute")
+    device = parser.parse_args(arguments).device
+    print(f"{kafops.backends.explain(torch.empty(1, device=device))}; torch {torch.__version__}")
     print(f"D in {SIZES}, γΔ² in {tuple(round(t, 3) for t in SPACINGS)}, even and free dictionaries; units of u S\n")
     worst: dict[str, list[tuple[float, float]]] = {}
     for size, spacing, free in itertools.product(SIZES, SPACINGS, (False, True)):
-        for name, pair in errors(problem(size, spacing, free)).items():
+        for name, pair in errors(problem(size, spacing, free, device)).items():
             worst.setdefault(name, []).append(pair)
     print(f"{'':26}{'kafops':>8}{'eager':>8}{'kafops / max(eager, 1)':>26}")
     for name, pairs in worst.items():

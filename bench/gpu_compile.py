@@ -95,8 +95,13 @@ def run(*command: str | Path, **options: Any) -> str:
 
 
 def compile_all(work: list[Job], report: Callable[[str], None], workers: int = 2) -> list[Binary]:
-    """Compile what is not in the cache; the order of the result is that of the jobs."""
+    """Compile what is not in the cache; the order of the result is that of the jobs.
+
+    Raises:
+        CannotProve: with all that failed.
+    """
     results: dict[Job, list[Binary]] = {}
+    failed: list[str] = []
     if any(job.backend == "cuda" for job in work):
         tool("nvcc")
     for name in ("nvdisasm", "cuobjdump", "c++filt"):
@@ -105,13 +110,20 @@ def compile_all(work: list[Job], report: Callable[[str], None], workers: int = 2
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_prepare_worker) as pool:
         waiting = {pool.submit(compile_one, job): job for job in work}
         try:
-            for done in as_completed(waiting):
+            for number, done in enumerate(as_completed(waiting), start=1):
                 job = waiting[done]
-                results[job], cached = done.result()
-                report(f"[{len(results)}/{len(work)}] {job}: {len(results[job])} kernels{' (kept)' if cached else ''}")
+                try:
+                    results[job], kept = done.result()
+                    line = f"{len(results[job])} kernels{' (kept)' if kept else ''}"
+                except CannotProve as error:
+                    failed.append(str(error))
+                    line = "failed"
+                report(f"[{number}/{len(work)}] {job}: {line}")
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
+    if failed:
+        raise CannotProve("\n".join(failed))
     return [binary for job in work for binary in results[job]]
 
 

@@ -33,11 +33,11 @@ _METHOD = f"""\
   ALU pipe, FP64, and MUFU with conversions (XU), by the rates of these; and the 4-byte words of all shared and global
   accesses, by the {gpus.SHARED_WORDS} that L1 delivers per clock (L1). A ratio of 1 is the memory's own time.
   Latencies, caches, and clocks below the boost clock are not in it.
-- *Double backward* is that of CUDA C++ for gradients of all first gradients; that of Triton for the gradient of x alone,
-  as a gradient penalty takes it. Free dictionary, backward, is for gradients of x and of all parameters.
+- *Double backward* is, of CUDA C++, for gradients of all first gradients; of Triton, for the gradient of x alone, as a
+  gradient penalty takes it. *Backward, free dictionary* is for the gradients of x and of all parameters.
 - *In flight* are the elements' bytes that the resident threads of an SM load in one turn each: what hides the latency
-  of memory. An H100's memory moves {H100.bandwidth / H100.sms / H100.clock:.1f} bytes per clock and SM: so many must be in
-  flight for each clock of latency.
+  of memory. An H100's memory moves {H100.bandwidth / H100.sms / H100.clock:.1f} bytes per clock and SM: so many must be
+  in flight for each clock of latency.
 """
 
 

@@ -8,7 +8,7 @@ and so on. `bounds` forms these sums. They are not tuned to a kernel, nor do the
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import ModuleType
 
 import torch
@@ -54,6 +54,12 @@ class Problem:
         """The differentiable arguments by name."""
         named = {"x": self.x, "alpha": self.alpha, "gamma": self.gamma, "dictionary": self.dictionary}
         return {name: t for name, t in named.items() if t is not None}
+
+    def to(self, device: torch.device | str) -> "Problem":
+        """Return the same problem on a device."""
+        moved = {name: t.to(device) for name, t in self.arguments.items()}
+        v = tuple(t if t is None else t.to(device) for t in self.v)
+        return replace(self, **moved, grad=self.grad.to(device), v=v)  # type: ignore[arg-type]
 
 
 def random_problem(

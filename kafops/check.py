@@ -37,11 +37,10 @@ class _Case:
     rows: int = 20  # of every parameter
 
     def problem(self, device: torch.device) -> Problem:
-        p = random_problem(self.shape, self.size, self.spacing, self.rows, self.free)
-        moved = {name: t.to(device) for name, t in p.arguments.items() if name != "x"}
-        v_x, *v = (t.to(device) for t in p.v if t is not None)
-        x, grad, v_x = (self._data(t.to(device)) for t in (p.x, p.grad, v_x))
-        return replace(p, x=x, grad=grad, v=(v_x, *v), **moved)
+        p = random_problem(self.shape, self.size, self.spacing, self.rows, self.free).to(device)
+        v_x, *v = p.v
+        assert v_x is not None
+        return replace(p, x=self._data(p.x), grad=self._data(p.grad), v=(self._data(v_x), *v))
 
     def _data(self, t: Tensor) -> Tensor:
         t = t.to(self.dtype)

@@ -14,7 +14,7 @@ import pytest
 import kafops
 
 ROOT = Path(__file__).parent.parent
-CSRC = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*") if p.suffix in (".cpp", ".h", ".inl"))
+CSRC = sorted(str(p.relative_to(ROOT)) for p in (ROOT / "csrc").rglob("*") if p.is_file())
 
 
 def setup(*arguments, **environment):
@@ -32,11 +32,17 @@ def command(name):
     return path
 
 
-@pytest.fixture(scope="module")
-def extension():
-    if kafops.backends.cpu.load_error is not None:
-        pytest.skip("no compiled kernels")
-    return Path(sys.modules["kafops._C"].__file__)
+MODULES = {"_C": kafops.backends.cpu, "_C_cuda": kafops.backends.cuda}
+KAFOPS = Path(kafops.__file__).parent
+
+
+@pytest.fixture(scope="module", params=MODULES)
+def extension(request):
+    """Each compiled module: the file, which need not be one that this torch can load."""
+    found = KAFOPS / f"{request.param}.abi3.so"
+    if not found.exists():
+        pytest.skip(f"{request.param} was not built here: {MODULES[request.param].load_error}")
+    return found
 
 
 def undefined_symbols(extension):
@@ -45,9 +51,15 @@ def undefined_symbols(extension):
     return {line.split()[-1].split("@")[0] for line in output.splitlines()}
 
 
-def test_extension_is_abi3_and_small(extension):
-    assert extension.name == "_C.abi3.so"
-    assert extension.stat().st_size < 4e6
+def test_extension_is_small(extension):
+    """Also for six GPU architectures."""
+    assert extension.stat().st_size < (4e6 if extension.name == "_C.abi3.so" else 30e6)
+
+
+def test_cuda_module_is_not_needed_by_the_cpu_module(extension):
+    """So that one wheel serves a torch with CUDA and one without."""
+    dynamic = subprocess.run([command("readelf"), "-d", extension], check=True, capture_output=True, text=True).stdout
+    assert ("libtorch_cuda.so" in dynamic) is (extension.name == "_C_cuda.abi3.so")
 
 
 def test_extension_uses_only_the_stable_c_interface_of_torch(extension):
@@ -69,9 +81,10 @@ def test_extension_has_no_debug_information(extension):
 
 
 def test_without_a_compiler_the_build_says_so_and_goes_on(tmp_path):
-    done = setup("--version", PATH=str(tmp_path), CXX=None, KAFOPS_BUILD_CPU=None)
+    done = setup("--version", PATH=str(tmp_path), CXX=None, KAFOPS_BUILD_CPU=None, KAFOPS_BUILD_CUDA=None)
     assert done.returncode == 0
-    assert "WITHOUT compiled kernels: no C++ compiler was found" in done.stderr
+    assert "WITHOUT compiled CPU kernels: no C++ compiler was found" in done.stderr
+    assert "WITHOUT compiled CUDA kernels: no C++ compiler was found" in done.stderr
 
 
 def test_kernels_that_are_asked_for_but_cannot_be_built_are_an_error(tmp_path):
@@ -80,19 +93,27 @@ def test_kernels_that_are_asked_for_but_cannot_be_built_are_an_error(tmp_path):
     assert "KAFOPS_BUILD_CPU=1, but no C++ compiler was found" in done.stderr
 
 
+def test_kernels_that_are_not_asked_for_are_left_out():
+    done = setup("--version", KAFOPS_BUILD_CPU="0", KAFOPS_BUILD_CUDA="0")
+    assert done.returncode == 0
+    for which in ("CPU", "CUDA"):
+        assert f"WITHOUT compiled {which} kernels: KAFOPS_BUILD_{which}=0" in done.stderr
+
+
 def test_a_compiler_that_fails_is_an_error(tmp_path):
     compiler = tmp_path / "c++"
     compiler.write_text("#!/bin/sh\necho 'no licence' >&2\nexit 1\n")
     compiler.chmod(0o755)
     path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
     folders = ("--build-lib", tmp_path / "lib", "--build-temp", tmp_path / "temp")
-    done = setup("build_ext", *folders, PATH=path, CXX=None, KAFOPS_BUILD_CPU=None)
+    done = setup("build_ext", *folders, PATH=path, CXX=None, KAFOPS_BUILD_CPU=None, KAFOPS_BUILD_CUDA="0")
     assert done.returncode != 0
-    assert "WITHOUT" not in done.stderr
+    assert "WITHOUT compiled CPU" not in done.stderr
 
 
 def test_without_kernels_the_package_warns_once_and_computes(tmp_path):
-    done = setup("build", "--build-base", tmp_path / "base", "--build-lib", tmp_path / "lib", KAFOPS_BUILD_CPU="0")
+    folders = ("--build-base", tmp_path / "base", "--build-lib", tmp_path / "lib")
+    done = setup("build", *folders, KAFOPS_BUILD_CPU="0", KAFOPS_BUILD_CUDA="0")
     assert done.returncode == 0
     assert not list(tmp_path.rglob("*.so"))
     # An editable installation would find the kernels of the working tree.
@@ -118,12 +139,12 @@ print(kafops.__file__, caught[0].message)
 
 
 def test_source_distribution_holds_all_sources(tmp_path):
-    done = setup("egg_info", "--egg-base", tmp_path, "sdist", "--dist-dir", tmp_path, KAFOPS_BUILD_CPU="0")
+    done = setup("egg_info", "--egg-base", tmp_path, "sdist", "--dist-dir", tmp_path, KAFOPS_BUILD_CPU="0", KAFOPS_BUILD_CUDA="0")
     assert done.returncode == 0, done.stderr
     (archive,) = tmp_path.glob("kafops-*.tar.gz")
     with tarfile.open(archive) as tar:
         names = {name.split("/", 1)[-1] for name in tar.getnames()}
-    assert {*CSRC, "setup.py", "pyproject.toml", "LICENSE", "kafops/py.typed", "kafops/backends/cpu.py"} <= names
+    assert {*CSRC, "setup.py", "pyproject.toml", "LICENSE", "kafops/py.typed", "kafops/backends/triton/kernels.py"} <= names
     assert not {name for name in names if name.endswith((".so", ".o")) or name.startswith(("tests/", "runs/"))}
 
 

@@ -8,8 +8,7 @@
 namespace kaf {
 
 constexpr int kThreads = 128;  // of every block
-constexpr int kGroup = 5, kGroups = 4, kPoints = kGroup * kGroups;  // of the fast path: see fast.cuh
-constexpr int kMaxPointChunks = 8;  // of kPoints points; dictionaries with more take the direct path
+constexpr int kMaxFastSize = 160;  // D; larger dictionaries take the direct path
 
 enum class Type : uint8_t { f32, f64, bf16, f16 };
 
@@ -41,9 +40,7 @@ template <class A> struct Split {
 
 // A uniform dictionary, all that does not depend on the channel.
 struct Uniform {
-  int chunks;                   // ceil(D / kPoints)
   float step;                   // Δ
-  float first_anchor, last_anchor;
   Split<float> inverse_step;    // 1 / Δ
   Split<float> kappa_by_gamma;  // 2Δ log2 e
   Split<float> t_by_gamma;      // Δ² log2 e

@@ -5,24 +5,36 @@
 
 namespace kaf {
 
+// Blocks that a multiprocessor is to hold: 16 warps, each with the sums of 20 points in its registers. Before sm_90 the
+// compiler spills at the 128 registers that leaves.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
+constexpr int kBackwardBlocks = 3;
+#else
+constexpr int kBackwardBlocks = 4;
+#endif
+
+// The groups of points of the fast path: fewer and wider ones where y is rounded to half precision anyway.
+template <class T> using ForwardGroups = Groups<sizeof(T) == 2 ? 5 : 2>;
+using BackwardGroups = Groups<2>;
+
 template <class T> constexpr bool kHasFastPath = std::is_same_v<typename Arithmetic<T>::type, float>;
 
 // Both paths, for the channels that each is right for: which one a channel takes does not depend on its neighbours.
 
 // y = f(x)
-template <class T, bool kVector> __global__ void __launch_bounds__(kThreads) forward_kernel(const Call call) {
+template <class T, bool kVector> __global__ void __launch_bounds__(kThreads, 4) forward_kernel(const Call call) {
   KAF_DYNAMIC_SHARED(memory);
   Tile<T, kVector> tile(call.tiling, blockIdx.x);
   if constexpr (kHasFastPath<T>) {
     if (call.fast) {
       const uint32_t all = tile.active;
-      const FastShared shared(memory, tile.t.columns_at_once, call.uniform.chunks);
+      const FastShared<ForwardGroups<T>> shared(memory, tile.t.columns_at_once, call.size);
       tile.active = prepare_fast(tile, call, 0, shared);
       if (tile.active) {
-        const Fast<T, kVector> fast(tile, call, shared);
+        const Fast<T, kVector, ForwardGroups<T>> fast(tile, call, shared);
         const T* x = tile.column_of(static_cast<const T*>(call.x));
         T* y = tile.column_of(static_cast<T*>(call.y));
-        call.uniform.chunks == 1 ? fast.template forward<true>(x, y) : fast.template forward<false>(x, y);
+        fast.chunks == 1 ? fast.template forward<true>(x, y) : fast.template forward<false>(x, y);
       }
       tile.active ^= all;
       if (!tile.active) return;
@@ -33,7 +45,7 @@ template <class T, bool kVector> __global__ void __launch_bounds__(kThreads) for
 }
 
 // dx = g f′(x), and partial sums of the gradients of α, δ and γ; blockIdx.y is the window of points whose sums it forms.
-template <class T, bool kVector> __global__ void __launch_bounds__(kThreads) backward_kernel(const Call call) {
+template <class T, bool kVector> __global__ void __launch_bounds__(kThreads, kBackwardBlocks) backward_kernel(const Call call) {
   KAF_DYNAMIC_SHARED(memory);
   Tile<T, kVector> tile(call.tiling, blockIdx.x);
   const int window = blockIdx.y;
@@ -41,20 +53,20 @@ template <class T, bool kVector> __global__ void __launch_bounds__(kThreads) bac
     if (call.fast) {
       const uint32_t all = tile.active;
       const int columns = tile.t.columns_at_once;
-      const FastShared shared(memory, columns, call.uniform.chunks);
+      const FastShared<BackwardGroups> shared(memory, columns, call.size);
       tile.active = prepare_fast(tile, call, window, shared);
       if (tile.active) {
-        const Fast<T, kVector> fast(tile, call, shared);
+        const Fast<T, kVector, BackwardGroups> fast(tile, call, shared);
         const T* x = tile.column_of(static_cast<const T*>(call.x));
         const T* grad = tile.column_of(static_cast<const T*>(call.grad));
         T* dx = window == 0 ? tile.column_of(static_cast<T*>(call.dx)) : nullptr;
         if (call.alpha_slot < 0) {
           fast.template backward<false, false>(x, grad, dx, 0);
         } else {
-          if (call.uniform.chunks == 1) fast.template backward<true, true>(x, grad, dx, 0);
+          if (fast.chunks == 1) fast.template backward<true, true>(x, grad, dx, 0);
           else fast.template backward<false, true>(x, grad, dx, window);
-          sum_over_threads(shared.sums, kPoints, tile, [&](int w, int column, float total) {
-            const int k = window * kPoints + w;
+          sum_over_threads(shared.sums, BackwardGroups::kPoints, tile, [&](int w, int column, float total) {
+            const int k = window * BackwardGroups::kPoints + w;
             if (k < call.size)
               put_partial<float>(tile, call, call.alpha_slot + k, column, total * shared.point_scales[w * columns + column]);
           });
@@ -69,7 +81,7 @@ template <class T, bool kVector> __global__ void __launch_bounds__(kThreads) bac
 }
 
 // dgrad = v_x f′(x) + q(x), dx = v_x g f″(x) + g q′(x), and partial sums as in backward.
-template <class T, bool kVector> __global__ void __launch_bounds__(kThreads) double_backward_kernel(const Call call) {
+template <class T, bool kVector> __global__ void __launch_bounds__(kThreads, 4) double_backward_kernel(const Call call) {
   KAF_DYNAMIC_SHARED(memory);
   direct<kDoubleBackward>(Tile<T, kVector>(call.tiling, blockIdx.x), call, blockIdx.y, memory);
 }
@@ -113,12 +125,13 @@ int launch(Kernel kernel, dim3 grid, size_t shared, Stream stream, const Argumen
 template <class T, Order order> size_t shared_bytes(const Call& call) {
   const size_t direct = DirectShared<typename Arithmetic<T>::type, order>::bytes(call);
   if (order == kDoubleBackward || !kHasFastPath<T> || !call.fast) return direct;
-  const size_t fast = FastShared::bytes(call.tiling.columns_at_once, call.uniform.chunks, call.alpha_slot >= 0);
+  using G = std::conditional_t<order == kForward, ForwardGroups<T>, BackwardGroups>;
+  const size_t fast = FastShared<G>::bytes(call.tiling.columns_at_once, call.size, call.alpha_slot >= 0);
   return fast > direct ? fast : direct;
 }
 template <class T> unsigned windows(const Call& call) {
   constexpr int size = kWindow<typename Arithmetic<T>::type>;
-  static_assert(!kHasFastPath<T> || size == kPoints, "both paths divide the points into the same windows");
+  static_assert(!kHasFastPath<T> || size == BackwardGroups::kPoints, "both paths divide the points into the same windows");
   return call.alpha_slot >= 0 || call.dictionary_slot >= 0 ? (call.size + size - 1) / size : 1;
 }
 

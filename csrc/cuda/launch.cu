@@ -40,11 +40,8 @@ int launch_reduction(const Reduction& r, Stream stream) {
 }
 
 Uniform uniform(double boundary, int64_t size) {
-  const double step = size > 1 ? 2 * boundary / (size - 1) : 1, log2e = 1.4426950408889634, first = 2 - 0.5 * (size - 1);
-  const int64_t groups = (size + kGroup - 1) / kGroup, chunks = (size + kPoints - 1) / kPoints;
-  return {static_cast<int>(chunks), static_cast<float>(step), static_cast<float>(first),
-          static_cast<float>(first + kGroup * (groups - 1)), split<float>(1 / step), split<float>(2 * step * log2e),
-          split<float>(step * step * log2e)};
+  const double step = size > 1 ? 2 * boundary / (size - 1) : 1, log2e = 1.4426950408889634;
+  return {static_cast<float>(step), split<float>(1 / step), split<float>(2 * step * log2e), split<float>(step * step * log2e)};
 }
 
 }  // namespace kaf

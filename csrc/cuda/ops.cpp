@@ -138,7 +138,7 @@ struct Arguments {
     t.columns_at_once = runs ? 1 : static_cast<int>(std::min<int64_t>(std::bit_ceil(static_cast<uint64_t>(t.columns)), most_columns));
 
     // Elements of a thread: one tile at least, at most 64, so that float32 sums lose nothing; and a thousand blocks.
-    const int64_t elements = t.vectors ? 16 / bytes : 4, tile = kThreads / t.columns_at_once * elements;
+    const int64_t elements = t.vectors ? 16 / bytes : bytes == 8 ? 2 : 4, tile = kThreads / t.columns_at_once * elements;
     const int64_t column_blocks = (t.columns + t.columns_at_once - 1) / t.columns_at_once;
     const int64_t tiles = (t.rows * t.inner + tile - 1) / tile;
     const int64_t positions = tile * std::clamp<int64_t>(tiles * column_blocks / 1024, 1, 64 / elements);
@@ -166,7 +166,7 @@ struct Arguments {
 
   void allow_fast(bool gamma_wanted) {
     call.uniform = uniform(call.boundary, call.size);
-    call.fast = !dictionary && call.size > 1 && call.uniform.chunks <= kMaxPointChunks && !gamma_wanted && type != Type::f64;
+    call.fast = !dictionary && call.size > 1 && call.size <= kMaxFastSize && !gamma_wanted && type != Type::f64;
   }
 
   // Says which sums are wanted; the partial sums are allocated once the tiling is known.

@@ -31,7 +31,7 @@ template <class T> struct alignas(16) Vector16 {
 
 // The elements of one thread: tiles of kElements, which are side by side (kVector) or a thread group apart.
 template <class T, bool kVector> struct Tile {
-  static constexpr int kElements = kVector ? Vector16<T>::kSize : 4;
+  static constexpr int kElements = kVector ? Vector16<T>::kSize : sizeof(T) == 8 ? 2 : 4;
   static constexpr int kAccesses = kVector ? 1 : kElements;  // to memory, for one tile
   using A = typename Arithmetic<T>::type;
 

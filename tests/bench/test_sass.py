@@ -1,4 +1,3 @@
-import shutil
 from pathlib import Path
 
 import pytest
@@ -214,7 +213,7 @@ def test_a_loop_with_two_entries_is_no_natural_loop_and_ends():
     assert code.turn(None).slots == 4
 
 
-@pytest.mark.skipif(not shutil.which("nvcc"), reason="no nvcc")
+@pytest.mark.skipif(not gpu_compile.has_tools(), reason="no nvcc, nvdisasm, cuobjdump or c++filt")
 def test_a_kernel_compiled_by_nvcc(tmp_path: Path):
     source = tmp_path / "saxpy.cu"
     source.write_text(

@@ -1,6 +1,6 @@
 """A plugin for pytest: the Triton kernels, run on the CPU by Triton's interpreter, compute in the place of the others.
 
-    pytest -p interpreted_triton tests/kafops/test_kernels.py
+pytest -p interpreted_triton tests/kafops/test_kernels.py
 """
 
 import os

@@ -207,7 +207,9 @@ def test_a_backend_that_cannot_be_used_here(monkeypatch):
 def test_a_tensor_that_the_forced_backend_cannot_serve(gpus):
     with kafops.backend("cuda"):
         assert backends.choose(on_gpu()) == "cuda"
-        with pytest.raises(RuntimeError, match=r"kafops.backend\('cuda'\) is in force, which cannot serve a tensor on 'cpu'"):
+        with pytest.raises(
+            RuntimeError, match=r"kafops.backend\('cuda'\) is in force, which cannot serve a tensor on 'cpu'"
+        ):
             kafops.kaf(torch.ones(2, 3), torch.ones(3, 4), torch.ones(3))
 
 
@@ -270,7 +272,5 @@ def test_cuda_kernels_that_cannot_be_loaded():
 
 
 def test_cuda_kernels_that_were_not_built():
-    done = run(
-        without("kafops._C_cuda", "ModuleNotFoundError('no module')") + "print(kafops.backends.cuda.load_error)"
-    )
+    done = run(without("kafops._C_cuda", "ModuleNotFoundError('no module')") + "print(kafops.backends.cuda.load_error)")
     assert "installed without CUDA kernels; reinstall it where there is nvcc" in done.stdout, done.stderr

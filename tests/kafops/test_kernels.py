@@ -197,7 +197,9 @@ def test_as_exact_as_the_eager_reference(size, spacing, free):
     truth, eager, got, scale = values(p, reference, F64), values(p, reference), values(p, kafops), conditioning(p)
     for name in truth:
         ours, theirs = ((v[name] - truth[name]).abs().max() / scale[name].max() for v in (got, eager))
-        assert ours <= 2 * max(theirs, FLOOR * torch.finfo(F32).eps / 2), f"{name}: error {ours:.2e}, eager {theirs:.2e}"
+        assert ours <= 2 * max(theirs, FLOOR * torch.finfo(F32).eps / 2), (
+            f"{name}: error {ours:.2e}, eager {theirs:.2e}"
+        )
 
 
 @pytest.mark.parametrize("dtype", [F32, F64, BF16], ids=str)

@@ -1,20 +1,16 @@
 """What Triton's interpreter lacks: a fused multiply-add that rounds once, and speed.
 
-A plain call of `prepare()`, before the first kernel runs, gives it both.
+Each function gives it one of these, for good; they are to be called before the first kernel runs.
 """
 
+import functools
 import operator
 from typing import Any
 
 import numpy as np
 
 
-def prepare() -> None:
-    """Make the interpreter exact and quick enough for tests."""
-    exact_fma()
-    quick_calls()
-
-
+@functools.cache
 def exact_fma() -> None:
     """Make `tl.fma` on float32 round once: in float64 the product is exact, and the sum has 29 spare bits."""
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
@@ -34,7 +30,8 @@ def _fma(x: np.ndarray, y: np.ndarray, z: np.ndarray) -> np.ndarray:
         return (x.astype(np.float64) * y + z).astype(np.float32)
 
 
-def quick_calls() -> None:
+@functools.cache
+def patch_once() -> None:
     """Spare the interpreter two things that take nine tenths of its time.
 
     It patches triton.language anew at every call of one jitted function by another; here once and for all, as it never

@@ -51,7 +51,8 @@ def kaf_backward(
         options = call.fast(not needs & Needs.GAMMA) | call.folds()
         programs = -(-call.D // 20) if options["FAST"] and needs & Needs.ALPHA else 1
         call.launch(_kernels().kaf_backward_kernel, {"dx_ptr": dx, **sums.partial}, options, programs)
-    return _or_empty(dx, x), *sums.add()
+    dalpha, dgamma, ddictionary = sums.add()
+    return _or_empty(dx, x), dalpha, dgamma, ddictionary
 
 
 def kaf_double_backward(
@@ -77,7 +78,8 @@ def kaf_double_backward(
         pointers = {name: None if t is None else t.contiguous() for name, t in v.items()}
         pointers |= {"dgrad_ptr": dgrad, "dx_ptr": dx, **sums.partial}
         call.launch(_kernels().kaf_double_backward_kernel, pointers, {})
-    return _or_empty(dgrad, x), _or_empty(dx, x), *sums.add()
+    dalpha, dgamma, ddictionary = sums.add()
+    return _or_empty(dgrad, x), _or_empty(dx, x), dalpha, dgamma, ddictionary
 
 
 class _Call:
@@ -168,7 +170,7 @@ class _Sums:
         shape = (*self.call.geometry.partial_sums, *p.shape[1:])
         return x.new_empty(shape, dtype=torch.promote_types(x.dtype, torch.float32))
 
-    def add(self) -> tuple[Tensor, ...]:
+    def add(self) -> list[Tensor]:
         """Return the gradients of alpha, gamma and dictionary; those not wanted are empty."""
         x, results = self.call.x, []
         for p, partial in zip(self.wanted.values(), self.partial.values(), strict=True):
@@ -185,7 +187,7 @@ class _Sums:
             }  # fmt: skip
             _launch(x.device, _kernels().add_partial_sums_kernel, (rows, -(-K // block_k)), 128, arguments, 1024)
             results.append(result)
-        return tuple(results)
+        return results
 
 
 def _or_empty(t: Tensor | None, x: Tensor) -> Tensor:
@@ -310,7 +312,9 @@ def _compilation(
     types = {
         torch.float32: "*fp32", torch.float64: "*fp64", torch.bfloat16: "*bf16", torch.float16: "*fp16"
     }  # fmt: skip
-    signature, constexprs, attrs = {}, {}, {}
+    signature: dict[str, str] = {}
+    constexprs: dict[str, Any] = {}
+    attrs: dict[tuple[int, ...], Any] = {}
     for index, parameter in enumerate(kernel.params):
         value = arguments[parameter.name]
         if parameter.is_constexpr or value is None:

@@ -80,6 +80,7 @@ class Geometry:
 
     @property
     def programs(self) -> int:
+        """Their number."""
         return self.row_chunks * self.column_chunks * (self.C if self.ROWS else 1)
 
     @property
@@ -91,10 +92,12 @@ class Geometry:
 
     @property
     def constants(self) -> dict[str, Any]:
+        """What a kernel is compiled for."""
         return {name: getattr(self, name) for name in ("R", "W", "ALIGN", "ROWS", "ALONG_L")}
 
     @property
     def integers(self) -> dict[str, int]:
+        """What a kernel is not compiled for."""
         units = (self.L if self.ROWS else self.C * self.L) // self.ALIGN
         return {
             "B": self.B, "C": self.C, "L": self.L, "units": units, "column_chunks": self.column_chunks,
@@ -102,9 +105,7 @@ class Geometry:
         }  # fmt: skip
 
 
-def geometry(
-    operator: str, architecture: str, B: int, C: int, L: int, itemsize: int, aligned: bool = True
-) -> Geometry:
+def geometry(operator: str, architecture: str, B: int, C: int, L: int, itemsize: int, aligned: bool = True) -> Geometry:
     """Share the matrix [B, C L], none of them 0, among programs.
 
     The constants, which a kernel is compiled for, do not depend on B, but for B = 1 and B ≤ 4; nor, where C > 1, do
@@ -116,7 +117,7 @@ def geometry(
         itemsize: bytes of an element.
         aligned: whether all tensors begin at a multiple of 16 bytes.
     """
-    rows = C == 1 or L >= tiling(operator, "rows", architecture).rows_from
+    rows = C == 1 or tiling(operator, "rows", architecture).rows_from <= L
     t = tiling(operator, "rows" if rows else "columns", architecture)
     width, M, full = L if rows else C * L, C * L, max(16 // itemsize, 1)
     vector = math.gcd(width, min(t.vector, full)) if aligned else 1

@@ -19,6 +19,9 @@ sum. `tl.fma` is written where a product must not be rounded. Sums over elements
 tree over the tile, one partial sum for each program in memory; `add_partial_sums` adds those in float64.
 """
 
+# ruff: noqa: SIM102, SIM108, SIM300  (which branches Triton decides at compile time depends on how they are written)
+# mypy: ignore-errors
+
 import triton
 import triton.language as tl
 
@@ -68,8 +71,8 @@ def _rounded(value, dtype: tl.constexpr):
 
 @triton.jit
 def _sum_rows(t):
-    """Sum over dimension 0. In steps where it is very long, as in the interpreter, which adds one after the other."""
-    if t.shape[0] > 1024:
+    """Sum over dimension 0; a tree on GPUs, whereas the interpreter adds one after the other: 64 at once."""
+    if INTERPRETED:
         for _ in tl.static_range(2):
             if t.shape[0] >= 64:
                 if len(t.shape) == 2:
@@ -274,8 +277,8 @@ def _fast_constants(gamma_ptr, spacing, per_spacing, D, MANY: tl.constexpr):
     end = (D - 1) * 0.5
     last = (D + 4) // 5 * 5 - 3 - end  # anchor, up to two steps beyond the last point where the group is not full
     edge = tl.maximum(end, last)
-    # exp(-104) = 0, so Gaussians reach R = sqrt(104 / t). No power of r may overflow up to there, nor any r^j w_j of the
-    # anchor that is farthest away (_guarded takes care of that where there are many): that is exp(4 t (|e| - 1)).
+    # exp(-104) = 0, so Gaussians reach R = sqrt(104 / t). No power of r may overflow up to there, nor α r^j w_j of the
+    # anchor that is farthest away, which is α exp(4 t (|e| - 1)); where there are many, _guarded takes care of that.
     reach = edge if MANY else edge + tl.maximum(last, end - 2) - 1
     ok = (t32 >= 0.0009765625) & (4 * t32 * reach + 4 * tl.sqrt(104 * t32) <= 70)
     limit = (edge + tl.sqrt(104 / t32)) * delta.to(tl.float32)
@@ -361,7 +364,10 @@ def _slope(x, r, s, c, first, D, inverse_hi, inverse_lo, t_log2e, f, GROUPS: tl.
 
 
 @triton.jit
-def _add_to_sums(sums, x, r, s, g, first, D, inverse_hi, inverse_lo, t_log2e, GROUPS: tl.constexpr, VECTOR: tl.constexpr, WRAPS: tl.constexpr, ROWS: tl.constexpr):
+def _add_to_sums(
+    sums, x, r, s, g, first, D, inverse_hi, inverse_lo, t_log2e,
+    GROUPS: tl.constexpr, VECTOR: tl.constexpr, WRAPS: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
     """sums + Σ_elements g E r^j, for GROUPS groups from `first` on and j = -2 ... 2."""
     result = ()
     for q in tl.static_range(GROUPS):
@@ -708,10 +714,10 @@ def kaf_double_backward_kernel(
                 h = v_x * g
                 d, K = _gaussian(x, hi, lo, gamma_log2e)
                 z = d * (gamma * -2)
-                l = _along(d, gamma, v_gamma, v_delta)
-                dalpha = tl.fma(h * z + g * l, K, dalpha)
+                along = _along(d, gamma, v_gamma, v_delta)
+                dalpha = tl.fma(h * z + g * along, K, dalpha)
                 if dictionary_sums_ptr is not None:
-                    ddelta -= _T(d, z, K, g, h, v_alpha + alpha * l, alpha, gamma, v_gamma, v_delta)
+                    ddelta -= _T(d, z, K, g, h, v_alpha + alpha * along, alpha, gamma, v_gamma, v_delta)
             if alpha_sums_ptr is not None:
                 tl.store(alpha_sums_ptr + k, _sum_tile(dalpha, ROWS), exists)
             if dictionary_sums_ptr is not None:
@@ -754,8 +760,8 @@ def _T(d, z, K, g, h, m, alpha, gamma, v_gamma, v_delta):
 @triton.jit(do_not_specialize=["chunks", "columns", "each", "K"])
 def add_partial_sums_kernel(
     sums_ptr, result_ptr, chunks, columns, each, K, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr
-):  # fmt: skip
-    """result[row, k] = Σ of sums [chunks, columns, K] over chunks and over `each` columns, in float64, in a fixed order."""
+):
+    """result[row, k] = Σ over chunks and `each` columns of sums [chunks, columns, K], in float64, in a fixed order."""
     row = tl.program_id(0).to(tl.int64)
     k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]
     total = tl.zeros([BLOCK_N, BLOCK_K], tl.float64)
