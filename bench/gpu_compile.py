@@ -18,7 +18,9 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 CACHE = ROOT / "build" / "gpu-static"
+_FORMAT = 1  # of what is kept; to be raised where Binary, or how it is read, changes
 _LOG = "compilers.log"
+_READERS = ("nvdisasm", "cuobjdump", "c++filt")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 CUDA_SOURCES = ROOT / "csrc" / "cuda"
 NVIDIA = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
@@ -86,6 +88,14 @@ def tool(name: str) -> str:
     return found
 
 
+def has_tools() -> bool:
+    """Whether CUDA C++ can be compiled and disassembled."""
+    try:
+        return all(map(tool, ("nvcc", *_READERS)))
+    except CannotProve:
+        return False
+
+
 def run(*command: str | Path, **options: Any) -> str:
     """Run a program and return what it prints."""
     done = subprocess.run([str(c) for c in command], capture_output=True, text=True, **options)
@@ -104,7 +114,7 @@ def compile_all(work: list[Job], report: Callable[[str], None], workers: int = 2
     failed: list[str] = []
     if any(job.backend == "cuda" for job in work):
         tool("nvcc")
-    for name in ("nvdisasm", "cuobjdump", "c++filt"):
+    for name in _READERS:
         tool(name)
     CACHE.mkdir(parents=True, exist_ok=True)
     with ProcessPoolExecutor(workers, mp_context=get_context("spawn"), initializer=_prepare_worker) as pool:
@@ -149,8 +159,7 @@ def compile_one(job: Job) -> tuple[list[Binary], bool]:
 
 
 def _digest(job: Job) -> str:
-    h = hashlib.sha256(repr((job, NVCC_FLAGS)).encode())
-    h.update(Path(__file__).read_bytes())
+    h = hashlib.sha256(repr((job, NVCC_FLAGS, _FORMAT)).encode())
     if job.backend == "cuda":
         h.update(run(tool("nvcc"), "--version").encode())
         sources = sorted(p for p in (ROOT / "csrc").rglob("*") if p.suffix in (".cu", ".cuh", ".h"))

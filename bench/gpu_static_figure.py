@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLocator
 
-from bench.gpu_static import BACKENDS, POINTS, Row
+from bench.gpu_costs import BACKENDS, POINTS, Row
 from bench.gpus import GPUS, ISSUE, Gpu
 from models.figures import style
 

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Sequence
 
 from bench import gpus
 from bench.gpu_compile import AMD, NVIDIA, Binary
-from bench.gpu_static import BACKENDS, H100, POINTS, Row
+from bench.gpu_costs import BACKENDS, H100, POINTS, Row
 from bench.gpus import ARCHITECTURES, GPUS
 
 _PIPES = {

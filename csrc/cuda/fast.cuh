@@ -217,10 +217,16 @@ template <class T, bool kVector, class G> struct Fast {
   // y = f(x). Tensors are given by the thread's column.
   template <bool kOneChunk> __device__ __forceinline__ void forward(const T* x, T* y) const {
     const Coefficients<G> head = of_chunk(0);
+    auto place = tile.place(0);
+    T next[V];
+    tile.fetch(x, place, next);
     for (int i = 0; i < tile.tiles; ++i) {
+      const auto here = place;
       float at[V], out[V];
-      const auto place = tile.place(i);
-      tile.load(x, place, at);
+#pragma unroll
+      for (int v = 0; v < V; ++v) at[v] = to_arithmetic(next[v]);
+      place = tile.place(i + 1);  // fetched while this tile is computed; behind the last, nothing exists
+      tile.fetch(x, place, next);
 #pragma unroll
       for (int v = 0; v < V; ++v) {
         const float z = clamp(at[v], scales.x_low, scales.x_high);
@@ -229,7 +235,7 @@ template <class T, bool kVector, class G> struct Fast {
         if constexpr (!kOneChunk)
           for (int c = 1; c < chunks; ++c) out[v] = add_values(out[v], z, p, anchor(c), scales, of_chunk(c));
       }
-      tile.store(y, place, out);
+      tile.store(y, here, out);
     }
   }
 
@@ -239,11 +245,18 @@ template <class T, bool kVector, class G> struct Fast {
     const Coefficients<G> own = of_chunk(sums_chunk);
     const float own_anchor = anchor(sums_chunk);
     float sums[G::kPoints] = {};
+    auto place = tile.place(0);
+    T next[V], next_grad[V];
+    tile.fetch(x, place, next);
+    tile.fetch(grad, place, next_grad);
     for (int i = 0; i < tile.tiles; ++i) {
+      const auto here = place;
       float at[V], g[V], out[V];
-      const auto place = tile.place(i);
-      tile.load(x, place, at);
-      tile.load(grad, place, g);
+#pragma unroll
+      for (int v = 0; v < V; ++v) at[v] = to_arithmetic(next[v]), g[v] = to_arithmetic(next_grad[v]);
+      place = tile.place(i + 1);  // as in forward
+      tile.fetch(x, place, next);
+      tile.fetch(grad, place, next_grad);
 #pragma unroll
       for (int v = 0; v < V; ++v) {
         const float z = clamp(at[v], scales.x_low, scales.x_high);
@@ -254,7 +267,7 @@ template <class T, bool kVector, class G> struct Fast {
             if (c != sums_chunk) slope = add_slopes<false>(slope, z, g[v], p, anchor(c), scales, of_chunk(c), sums);
         out[v] = g[v] * (slope_factor * slope);
       }
-      if (dx) tile.store(dx, place, out);
+      if (dx) tile.store(dx, here, out);
     }
     if constexpr (kSums) {
 #pragma unroll

@@ -5,14 +5,6 @@
 
 namespace kaf {
 
-// Blocks that a multiprocessor is to hold: 16 warps, each with the sums of 20 points in its registers. Before sm_90 the
-// compiler spills at the 128 registers that leaves.
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 900
-constexpr int kBackwardBlocks = 3;
-#else
-constexpr int kBackwardBlocks = 4;
-#endif
-
 // The groups of points of the fast path: fewer and wider ones where y is rounded to half precision anyway.
 template <class T> using ForwardGroups = Groups<sizeof(T) == 2 ? 5 : 2>;
 using BackwardGroups = Groups<2>;
@@ -45,7 +37,7 @@ template <class T, bool kVector> __global__ void __launch_bounds__(kThreads, 4) 
 }
 
 // dx = g f′(x), and partial sums of the gradients of α, δ and γ; blockIdx.y is the window of points whose sums it forms.
-template <class T, bool kVector> __global__ void __launch_bounds__(kThreads, kBackwardBlocks) backward_kernel(const Call call) {
+template <class T, bool kVector> __global__ void __launch_bounds__(kThreads, 3) backward_kernel(const Call call) {
   KAF_DYNAMIC_SHARED(memory);
   Tile<T, kVector> tile(call.tiling, blockIdx.x);
   const int window = blockIdx.y;

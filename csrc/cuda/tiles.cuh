@@ -85,17 +85,23 @@ template <class T, bool kVector> struct Tile {
     return p;
   }
 
-  // A tile's elements; 0 where there is none.
-  static __device__ __forceinline__ void load(const T* column, const Place& p, A (&out)[kElements]) {
+  // A tile's elements as they are in memory; 0 where there is none.
+  static __device__ __forceinline__ void fetch(const T* column, const Place& p, T (&raw)[kElements]) {
     if constexpr (kVector) {
       Vector16<T> vector{};
       if (p.exists[0]) vector = *reinterpret_cast<const Vector16<T>*>(column + p.offset[0]);
 #pragma unroll
-      for (int v = 0; v < kElements; ++v) out[v] = to_arithmetic(vector.v[v]);
+      for (int v = 0; v < kElements; ++v) raw[v] = vector.v[v];
     } else {
 #pragma unroll
-      for (int v = 0; v < kElements; ++v) out[v] = p.exists[v] ? to_arithmetic(column[p.offset[v]]) : A(0);
+      for (int v = 0; v < kElements; ++v) raw[v] = p.exists[v] ? column[p.offset[v]] : T();
     }
+  }
+  static __device__ __forceinline__ void load(const T* column, const Place& p, A (&out)[kElements]) {
+    T raw[kElements];
+    fetch(column, p, raw);
+#pragma unroll
+    for (int v = 0; v < kElements; ++v) out[v] = to_arithmetic(raw[v]);
   }
   static __device__ __forceinline__ void store(T* column, const Place& p, const A (&in)[kElements]) {
     if constexpr (kVector) {

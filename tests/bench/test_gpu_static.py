@@ -3,9 +3,9 @@ import shutil
 
 import pytest
 
-from bench import gpu_compile, gpu_static, gpu_static_page, sass
+from bench import gpu_compile, gpu_costs, gpu_static, gpu_static_page, sass
 from bench.gpu_compile import Binary, CannotProve, Job
-from bench.gpu_static import TABLE, Limit
+from bench.gpu_costs import TABLE, Limit
 
 FORWARD, BACKWARD = (next(w for w in TABLE if w.title == title) for title in ("forward", "backward"))
 FREE = next(w for w in TABLE if w.title == "forward, free dictionary")
@@ -68,30 +68,30 @@ def code(*parts):
 def table(monkeypatch, *works):
     """Let the table be these rows, in float32."""
     works = [dataclasses.replace(work, dtypes=("float32",)) for work in works]
-    monkeypatch.setattr(gpu_static, "TABLE", works)
+    monkeypatch.setattr(gpu_costs, "TABLE", works)
     return works
 
 
 def test_the_loop_with_most_elements_a_turn_is_measured():
-    cost, elements = gpu_static.measure(FORWARD, "float32", code(SHORT, FAST))
+    cost, elements = gpu_costs.measure(FORWARD, "float32", code(SHORT, FAST))
     assert elements == 4
     assert cost.slots == 6 / 4
     assert (cost.pipes["mufu"], cost.exp2, cost.loaded, cost.stored) == (0.5, 0.25, 4, 4)
 
 
 def test_elements_follow_from_dtype_and_stores():
-    assert gpu_static.measure(FORWARD, "bfloat16", code(FAST))[1] == 8
-    assert gpu_static.measure(dataclasses.replace(FORWARD, stores=2), "float32", code(FAST))[1] == 2
+    assert gpu_costs.measure(FORWARD, "bfloat16", code(FAST))[1] == 8
+    assert gpu_costs.measure(dataclasses.replace(FORWARD, stores=2), "float32", code(FAST))[1] == 2
 
 
 def test_a_loop_with_another_inside_is_not_the_fast_one():
-    assert gpu_static.measure(FORWARD, "float32", code(DIRECT, FAST))[0].slots == 6 / 4
+    assert gpu_costs.measure(FORWARD, "float32", code(DIRECT, FAST))[0].slots == 6 / 4
     with pytest.raises(CannotProve, match="no loop"):
-        gpu_static.measure(FORWARD, "float32", code(DIRECT))
+        gpu_costs.measure(FORWARD, "float32", code(DIRECT))
 
 
 def test_a_nest_is_counted_for_20_points():
-    cost, elements = gpu_static.measure(FREE, "float32", code(FAST, DIRECT))
+    cost, elements = gpu_costs.measure(FREE, "float32", code(FAST, DIRECT))
     assert elements == 4
     assert cost.exp2 == 20
     # The loop inside turns 9.5 times, for 19 points; points are not staged at every turn.
@@ -101,12 +101,12 @@ def test_a_nest_is_counted_for_20_points():
 
 def test_a_nest_of_the_fast_path_is_not_the_direct_one():
     with pytest.raises(CannotProve, match="no loop"):
-        gpu_static.measure(FREE, "float32", code(DIRECT.replace("LDG.E.128", "MUFU.RCP R4, R4 ;\n /*0108*/ LDG.E.128")))
+        gpu_costs.measure(FREE, "float32", code(DIRECT.replace("LDG.E.128", "MUFU.RCP R4, R4 ;\n /*0108*/ LDG.E.128")))
 
 
 def test_a_kernel_without_a_loop_is_counted_once_through():
     straight = "".join(line for line in FAST.splitlines(keepends=True) if "BRA" not in line)
-    cost, elements = gpu_static.measure(FORWARD, "float32", code(straight))
+    cost, elements = gpu_costs.measure(FORWARD, "float32", code(straight))
     assert (cost.slots, elements) == (7 / 4, 4)
 
 
@@ -116,7 +116,7 @@ def test_rows_match_kernels_by_name(monkeypatch):
         binary(FAST, name=f"void kaf::{n}(kaf::Call)")
         for n in ("backward_kernel<float, true>", "forward_kernel<double, true>")
     ]
-    rows = gpu_static.rows([*others, binary(FAST, DIRECT)])
+    rows = gpu_costs.rows([*others, binary(FAST, DIRECT)])
     assert [(row.work.title, row.cost.slots) for row in rows] == [("forward", 1.5), ("forward, free dictionary", 25.75)]
     assert rows[0].occupancy == 28 / 64
 
@@ -124,13 +124,13 @@ def test_rows_match_kernels_by_name(monkeypatch):
 def test_a_missing_kernel_proves_nothing(monkeypatch):
     table(monkeypatch, BACKWARD)
     with pytest.raises(CannotProve, match=r"CUDA C\+\+ has no kernel for backward, float32, sm_90"):
-        gpu_static.rows([binary(FAST)])
+        gpu_costs.rows([binary(FAST)])
 
 
 def fault_of(monkeypatch, *parts, work=FORWARD, **fields):
     table(monkeypatch, work)
     b = binary(*parts, **fields)
-    return gpu_static.faults([b], gpu_static.rows([b]))
+    return gpu_costs.faults([b], gpu_costs.rows([b]))
 
 
 def test_no_fault(monkeypatch):
@@ -140,7 +140,7 @@ def test_no_fault(monkeypatch):
 def test_a_spill_is_a_fault(monkeypatch):
     table(monkeypatch)
     b = dataclasses.replace(binary(FAST), spills={"bytes of stack": 8})
-    assert gpu_static.faults([b], []) == [
+    assert gpu_costs.faults([b], []) == [
         "CUDA C++, sm_90, void kaf::forward_kernel<float, true>(kaf::Call): 8 bytes of stack"
     ]
 
@@ -180,7 +180,7 @@ def test_the_limits_of_the_project():
 def measured(monkeypatch):
     table(monkeypatch, FORWARD)
     binaries = [binary(FAST, architecture=a) for a in ("sm_80", "sm_89", "sm_90", "sm_100")]
-    return binaries, gpu_static.rows(binaries)
+    return binaries, gpu_costs.rows(binaries)
 
 
 def test_the_page(measured):
@@ -222,7 +222,7 @@ def test_the_figure_says_that_nothing_was_run(measured, monkeypatch):
     monkeypatch.setattr(gpu_static_figure.style, "png", lambda figure: drawn.append(figure) or b"")
     gpu_static_figure.draw(measured[1])
     assert "not run" in drawn[0].get_suptitle()
-    assert [axes.get_title(loc="left").split(",")[0] for axes in drawn[0].axes] == [gpu.name for gpu in gpu_static.GPUS]
+    assert [axes.get_title(loc="left").split(",")[0] for axes in drawn[0].axes] == [gpu.name for gpu in gpu_costs.GPUS]
 
 
 def test_jobs_are_every_source_and_dtype_for_every_architecture():
@@ -274,7 +274,7 @@ def test_faults_of_a_kernel_for_amd():
     )
     narrow = spilled.replace("store_dwordx4", "store_dwordx2")
     b = gpu_compile.inspect_amd(narrow, "gfx942", "k", wide=True)
-    assert gpu_static.faults([b], []) == [
+    assert gpu_costs.faults([b], []) == [
         "Triton, gfx942, k: 3 vector registers spilled, 16 bytes of private memory, no store of 128 bits"
     ]
     assert gpu_compile.inspect_amd(narrow, "gfx942", "k", wide=False).narrow == ""
@@ -282,8 +282,8 @@ def test_faults_of_a_kernel_for_amd():
 
 @pytest.mark.skipif(not gpu_compile.has_tools(), reason="no nvcc, nvdisasm, cuobjdump or c++filt")
 def test_the_float32_kernels_are_within_their_limits(monkeypatch):
-    monkeypatch.setattr(gpu_static, "TABLE", [dataclasses.replace(work, dtypes=("float32",)) for work in TABLE])
+    monkeypatch.setattr(gpu_costs, "TABLE", [dataclasses.replace(work, dtypes=("float32",)) for work in TABLE])
     binaries, _ = gpu_compile.compile_one(Job("cuda", "csrc/cuda/float32.cu", "sm_90"))
-    rows = gpu_static.rows(binaries)
+    rows = gpu_costs.rows(binaries)
     assert [row.work.title for row in rows] == [work.title for work in TABLE]
-    assert gpu_static.faults(binaries, rows) == []
+    assert gpu_costs.faults(binaries, rows) == []

@@ -180,6 +180,8 @@ class _Sums:
             result = p.new_empty(p.shape)
             rows, K = len(p), p.numel() // len(p)
             chunks, columns = partial.shape[:2]
+            if rows == 1:  # all columns are its, and might as well be chunks
+                chunks, columns = chunks * columns, 1
             block_k = 1 if K == 1 else 8
             arguments = {
                 "sums_ptr": partial, "result_ptr": result, "chunks": chunks, "columns": columns,

@@ -31,7 +31,7 @@ class Tiling:
 
 _NVIDIA = {
     ("kaf", "rows"): Tiling(128, 8, 8),
-    ("kaf", "columns"): Tiling(128, 8, 4),
+    ("kaf", "columns"): Tiling(128, 4, 4),
     ("kaf_backward", "rows"): Tiling(128, 4, 8),
     ("kaf_backward", "columns"): Tiling(128, 2, 2),
     ("kaf_double_backward", "rows"): Tiling(128, 8, 8),

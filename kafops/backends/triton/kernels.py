@@ -180,9 +180,18 @@ def _tile(i, stride, rows, columns, R: tl.constexpr, W: tl.constexpr, ALONG_L: t
 
 
 @triton.jit
-def _all(ok, ROWS: tl.constexpr):
-    """Whether all channels of a tile are ok."""
-    return ok if ROWS else tl.min(ok.to(tl.int32), 0) != 0
+def _any(condition, ROWS: tl.constexpr):
+    """Whether it holds for any channel of a tile."""
+    return condition if ROWS else tl.max(condition.to(tl.int32), 0) != 0
+
+
+@triton.jit
+def _where(inside, mine):
+    """Those inside that are in the columns `mine`, or all of them for None."""
+    if mine is None:
+        return inside
+    else:
+        return inside & mine
 
 
 @triton.constexpr_function
@@ -245,8 +254,8 @@ def _gaussian(x, hi, lo, gamma_log2e):
 
 @triton.jit
 def _far(x):
-    """Clamp x to where squares are finite; NaN stays."""
-    return tl.clamp(x, -FAR, FAR, propagate_nan=tl.PropagateNan.ALL)
+    """Clamp x to where squares are finite; NaN stays. Written out, as LLVM has no such clamp of float64 for sm_90."""
+    return tl.where(x < -FAR, -FAR, tl.where(x > FAR, FAR, x))
 
 
 @triton.jit
@@ -433,18 +442,21 @@ def kaf_kernel(
         dictionary_ptr += channel * dictionary_row
     if FAST:
         fast = _fast_constants(gamma_ptr, spacing, per_spacing, D, MANY)
-        if _all(fast[0], ROWS):
+        ok = fast[0]
+        if _any(ok, ROWS):
             _forward_fast(
                 x_ptr, y_ptr, alpha_ptr, fast, D, advance, stride, rows, columns, tiles, R, W, ALONG_L, GROUPS, MANY
             )
-        else:
+        if _any(ok == 0, ROWS):
+            if not ROWS:
+                tl.debug_barrier()  # what FAST wrote for channels that it does not suit is overwritten
             _forward_direct(
-                x_ptr, y_ptr, alpha_ptr, gamma_ptr, dictionary_ptr, boundary, spacing, D,
+                x_ptr, y_ptr, alpha_ptr, gamma_ptr, dictionary_ptr, None if ROWS else ok == 0, boundary, spacing, D,
                 advance, stride, rows, columns, tiles, R, W, ALONG_L,
             )  # fmt: skip
     else:
         _forward_direct(
-            x_ptr, y_ptr, alpha_ptr, gamma_ptr, dictionary_ptr, boundary, spacing, D,
+            x_ptr, y_ptr, alpha_ptr, gamma_ptr, dictionary_ptr, None, boundary, spacing, D,
             advance, stride, rows, columns, tiles, R, W, ALONG_L,
         )  # fmt: skip
 
@@ -470,7 +482,7 @@ def _forward_fast(
 
 @triton.jit
 def _forward_direct(
-    x_ptr, y_ptr, alpha_ptr, gamma_ptr, dictionary_ptr, boundary, spacing, D,
+    x_ptr, y_ptr, alpha_ptr, gamma_ptr, dictionary_ptr, mine, boundary, spacing, D,
     advance, stride, rows, columns, tiles, R: tl.constexpr, W: tl.constexpr, ALONG_L: tl.constexpr,
 ):  # fmt: skip
     FLOAT: tl.constexpr = _float(x_ptr)
@@ -484,7 +496,7 @@ def _forward_direct(
             hi, lo = _point(dictionary_ptr, k, D, boundary, half_hi, half_lo, FLOAT)
             K = _gaussian(x, hi, lo, gamma_log2e)[1]
             y = tl.fma(tl.load(alpha_ptr + k).to(FLOAT), K, y)
-        _store(y_ptr + i * advance, offsets, inside, y)
+        _store(y_ptr + i * advance, offsets, _where(inside, mine), y)
 
 
 @triton.jit(do_not_specialize=INTEGERS)
@@ -519,21 +531,24 @@ def kaf_backward_kernel(
         dictionary_sums_ptr += partial * D
     if FAST:
         fast = _fast_constants(gamma_ptr, spacing, per_spacing, D, MANY)
-        if _all(fast[0], ROWS):
+        ok = fast[0]
+        if _any(ok, ROWS):
             _backward_fast(
-                grad_ptr, x_ptr, alpha_ptr, dx_ptr, alpha_sums_ptr, exists, fast, D, advance, stride, rows, columns,
-                tiles, R, W, ROWS, ALONG_L, GROUPS, MANY, VECTOR, WRAPS,
+                grad_ptr, x_ptr, alpha_ptr, dx_ptr, alpha_sums_ptr, exists & ok, fast, D, advance, stride, rows,
+                columns, tiles, R, W, ROWS, ALONG_L, GROUPS, MANY, VECTOR, WRAPS,
             )  # fmt: skip
-        elif tl.program_id(1) == 0:
+        if _any(ok == 0, ROWS) & (tl.program_id(1) == 0):
+            if not ROWS:
+                tl.debug_barrier()
             _backward_direct(
                 grad_ptr, x_ptr, alpha_ptr, gamma_ptr, dictionary_ptr, dx_ptr, alpha_sums_ptr, gamma_sums_ptr,
-                dictionary_sums_ptr, exists, boundary, spacing, D, advance, stride, rows, columns, tiles,
-                R, W, ROWS, ALONG_L,
+                dictionary_sums_ptr, exists, None if ROWS else ok == 0, boundary, spacing, D, advance, stride, rows,
+                columns, tiles, R, W, ROWS, ALONG_L,
             )  # fmt: skip
     else:
         _backward_direct(
             grad_ptr, x_ptr, alpha_ptr, gamma_ptr, dictionary_ptr, dx_ptr, alpha_sums_ptr, gamma_sums_ptr,
-            dictionary_sums_ptr, exists, boundary, spacing, D, advance, stride, rows, columns, tiles,
+            dictionary_sums_ptr, exists, None, boundary, spacing, D, advance, stride, rows, columns, tiles,
             R, W, ROWS, ALONG_L,
         )  # fmt: skip
 
@@ -577,7 +592,7 @@ def _backward_fast(
 @triton.jit
 def _backward_direct(
     grad_ptr, x_ptr, alpha_ptr, gamma_ptr, dictionary_ptr, dx_ptr, alpha_sums_ptr, gamma_sums_ptr, dictionary_sums_ptr,
-    exists, boundary, spacing, D, advance, stride, rows, columns, tiles,
+    exists, mine, boundary, spacing, D, advance, stride, rows, columns, tiles,
     R: tl.constexpr, W: tl.constexpr, ROWS: tl.constexpr, ALONG_L: tl.constexpr,
 ):  # fmt: skip
     FLOAT: tl.constexpr = _float(x_ptr)
@@ -598,10 +613,10 @@ def _backward_direct(
                 slope += v
                 square = tl.fma(v, d, square)
             if dx_ptr is not None:
-                _store(dx_ptr + i * advance, offsets, inside, g * (slope * (gamma * -2)))
+                _store(dx_ptr + i * advance, offsets, _where(inside, mine), g * (slope * (gamma * -2)))
             dgamma = tl.fma(g, -square, dgamma)
         if gamma_sums_ptr is not None:
-            tl.store(gamma_sums_ptr, _sum_tile(dgamma, ROWS), exists)
+            tl.store(gamma_sums_ptr, _sum_tile(dgamma, ROWS), _where(exists, mine))
     if alpha_sums_ptr is not None or dictionary_sums_ptr is not None:
         for k in range(D):
             hi, lo = _point(dictionary_ptr, k, D, boundary, half_hi, half_lo, FLOAT)
@@ -616,10 +631,10 @@ def _backward_direct(
                 dalpha += w
                 ddelta = tl.fma(w, d, ddelta)
             if alpha_sums_ptr is not None:
-                tl.store(alpha_sums_ptr + k, _sum_tile(dalpha, ROWS), exists)
+                tl.store(alpha_sums_ptr + k, _sum_tile(dalpha, ROWS), _where(exists, mine))
             if dictionary_sums_ptr is not None:
                 alpha = tl.load(alpha_ptr + k).to(FLOAT)
-                tl.store(dictionary_sums_ptr + k, _sum_tile(ddelta, ROWS) * (alpha * gamma * 2), exists)
+                tl.store(dictionary_sums_ptr + k, _sum_tile(ddelta, ROWS) * (alpha * gamma * 2), _where(exists, mine))
 
 
 @triton.jit(do_not_specialize=INTEGERS)
@@ -765,9 +780,9 @@ def add_partial_sums_kernel(
     row = tl.program_id(0).to(tl.int64)
     k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]
     total = tl.zeros([BLOCK_N, BLOCK_K], tl.float64)
-    count = chunks.to(tl.int64) * each
-    for start in range(0, count, BLOCK_N):
-        n = start + tl.arange(0, BLOCK_N)[:, None]
-        at = (n // each) * columns + row * each + n % each
-        total += tl.load(sums_ptr + at * K + k, (n < count) & (k < K), other=0).to(tl.float64)
+    for column in range(each):
+        for start in range(0, chunks, BLOCK_N):
+            chunk = start + tl.arange(0, BLOCK_N)[:, None]
+            at = chunk.to(tl.int64) * columns + (row * each + column)
+            total += tl.load(sums_ptr + at * K + k, (chunk < chunks) & (k < K), other=0).to(tl.float64)
     tl.store(result_ptr + row * K + k, tl.sum(total, 0)[None, :].to(result_ptr.dtype.element_ty), k < K)
