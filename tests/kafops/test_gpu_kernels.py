@@ -19,7 +19,10 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "tests" / "emulator"))
 import build  # noqa: E402
 
+EVERYTHING = "not nothing"
 TABLE = "test_values or same_bits or by_hand"  # every case, and that two runs give the same bits
+# The interpreter takes ten minutes for everything.
+QUICK = "test_values or by_hand or not_finite or infinite"
 
 
 @dataclass(frozen=True)
@@ -49,8 +52,7 @@ class Run:
 def runs() -> dict[str, Run]:
     found = {}
     if build.compiler() is not None:
-        everything = "not nothing"
-        found["cuda"] = Run("emulated_cuda", everything, 590, {"KAFOPS_EMULATOR_ORDER": "forward"})
+        found["cuda"] = Run("emulated_cuda", EVERYTHING, 590, {"KAFOPS_EMULATOR_ORDER": "forward"})
         for order in ("reverse", "1"):
             found[f"cuda, threads {order}"] = Run("emulated_cuda", TABLE, 300, {"KAFOPS_EMULATOR_ORDER": order})
         # Red zones of 2 KB around every tensor are its guard bands.
@@ -58,7 +60,8 @@ def runs() -> dict[str, Run]:
         sanitized["ASAN_OPTIONS"] += ":redzone=2048:max_redzone=2048:quarantine_size_mb=16"
         found["cuda, sanitizers"] = Run("emulated_cuda", TABLE, 300, sanitized)
     if triton.load_error is None:
-        found["triton"] = Run("interpreted_triton", "not nothing", 590)
+        found["triton"] = Run("interpreted_triton", QUICK, 350)
+        found["triton, everything"] = Run("interpreted_triton", EVERYTHING, 590)
     return found
 
 
@@ -75,7 +78,15 @@ def results(request):
 
 
 @pytest.mark.parametrize(
-    "name", ["cuda", "cuda, threads reverse", "cuda, threads 1", "cuda, sanitizers", "triton"], ids=lambda n: n
+    "name",
+    [
+        "cuda",
+        "cuda, threads reverse",
+        "cuda, threads 1",
+        "cuda, sanitizers",
+        "triton",
+        pytest.param("triton, everything", marks=pytest.mark.slow),
+    ],
 )
 def test_kernels(name, results):
     if name not in RUNS:

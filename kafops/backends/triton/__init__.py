@@ -182,10 +182,13 @@ class _Sums:
             chunks, columns = partial.shape[:2]
             if rows == 1:  # all columns are its, and might as well be chunks
                 chunks, columns = chunks * columns, 1
+            each = columns // rows
+            (outer, outer_stride), (inner, inner_stride) = sorted([(chunks, columns), (each, 1)])
             block_k = 1 if K == 1 else 8
             arguments = {
-                "sums_ptr": partial, "result_ptr": result, "chunks": chunks, "columns": columns,
-                "each": columns // rows, "K": K, "BLOCK_N": 1024 // block_k, "BLOCK_K": block_k,
+                "sums_ptr": partial, "result_ptr": result, "outer": outer, "outer_stride": outer_stride,
+                "inner": inner, "inner_stride": inner_stride, "each": each, "K": K,
+                "BLOCK_N": 1024 // block_k, "BLOCK_K": block_k,
             }  # fmt: skip
             _launch(x.device, _kernels().add_partial_sums_kernel, (rows, -(-K // block_k)), 128, arguments, 1024)
             results.append(result)

@@ -523,39 +523,33 @@ def kaf_backward_kernel(
         dictionary_ptr += channel * dictionary_row
     if dx_ptr is not None:
         dx_ptr += offset
-    if alpha_sums_ptr is not None:
-        alpha_sums_ptr += partial * D
-    if gamma_sums_ptr is not None:
-        gamma_sums_ptr += partial
-    if dictionary_sums_ptr is not None:
-        dictionary_sums_ptr += partial * D
     if FAST:
         fast = _fast_constants(gamma_ptr, spacing, per_spacing, D, MANY)
         ok = fast[0]
         if _any(ok, ROWS):
             _backward_fast(
-                grad_ptr, x_ptr, alpha_ptr, dx_ptr, alpha_sums_ptr, exists & ok, fast, D, advance, stride, rows,
-                columns, tiles, R, W, ROWS, ALONG_L, GROUPS, MANY, VECTOR, WRAPS,
+                grad_ptr, x_ptr, alpha_ptr, dx_ptr, alpha_sums_ptr, partial, exists & ok, fast, D, advance, stride,
+                rows, columns, tiles, R, W, ROWS, ALONG_L, GROUPS, MANY, VECTOR, WRAPS,
             )  # fmt: skip
         if _any(ok == 0, ROWS) & (tl.program_id(1) == 0):
             if not ROWS:
                 tl.debug_barrier()
             _backward_direct(
                 grad_ptr, x_ptr, alpha_ptr, gamma_ptr, dictionary_ptr, dx_ptr, alpha_sums_ptr, gamma_sums_ptr,
-                dictionary_sums_ptr, exists, None if ROWS else ok == 0, boundary, spacing, D, advance, stride, rows,
-                columns, tiles, R, W, ROWS, ALONG_L,
+                dictionary_sums_ptr, partial, exists, None if ROWS else ok == 0, boundary, spacing, D, advance, stride,
+                rows, columns, tiles, R, W, ROWS, ALONG_L,
             )  # fmt: skip
     else:
         _backward_direct(
             grad_ptr, x_ptr, alpha_ptr, gamma_ptr, dictionary_ptr, dx_ptr, alpha_sums_ptr, gamma_sums_ptr,
-            dictionary_sums_ptr, exists, None, boundary, spacing, D, advance, stride, rows, columns, tiles,
+            dictionary_sums_ptr, partial, exists, None, boundary, spacing, D, advance, stride, rows, columns, tiles,
             R, W, ROWS, ALONG_L,
         )  # fmt: skip
 
 
 @triton.jit
 def _backward_fast(
-    grad_ptr, x_ptr, alpha_ptr, dx_ptr, alpha_sums_ptr, exists, fast, D, advance, stride, rows, columns, tiles,
+    grad_ptr, x_ptr, alpha_ptr, dx_ptr, alpha_sums_ptr, partial, exists, fast, D, advance, stride, rows, columns, tiles,
     R: tl.constexpr, W: tl.constexpr, ROWS: tl.constexpr, ALONG_L: tl.constexpr,
     GROUPS: tl.constexpr, MANY: tl.constexpr, VECTOR: tl.constexpr, WRAPS: tl.constexpr,
 ):  # fmt: skip
@@ -586,13 +580,13 @@ def _backward_fast(
         if alpha_sums_ptr is not None:
             sums = _add_to_sums(sums, x, r, s, g, first, D, inverse_hi, inverse_lo, t_hi, GROUPS, VECTOR, WRAPS, ROWS)
     if alpha_sums_ptr is not None:
-        _store_sums(alpha_sums_ptr, exists, sums, first, D, t_hi, t_lo, GROUPS, ROWS)
+        _store_sums(alpha_sums_ptr + partial * D, exists, sums, first, D, t_hi, t_lo, GROUPS, ROWS)
 
 
 @triton.jit
 def _backward_direct(
     grad_ptr, x_ptr, alpha_ptr, gamma_ptr, dictionary_ptr, dx_ptr, alpha_sums_ptr, gamma_sums_ptr, dictionary_sums_ptr,
-    exists, mine, boundary, spacing, D, advance, stride, rows, columns, tiles,
+    partial, exists, mine, boundary, spacing, D, advance, stride, rows, columns, tiles,
     R: tl.constexpr, W: tl.constexpr, ROWS: tl.constexpr, ALONG_L: tl.constexpr,
 ):  # fmt: skip
     FLOAT: tl.constexpr = _float(x_ptr)
@@ -616,7 +610,7 @@ def _backward_direct(
                 _store(dx_ptr + i * advance, offsets, _where(inside, mine), g * (slope * (gamma * -2)))
             dgamma = tl.fma(g, -square, dgamma)
         if gamma_sums_ptr is not None:
-            tl.store(gamma_sums_ptr, _sum_tile(dgamma, ROWS), _where(exists, mine))
+            tl.store(gamma_sums_ptr + partial, _sum_tile(dgamma, ROWS), _where(exists, mine))
     if alpha_sums_ptr is not None or dictionary_sums_ptr is not None:
         for k in range(D):
             hi, lo = _point(dictionary_ptr, k, D, boundary, half_hi, half_lo, FLOAT)
@@ -631,10 +625,14 @@ def _backward_direct(
                 dalpha += w
                 ddelta = tl.fma(w, d, ddelta)
             if alpha_sums_ptr is not None:
-                tl.store(alpha_sums_ptr + k, _sum_tile(dalpha, ROWS), _where(exists, mine))
+                tl.store(alpha_sums_ptr + (partial * D + k), _sum_tile(dalpha, ROWS), _where(exists, mine))
             if dictionary_sums_ptr is not None:
                 alpha = tl.load(alpha_ptr + k).to(FLOAT)
-                tl.store(dictionary_sums_ptr + k, _sum_tile(ddelta, ROWS) * (alpha * gamma * 2), _where(exists, mine))
+                tl.store(
+                    dictionary_sums_ptr + (partial * D + k),
+                    _sum_tile(ddelta, ROWS) * (alpha * gamma * 2),
+                    _where(exists, mine),
+                )
 
 
 @triton.jit(do_not_specialize=INTEGERS)
@@ -772,17 +770,21 @@ def _T(d, z, K, g, h, m, alpha, gamma, v_gamma, v_delta):
     return (h * alpha * (z * z - gamma * 2) + g * (alpha * slope + z * m)) * K
 
 
-@triton.jit(do_not_specialize=["chunks", "columns", "each", "K"])
+@triton.jit(do_not_specialize=["outer", "inner", "outer_stride", "inner_stride", "each", "K"])
 def add_partial_sums_kernel(
-    sums_ptr, result_ptr, chunks, columns, each, K, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr
-):
-    """result[row, k] = Σ over chunks and `each` columns of sums [chunks, columns, K], in float64, in a fixed order."""
+    sums_ptr, result_ptr, outer, outer_stride, inner, inner_stride, each, K,
+    BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr,
+):  # fmt: skip
+    """result[row, k] = Σ over chunks and `each` columns of sums [chunks, columns, K], in float64, in a fixed order.
+
+    The larger of both numbers, with its stride, is `inner`, which the lanes of a program run along.
+    """
     row = tl.program_id(0).to(tl.int64)
     k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]
     total = tl.zeros([BLOCK_N, BLOCK_K], tl.float64)
-    for column in range(each):
-        for start in range(0, chunks, BLOCK_N):
-            chunk = start + tl.arange(0, BLOCK_N)[:, None]
-            at = chunk.to(tl.int64) * columns + (row * each + column)
-            total += tl.load(sums_ptr + at * K + k, (chunk < chunks) & (k < K), other=0).to(tl.float64)
+    for i in range(outer):
+        for start in range(0, inner, BLOCK_N):
+            n = start + tl.arange(0, BLOCK_N)[:, None]
+            at = n.to(tl.int64) * inner_stride + (row * each + outer_stride.to(tl.int64) * i)
+            total += tl.load(sums_ptr + at * K + k, (n < inner) & (k < K), other=0).to(tl.float64)
     tl.store(result_ptr + row * K + k, tl.sum(total, 0)[None, :].to(result_ptr.dtype.element_ty), k < K)
