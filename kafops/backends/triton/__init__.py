@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kafops.backends.triton.geometry import Geometry, geometry
+from kafops.backends.triton.geometry import SUMS, Geometry, Tiling, geometry
 from kafops.ops import Needs
 
 interpreted = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
@@ -150,7 +150,7 @@ class _Call:
         }  # fmt: skip
         arguments |= {f"{name}_ptr": t for name, t in self.data.items()}
         arguments |= pointers | g.integers | g.constants | constants
-        _launch(self.x.device, kernel, (g.programs, programs), g.tiling.threads, arguments, g.R * g.W)
+        _launch(self.x.device, kernel, (g.programs, programs), g.tiling, arguments, g.R * g.W)
 
 
 class _Sums:
@@ -190,7 +190,7 @@ class _Sums:
                 "inner": inner, "inner_stride": inner_stride, "each": each, "K": K,
                 "BLOCK_N": 1024 // block_k, "BLOCK_K": block_k,
             }  # fmt: skip
-            _launch(x.device, _kernels().add_partial_sums_kernel, (rows, -(-K // block_k)), 128, arguments, 1024)
+            _launch(x.device, _kernels().add_partial_sums_kernel, (rows, -(-K // block_k)), SUMS, arguments, 1024)
             results.append(result)
         return results
 
@@ -203,15 +203,15 @@ def _or_empty(t: Tensor | None, x: Tensor) -> Tensor:
 
 
 def _launch(
-    device: torch.device, kernel: Any, grid: tuple[int, int], threads: int, arguments: dict[str, Any], tile: int
+    device: torch.device, kernel: Any, grid: tuple[int, int], tiling: Tiling, arguments: dict[str, Any], tile: int
 ) -> None:
-    """Launch a kernel of so many threads; note the call, where it is recorded, with the elements of a tile."""
+    """Launch a kernel; note the call, where it is recorded, with the elements of a tile."""
     if device.type == "meta":
-        _recorder.get().launches.append((kernel, threads, arguments, tile))
+        _recorder.get().launches.append((kernel, tiling, arguments, tile))
         return
     warp = 64 if torch.version.hip else 32
     with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-        kernel[grid](**arguments, num_warps=threads // warp)
+        kernel[grid](**arguments, **tiling.options(warp))
 
 
 def _architecture(device: torch.device) -> str:
@@ -228,7 +228,7 @@ def _architecture_of_gpu(device: torch.device) -> str:
 @dataclass
 class _Recorder:
     architecture: str
-    launches: list[tuple[Any, int, dict[str, Any], int]] = field(default_factory=list)
+    launches: list[tuple[Any, Tiling, dict[str, Any], int]] = field(default_factory=list)
 
 
 _recorder: ContextVar[_Recorder] = ContextVar("recorder")  # what launches on meta tensors do instead
@@ -312,7 +312,7 @@ def _compilations(dtype: torch.dtype, architecture: str) -> Iterator[Compilation
 
 
 def _compilation(
-    name: str, architecture: str, kernel: Any, threads: int, arguments: dict[str, Any], tile: int
+    name: str, architecture: str, kernel: Any, tiling: Tiling, arguments: dict[str, Any], tile: int
 ) -> Compilation:
     types = {
         torch.float32: "*fp32", torch.float64: "*fp64", torch.bfloat16: "*bf16", torch.float16: "*fp16"
@@ -331,9 +331,9 @@ def _compilation(
             signature[parameter.name] = "fp64" if isinstance(value, float) else "i32"
     return Compilation(
         name, kernel, signature, constexprs, attrs,
-        options={"num_warps": threads // (64 if architecture == "hip" else 32)},
-        threads=threads,
-        elements=tile / threads,
+        options=tiling.options(64 if architecture == "hip" else 32),
+        threads=tiling.threads,
+        elements=tile / tiling.threads,
         vector=arguments.get("ALIGN", 1),
         fast=bool(arguments.get("FAST")),
     )  # fmt: skip

@@ -18,6 +18,7 @@ class Tiling:
         programs: no more than these while a program has less than `tiles`: about as many as run at once.
         rows_from: L from which on tiles lie within one channel: the rows regime.
         columns: that a tile of the columns regime has, at most.
+        registers: of a thread, at most; None leaves them to the compiler.
     """
 
     threads: int
@@ -27,8 +28,14 @@ class Tiling:
     programs: int = 512
     rows_from: int = 16
     columns: int = 32
+    registers: int | None = None
+
+    def options(self, warp: int) -> dict[str, int]:
+        """Return the options of a launch where a warp has so many threads."""
+        return {"num_warps": self.threads // warp} | ({"maxnreg": self.registers} if self.registers else {})
 
 
+SUMS = Tiling(128, 8, 8)  # of the kernel that adds partial sums
 _NVIDIA = {
     ("kaf", "rows"): Tiling(128, 8, 8),
     ("kaf", "columns"): Tiling(128, 4, 4),
@@ -37,6 +44,8 @@ _NVIDIA = {
     ("kaf_double_backward", "rows"): Tiling(128, 8, 8),
     ("kaf_double_backward", "columns"): Tiling(128, 8, 4),
 }
+# Left alone, the compiler takes 128 registers for half precision, and two words more on the stack.
+_SM_120 = _NVIDIA | {("kaf_backward", "rows"): replace(_NVIDIA["kaf_backward", "rows"], registers=160)}
 # Programs of four warps of 64, on up to 304 multiprocessors.
 _AMD = {key: replace(t, threads=256, programs=1024) for key, t in _NVIDIA.items()}
 # An operation costs the interpreter the same on one element and on thousands.
@@ -50,7 +59,8 @@ def tiling(operator: str, regime: str, architecture: str) -> Tiling:
         operator, regime: as above.
         architecture: "interpreted", "hip", or a CUDA compute capability such as "90".
     """
-    return {"interpreted": _INTERPRETED, "hip": _AMD}.get(architecture, _NVIDIA)[operator, regime]
+    tables = {"interpreted": _INTERPRETED, "hip": _AMD, "120": _SM_120, "121": _SM_120}
+    return tables.get(architecture, _NVIDIA)[operator, regime]
 
 
 @dataclass(frozen=True)
