@@ -139,12 +139,14 @@ print(kafops.__file__, caught[0].message)
 
 
 def test_source_distribution_holds_all_sources(tmp_path):
-    done = setup("egg_info", "--egg-base", tmp_path, "sdist", "--dist-dir", tmp_path, KAFOPS_BUILD_CPU="0", KAFOPS_BUILD_CUDA="0")
+    folders = ("egg_info", "--egg-base", tmp_path, "sdist", "--dist-dir", tmp_path)
+    done = setup(*folders, KAFOPS_BUILD_CPU="0", KAFOPS_BUILD_CUDA="0")
     assert done.returncode == 0, done.stderr
     (archive,) = tmp_path.glob("kafops-*.tar.gz")
     with tarfile.open(archive) as tar:
         names = {name.split("/", 1)[-1] for name in tar.getnames()}
-    assert {*CSRC, "setup.py", "pyproject.toml", "LICENSE", "kafops/py.typed", "kafops/backends/triton/kernels.py"} <= names
+    package = {f"kafops/{name}" for name in ("py.typed", "backends/cpu.py", "backends/triton/kernels.py")}
+    assert {*CSRC, *package, "setup.py", "pyproject.toml", "LICENSE"} <= names
     assert not {name for name in names if name.endswith((".so", ".o")) or name.startswith(("tests/", "runs/"))}
 
 

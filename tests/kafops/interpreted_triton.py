@@ -8,7 +8,7 @@ import os
 os.environ["TRITON_INTERPRET"] = "1"  # before triton is imported
 os.environ["KAFOPS_BACKEND"] = "triton"
 
-import triton_interpreter  # noqa: E402
+import triton_interpreter
 
 triton_interpreter.exact_fma()
 triton_interpreter.patch_once()
