@@ -8,8 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-
-from build import compile_module, compiler, sanitizer_environment
+from emulator_build import compile_module, compiler, sanitizer_environment
 
 pytestmark = pytest.mark.skipif(compiler() is None, reason="no C++ compiler")
 

@@ -20,14 +20,14 @@ import kafops
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "tests" / "emulator"))
-import build  # noqa: E402
+import emulator_build  # noqa: E402
 
 SOURCES = [ROOT / "csrc/cuda/ops.cpp", *sorted((ROOT / "csrc/cuda").glob("*.cu"))]
 _overrides: list[torch.library.Library] = []  # as long as the process lives
 
 
 def library(sanitize: bool) -> Path:
-    return build.compile_module("kafops_cuda", SOURCES, sanitize=sanitize, stable_torch=True)
+    return emulator_build.compile_module("kafops_cuda", SOURCES, sanitize=sanitize, stable_torch=True)
 
 
 def pytest_configure() -> None:

@@ -17,7 +17,7 @@ from kafops.backends import triton
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "tests" / "emulator"))
-import build  # noqa: E402
+import emulator_build  # noqa: E402
 
 EVERYTHING = "not nothing"
 TABLE = "test_values or same_bits or by_hand"  # every case, and that two runs give the same bits
@@ -51,12 +51,12 @@ class Run:
 
 def runs() -> dict[str, Run]:
     found = {}
-    if build.compiler() is not None:
+    if emulator_build.compiler() is not None:
         found["cuda"] = Run("emulated_cuda", EVERYTHING, 590, {"KAFOPS_EMULATOR_ORDER": "forward"})
         for order in ("reverse", "1"):
             found[f"cuda, threads {order}"] = Run("emulated_cuda", TABLE, 300, {"KAFOPS_EMULATOR_ORDER": order})
         # Red zones of 2 KB around every tensor are its guard bands.
-        sanitized = build.sanitizer_environment() | {"KAFOPS_TEST_SANITIZE": "1"}
+        sanitized = emulator_build.sanitizer_environment() | {"KAFOPS_TEST_SANITIZE": "1"}
         sanitized["ASAN_OPTIONS"] += ":redzone=2048:max_redzone=2048:quarantine_size_mb=16"
         found["cuda, sanitizers"] = Run("emulated_cuda", TABLE, 300, sanitized)
     if triton.load_error is None:
