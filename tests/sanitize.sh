@@ -16,7 +16,7 @@ trap 'rm -rf "$folder"' EXIT
 # Frames and lines for the reports; the vector loops are far too slow without optimisation.
 sanitizers=-fsanitize=address,undefined,float-cast-overflow
 KAFOPS_CXX_FLAGS="$sanitizers -fno-sanitize-recover=all -fno-omit-frame-pointer -g1 -O1" \
-KAFOPS_LD_FLAGS="$sanitizers" KAFOPS_BUILD_CPU=1 \
+KAFOPS_LD_FLAGS="$sanitizers" KAFOPS_BUILD_CPU=1 KAFOPS_BUILD_CUDA=0 \
   "$python" setup.py -q build --build-base "$folder" --build-lib "$folder/lib" >"$folder/log" 2>&1 || {
     cat "$folder/log"
     exit 1
