@@ -11,9 +11,8 @@ from torch.nn import functional as F
 import kafops
 from bench import problems
 from bench.problems import Call, Curve, Problem
-from models.networks import ResNet
-
-CIFAR_MEAN, CIFAR_STD = (0.4914, 0.4822, 0.4465), (0.2470, 0.2435, 0.2616)
+from models.images import CIFAR10
+from models.networks import build
 
 
 @dataclass(frozen=True)
@@ -140,8 +139,7 @@ def training_step() -> Pair:
     images, labels = torch.rand(128, 3, 32, 32), torch.arange(128) % 10
 
     def step(activation: Callable[[int], nn.Module]) -> Call:
-        torch.manual_seed(0)
-        network = ResNet(20, 16, activation, CIFAR_MEAN, CIFAR_STD)
+        network = build("resnet20", activation, CIFAR10, seed=0)
         optimizer = torch.optim.SGD(network.parameters(), lr=1e-3, momentum=0.9)
 
         def call() -> tuple[Tensor, ...]:

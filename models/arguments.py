@@ -38,6 +38,34 @@ def positive(text: str) -> float:
     return value
 
 
+def not_negative(text: str) -> float:
+    """Parse a number or fraction that is at least 0."""
+    value = fraction(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"wanted a number that is at least 0, got {text}")
+    return value
+
+
+def share(text: str) -> float:
+    """Parse a number or fraction in [0, 1)."""
+    value = fraction(text)
+    if not 0 <= value < 1:
+        raise argparse.ArgumentTypeError(f"wanted a number in [0, 1), got {text}")
+    return value
+
+
+def yes_or_no(text: str) -> bool:
+    """Parse "yes" or "no"."""
+    if text not in ("yes", "no"):
+        raise argparse.ArgumentTypeError(f"wanted yes or no, got {text!r}")
+    return text == "yes"
+
+
+def or_none(parse: Callable[[str], float]) -> Callable[[str], float | None]:
+    """Return a parser that also takes "none"."""
+    return lambda text: None if text == "none" else parse(text)
+
+
 def integer(least: int, most: int = 2**31 - 1) -> Callable[[str], int]:
     """Return a parser of whole numbers from `least` to `most`."""
 

@@ -29,7 +29,8 @@ def save(path: Path, tensors: dict[str, Tensor], record: dict[str, Any]) -> None
         CheckpointError: it could not be written; the previous one is intact.
     """
     content = safetensors.torch.save(
-        {name: t.detach().cpu().contiguous() for name, t in tensors.items()},
+        # Cloned, since safetensors refuses tensors that share memory, as parameters shared by layers do.
+        {name: t.detach().cpu().clone(memory_format=torch.contiguous_format) for name, t in tensors.items()},
         metadata={_RECORD: json.dumps(record)},
     )
     try:

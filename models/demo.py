@@ -14,17 +14,18 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
+from torch import nn
 
 import kafops
 from models import attacks, checkpoints, environment, files, report, step_cost
-from models.activations import activation
-from models.data import Split, mnist5k
+from models.data import Split, TensorSource, mnist5k
 from models.evaluation import Accuracy, clean_accuracy, robust_accuracy
 from models.figures import accuracy as accuracy_figure
 from models.figures import cost as cost_figure
 from models.figures import curves as curves_figure
 from models.figures import style
-from models.networks import ResNet, resnet20
+from models.images import MNIST
+from models.networks import build
 from models.runs import RunFolder
 from models.training import Recipe, Trainer, load_model
 
@@ -36,7 +37,7 @@ _OUTPUTS = (
     "step_cost.json",
     "*.png",
     "report.html",
-    *(f"{name}/{file}" for name in LABELS for file in (_CHECKPOINT, _RESULT)),
+    *(f"{name}/{file}" for name in LABELS for file in (_CHECKPOINT, "metrics.jsonl", _RESULT)),
 )
 
 
@@ -57,7 +58,7 @@ class Settings:
     @property
     def recipe(self) -> Recipe:
         """How each network is trained."""
-        return Recipe(self.epochs, self.batch_size, self.lr, self.seed, attacks.fast(self.eps))
+        return Recipe(self.epochs, self.batch_size, self.lr, "fast", self.eps, nesterov=True, watch_steps=0)
 
 
 class Demo:
@@ -98,9 +99,10 @@ class Demo:
         return result
 
     def _train(self, name: str, progress: Progress, task: TaskID) -> Trainer:
-        network = resnet20(activation(name), self.settings.width, self.settings.seed)
-        checkpoint = self.folder.path / name / _CHECKPOINT
-        trainer = Trainer(network, self.settings.recipe, self.data.train_images, self.data.train_labels, checkpoint)
+        network = self._initial(name)
+        source = TensorSource(self.data.train_images, self.data.train_labels, self.settings.seed)
+        recipe, seed = self.settings.recipe, self.settings.seed
+        trainer = Trainer(network, recipe, seed, source, None, self.folder.path / name)
         trainer.resume()
 
         def on_step(trainer: Trainer) -> None:
@@ -159,7 +161,7 @@ class Demo:
                 "epoch_seconds": [epoch["seconds"] for epoch in result["history"]],
                 "evaluation_seconds": result["evaluation_seconds"],
             }
-            history = [{k: v for k, v in epoch.items() if k != "seconds"} for epoch in result["history"]]
+            history = [{k: epoch[k] for k in ("epoch", "loss", "accuracy", "lr")} for epoch in result["history"]]
             fixed[name] = {**result, "history": history}
             del fixed[name]["evaluation_seconds"]
         return {
@@ -198,8 +200,8 @@ class Demo:
         load_model(after, checkpoints.load(path)[0], path)
         return curves_figure.draw(curves_figure.collect(before, after, self.data.test_images[:256]))
 
-    def _initial(self, name: str) -> ResNet:
-        return resnet20(activation(name), self.settings.width, self.settings.seed)
+    def _initial(self, name: str) -> nn.Module:
+        return build(f"resnet20:width={self.settings.width}", name, MNIST, self.settings.seed)
 
     def _show(self, metrics: dict[str, Any]) -> None:
         table = Table("network", "clean", f"PGD-{self.settings.pgd_steps}", box=None, header_style="bold")

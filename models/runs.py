@@ -63,6 +63,18 @@ class RunFolder:
         files.write_json(self.path / "run.json", self._record)
 
 
+def settings(path: Path) -> dict[str, Any]:
+    """Return the settings of the run in a folder.
+
+    Raises:
+        RunError: there is no run.
+    """
+    record = _read(path)
+    if record is None:
+        raise RunError(f"{path} holds no run: there is no run.json in it")
+    return record["settings"]
+
+
 def _read(path: Path) -> dict[str, Any] | None:
     try:
         record = files.read_json(path / "run.json")

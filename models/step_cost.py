@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import kafops
-from models.activations import activation
-from models.networks import resnet20
+from models.images import MNIST
+from models.networks import build
 
 Curve = Callable[[Tensor, Tensor, Tensor, float], Tensor]
 Step = Callable[[], None]
@@ -106,14 +106,19 @@ def kept_bytes(network: nn.Module, images: Tensor, labels: Tensor) -> int:
 
 def _network(implementation: str, width: int, seed: int) -> nn.Module:
     if implementation == "relu":
-        return resnet20(activation("relu"), width, seed)
+        return build(f"resnet20:width={width}", "relu", MNIST, seed)
     functions: dict[str, Callable[[], Curve]] = {
         "fused": lambda: kafops.kaf,
         "reference": lambda: kafops.reference.kaf,
         "compiled": lambda: torch.compile(kafops.reference.kaf, dynamic=True),
     }
     function = functions[implementation]()
-    return resnet20(lambda channels: CurveBy(kafops.KAF2d(channels, init="isometric"), function), width, seed)
+    return build(
+        f"resnet20:width={width}",
+        lambda channels: CurveBy(kafops.KAF2d(channels, init="isometric"), function),
+        MNIST,
+        seed,
+    )
 
 
 def _step(network: nn.Module, images: Tensor, labels: Tensor) -> Step:

@@ -8,7 +8,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # models/ is run from a clone, not installed
 
-from models import data
+from models.data import mnist
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -24,5 +24,5 @@ def one_thread() -> Iterator[None]:
 def read_images_once() -> Iterator[None]:
     """Parsing the images takes a second, so do it once for all tests."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(data, "_read_mnist5k", functools.cache(data._read_mnist5k))
+        patch.setattr(mnist, "_read_mnist5k", functools.cache(mnist._read_mnist5k))
         yield

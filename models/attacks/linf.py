@@ -1,12 +1,15 @@
 """The L-infinity gradient-sign family: FGSM, fast (RS-FGSM), N-FGSM and PGD are settings of one attack."""
 
 import contextlib
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+
+Loss = Callable[[Tensor, Tensor], Tensor]  # logits [N, classes], labels [N] -> [N], or their sum []
 
 
 @dataclass(frozen=True)
@@ -20,6 +23,9 @@ class LinfAttack:
         noise: half-width of the uniform random start; 0 starts at x.
         clip: whether to project to the ball. Without it δ can reach noise + steps · step (N-FGSM).
         restarts: random starts in an evaluation; an image counts as broken when any of them breaks it.
+        loss: "ce", the cross-entropy, or "margin", the largest other logit minus the label's, which does not saturate
+            where the network is sure of itself (Carlini & Wagner 2017).
+        name: what to call it; two attacks that differ in this alone are equal.
     """
 
     eps: float
@@ -28,6 +34,9 @@ class LinfAttack:
     noise: float = 0.0
     clip: bool = True
     restarts: int = 1
+    loss: str = "ce"
+    name: str = field(default="linf", compare=False)
+    norm: ClassVar[str] = "Linf"
 
     def __post_init__(self) -> None:
         if not 0 <= self.eps <= 1:
@@ -38,21 +47,40 @@ class LinfAttack:
             raise ValueError(f"steps and restarts must be at least 1, got {self.steps} and {self.restarts}")
         if self.restarts > 1 and self.noise == 0:
             raise ValueError(f"{self.restarts} restarts without noise would all be the same; give noise or restarts=1")
+        if self.loss not in LOSSES:
+            raise ValueError(f"loss must be one of {', '.join(LOSSES)}, got {self.loss!r}")
+
+    def search(
+        self, model: nn.Module, x: Tensor, y: Tensor, generator: torch.Generator
+    ) -> tuple[Tensor, Tensor]:  # [N, C, H, W] in [0, 1], [N] bool
+        """Look for a misclassified image near each image; see `search`."""
+        return search(model, x, y, self, generator)
 
 
 def fgsm(eps: float) -> LinfAttack:
     """One step of eps from x (Goodfellow et al. 2015)."""
-    return LinfAttack(eps, step=eps)
+    return LinfAttack(eps, step=eps, name="fgsm")
 
 
 def fast(eps: float) -> LinfAttack:
     """RS-FGSM: one step of 1.25 eps from a random point of the ball (Wong et al. 2020, Fast is better than free)."""
-    return LinfAttack(eps, step=1.25 * eps, noise=eps)
+    return LinfAttack(eps, step=1.25 * eps, noise=eps, name="fast")
 
 
-def pgd(eps: float, steps: int, step: float | None = None, restarts: int = 1) -> LinfAttack:
+def nfgsm(eps: float, k: float = 2) -> LinfAttack:
+    """N-FGSM: one step of eps from noise of k · eps, not projected to the ball (de Jorge et al. 2022).
+
+    For training: its images are up to (k + 1) eps away, so it does not evaluate robustness within eps.
+    """
+    return LinfAttack(eps, step=eps, noise=k * eps, clip=False, name="nfgsm")
+
+
+def pgd(eps: float, steps: int, step: float | None = None, restarts: int = 1, loss: str = "ce") -> LinfAttack:
     """`steps` steps of `step`, 2.5 eps / steps unless given, from a random point of the ball (Madry et al. 2018)."""
-    return LinfAttack(eps, 2.5 * eps / steps if step is None else step, steps, noise=eps, restarts=restarts)
+    if steps < 1:
+        raise ValueError(f"steps must be at least 1, got {steps}")
+    name = f"pgd-{steps}" + (f"-{restarts}" if restarts > 1 else "")
+    return LinfAttack(eps, 2.5 * eps / steps if step is None else step, steps, eps, True, restarts, loss, name)
 
 
 def perturb(
@@ -61,17 +89,36 @@ def perturb(
     y: Tensor,  # [N]
     attack: LinfAttack,
     generator: torch.Generator,
+    loss_scale: float = 1.0,
 ) -> Tensor:  # [N, C, H, W] in [0, 1]
     """Perturb every image from one random start. This is the attack of adversarial training.
 
     The model runs in the mode it is in (in training mode batch norm sees the perturbed batch) and keeps its mode, its
     parameters and their `.grad`. The generator, on x's device, gives the noise.
+
+    Args:
+        model, x, y, attack, generator: as above. Of a model wrapped for distributed training give the inner module: the
+            gradient is that of the images alone, which is nobody else's business.
+        loss_scale: factor of the loss. The sign is the same, but under fp16 autocast small gradients would be rounded
+            to 0 on their way back, and sign(0) is no step. A factor so large that they overflow to NaN does the same.
     """
-    with _frozen(model):
-        adversarial = _random_start(x, attack, generator)
+    return ascend(model, x, random_start(x, attack.noise, generator), y, attack, loss_scale)
+
+
+def ascend(
+    model: nn.Module,
+    x: Tensor,  # [N, C, H, W] in [0, 1]
+    start: Tensor,  # [N, C, H, W] in [0, 1]
+    y: Tensor,  # [N]
+    attack: LinfAttack,
+    loss_scale: float = 1.0,
+    loss: Loss | None = None,
+) -> Tensor:  # [N, C, H, W] in [0, 1]
+    """Do the attack's steps from a given start, up its loss or another `loss`, (logits, y) -> [N] or []."""
+    with frozen(model):
         for _ in range(attack.steps):
-            _, adversarial = _step(model, x, adversarial, y, attack)
-    return adversarial
+            _, start = _step(model, x, start, y, attack, loss_scale, loss)
+    return start
 
 
 def search(
@@ -90,10 +137,10 @@ def search(
     adversarial = x.clone()
     with torch.no_grad():
         found = model(x).argmax(1) != y
-    with _frozen(model):
+    with frozen(model):
         for _ in range(attack.restarts):
             todo = (~found).nonzero().squeeze(1)
-            points = _random_start(x, attack, generator)[todo]
+            points = random_start(x, attack.noise, generator)[todo]
             for _ in range(attack.steps):
                 logits, moved = _step(model, x[todo], points, y[todo], attack)
                 todo, points = _settle(todo, points, moved, logits, y, adversarial, found)
@@ -114,30 +161,49 @@ def _settle(
     return todo[~wrong], moved[~wrong]
 
 
-def _random_start(x: Tensor, attack: LinfAttack, generator: torch.Generator) -> Tensor:
-    if attack.noise == 0:
+def random_start(x: Tensor, noise: float, generator: torch.Generator) -> Tensor:
+    """Return images [N, C, H, W] moved by uniform noise of half-width `noise` and cut to [0, 1]."""
+    if noise == 0:
         return x.detach().clone()
-    noise = torch.empty_like(x).uniform_(-attack.noise, attack.noise, generator=generator)
-    return (x + noise).clamp(0, 1)
+    return (x + torch.empty_like(x).uniform_(-noise, noise, generator=generator)).clamp(0, 1)
 
 
-def _step(model: nn.Module, x: Tensor, point: Tensor, y: Tensor, attack: LinfAttack) -> tuple[Tensor, Tensor]:
+def margin(logits: Tensor, y: Tensor) -> Tensor:  # [N]
+    """Return for logits [N, classes] the largest other logit minus the label's: positive where y [N] is not said."""
+    others = logits.scatter(1, y[:, None], -torch.inf)
+    return others.amax(1) - logits.gather(1, y[:, None])[:, 0]
+
+
+LOSSES: dict[str, Loss] = {"ce": lambda logits, y: F.cross_entropy(logits, y, reduction="none"), "margin": margin}
+
+
+def _step(
+    model: nn.Module,
+    x: Tensor,
+    point: Tensor,
+    y: Tensor,
+    attack: LinfAttack,
+    loss_scale: float = 1.0,
+    loss: Loss | None = None,
+) -> tuple[Tensor, Tensor]:
     """Return the logits at `point` and the point one step up the loss."""
     if len(x) == 0:
         return x.new_zeros(0, 1), point
     point = point.detach().requires_grad_()
     with torch.enable_grad():
         logits = model(point)
-        (gradient,) = torch.autograd.grad(F.cross_entropy(logits, y, reduction="sum"), point)
+        exact = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        total = (loss or LOSSES[attack.loss])(exact, y).sum() * loss_scale
+        (gradient,) = torch.autograd.grad(total, point)
     with torch.no_grad():
-        moved = point + attack.step * gradient.sign()
+        moved = point + attack.step * gradient.nan_to_num(nan=0.0).sign()
         if attack.clip:
             moved = x + (moved - x).clamp(-attack.eps, attack.eps)
         return logits.detach(), moved.clamp(0, 1)
 
 
 @contextlib.contextmanager
-def _frozen(model: nn.Module) -> Iterator[None]:
+def frozen(model: nn.Module) -> Iterator[None]:
     """Ask for no gradient of the parameters meanwhile, which saves their share of the backward pass."""
     trainable = [p for p in model.parameters() if p.requires_grad]
     for p in trainable:

@@ -1,0 +1,101 @@
+"""Attacks by name, options in the name: `pgd-50-10`, `nes:samples=1000`, `autoattack`.
+
+Each is made for a radius eps in the L-infinity norm and looks for misclassified images through `search`.
+"""
+
+import re
+from typing import Any
+
+from models.attacks.adaptive import Adaptive
+from models.attacks.attack import Attack, Strongest
+from models.attacks.linf import LinfAttack, fast, fgsm, margin, nfgsm, perturb, pgd, search
+from models.attacks.smoothed import SmoothedAttack
+from models.attacks.transfer import Transfer, transfer
+from models.attacks.wrappers import BPDA, EOT, backward_of, identity, soft_winners
+from models.registry import Registry
+
+__all__ = [
+    "ATTACKS",
+    "BPDA",
+    "EOT",
+    "Adaptive",
+    "Attack",
+    "LinfAttack",
+    "SmoothedAttack",
+    "Strongest",
+    "Transfer",
+    "backward_of",
+    "fast",
+    "fgsm",
+    "identity",
+    "margin",
+    "nfgsm",
+    "perturb",
+    "pgd",
+    "search",
+    "soft_winners",
+    "transfer",
+]
+
+
+class _Attacks(Registry[Attack]):
+    """A registry in which `pgd-50-10` stands for `pgd:steps=50,restarts=10`."""
+
+    def parse(self, text: str) -> tuple[str, dict[str, Any]]:
+        name, _, options = text.partition(":")
+        short = re.fullmatch(r"pgd-(\d+)(?:-(\d+))?", name)
+        if short is None:
+            return super().parse(text)
+        steps, restarts = short.groups(default="1")
+        return super().parse(f"pgd:steps={steps},restarts={restarts},{options}")
+
+
+ATTACKS: Registry[Attack] = _Attacks("attack")
+"""Factories of attacks; their context is the radius eps."""
+
+
+@ATTACKS.register("fgsm")
+def _fgsm(eps: float) -> Attack:
+    return fgsm(eps)
+
+
+@ATTACKS.register("fast")
+def _fast(eps: float) -> Attack:
+    return fast(eps)
+
+
+@ATTACKS.register("pgd")
+def _pgd(eps: float, *, steps: int = 50, restarts: int = 1, step: float | None = None, loss: str = "ce") -> Attack:
+    return pgd(eps, steps, step, restarts, loss)
+
+
+def _register_smoothed(name: str, distribution: str) -> None:
+    @ATTACKS.register(name)
+    def smoothed(
+        eps: float,
+        *,
+        samples: int = 100,
+        growth: int = 4,
+        sigma: float | None = None,
+        steps: int = 40,
+        step: float | None = None,
+        restarts: int = 1,
+    ) -> Attack:
+        return SmoothedAttack(eps, distribution, samples, growth, sigma, steps, step, restarts, name)
+
+
+_register_smoothed("nes", "gaussian")
+_register_smoothed("spsa", "rademacher")
+
+
+@ATTACKS.register("adaptive")
+def _adaptive(
+    eps: float,
+    *,
+    pgd_steps: int = 50,
+    pgd_restarts: int = 3,
+    samples: int = 100,
+    growth: int = 4,
+    steps: int = 40,
+) -> Attack:
+    return Adaptive(eps, pgd_steps, pgd_restarts, samples, growth, steps)

@@ -1,0 +1,63 @@
+"""The attack that an evaluation of activation functions needs: one member for each way to hide a gradient."""
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from models.activations import KWinners
+from models.attacks.attack import Attack, Strongest
+from models.attacks.linf import pgd
+from models.attacks.smoothed import SmoothedAttack
+from models.attacks.wrappers import BPDA, identity, soft_winners
+
+
+@dataclass(frozen=True)
+class Adaptive:
+    """For each image the worst of PGD on the margin, PGD through k-WTA's relaxed gradients, and NES.
+
+    What an activation can do to hide a network's weakness from an attack, and what finds it all the same:
+
+    - It makes logits so large that the cross-entropy, and its gradient, round to 0: the margin of the logits does not.
+    - It jumps, so that its gradient is of another function than the one that counts. k-WTA does: its gradient is that
+      of the current winners, and a small step changes them. BPDA takes the gradient of the identity, and that of a
+      gate that fades out below the threshold, which sees losers that are about to win (only where there is a k-WTA).
+    - It is flat or jagged in any other way: NES takes no gradient at all, but the slope of the margin smoothed over a
+      neighbourhood as large as the ball, which is what broke k-WTA (Tramèr et al. 2020, On adaptive attacks).
+
+    Later members get the images that the earlier ones left. NES costs most, so it comes last.
+
+    Args:
+        eps: radius of the ball, in the units of the images, which are in [0, 1].
+        pgd_steps, pgd_restarts: of PGD and of each BPDA.
+        samples, growth, steps: of NES, see `SmoothedAttack`: with the defaults up to 44,000 outputs an image.
+    """
+
+    eps: float
+    pgd_steps: int = 50
+    pgd_restarts: int = 3
+    samples: int = 100
+    growth: int = 4
+    steps: int = 40
+    name: ClassVar[str] = "adaptive"
+    norm: ClassVar[str] = "Linf"
+
+    def __post_init__(self) -> None:
+        self._gradient_free()
+        pgd(self.eps, self.pgd_steps, restarts=self.pgd_restarts)
+
+    def members(self, model: nn.Module) -> tuple[Attack, ...]:
+        """Return the attacks that this model calls for, in the order in which they are run."""
+        by_gradient = pgd(self.eps, self.pgd_steps, restarts=self.pgd_restarts, loss="margin")
+        relaxed: tuple[Attack, ...] = ()
+        if any(isinstance(module, KWinners) for module in model.modules()):
+            relaxed = tuple(BPDA(by_gradient, KWinners, smooth) for smooth in (soft_winners, identity))
+        return (by_gradient, *relaxed, self._gradient_free())
+
+    def search(self, model: nn.Module, x: Tensor, y: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Let one member after the other look for a misclassified image near each image that is left."""
+        return Strongest(self.name, self.members(model)).search(model, x, y, generator)
+
+    def _gradient_free(self) -> SmoothedAttack:
+        return SmoothedAttack(self.eps, "gaussian", self.samples, self.growth, steps=self.steps)

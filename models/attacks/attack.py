@@ -1,0 +1,65 @@
+"""What an evaluation asks of an attack, and an attack made of attacks."""
+
+from dataclasses import dataclass
+from typing import ClassVar, Protocol
+
+import torch
+from torch import Tensor, nn
+
+
+class Attack(Protocol):
+    """Something that looks for a misclassified image near each image. Attacks are frozen dataclasses.
+
+    Attributes:
+        name: what to call it.
+        norm: in which norm its images are near: "Linf", or "L2" for an attack that has a radius of its own.
+    """
+
+    @property
+    def name(self) -> str:
+        """What to call it."""
+
+    @property
+    def norm(self) -> str:
+        """In which norm its images are near."""
+
+    def search(
+        self,
+        model: nn.Module,
+        x: Tensor,  # [N, C, H, W] in [0, 1]
+        y: Tensor,  # [N]
+        generator: torch.Generator,
+    ) -> tuple[Tensor, Tensor]:  # [N, C, H, W] in [0, 1], [N] bool
+        """Return an image within the radius of each image, and whether the model misclassifies it.
+
+        Images that the model misclassifies as they are count as found, and come back untouched. The model is in
+        evaluation mode; its parameters and their `.grad` are left alone. All randomness comes from `generator`.
+        """
+        ...
+
+
+@dataclass(frozen=True)
+class Strongest:
+    """For each image the first of several attacks that breaks it: later members get only the survivors."""
+
+    name: str
+    members: tuple[Attack, ...]
+    norm: ClassVar[str] = "Linf"
+
+    def __post_init__(self) -> None:
+        others = [member.name for member in self.members if member.norm != self.norm]
+        if not self.members or others:
+            raise ValueError(
+                f"{self.name} needs at least one member and all of norm {self.norm}, "
+                f"got {len(self.members)} of which {others} have another"
+            )
+
+    def search(self, model: nn.Module, x: Tensor, y: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Let one attack after the other look for a misclassified image near each image that is left."""
+        adversarial = x.clone()
+        found = torch.zeros_like(y, dtype=torch.bool)
+        for member in self.members:
+            rest = (~found).nonzero().squeeze(1)
+            if len(rest):
+                adversarial[rest], found[rest] = member.search(model, x[rest], y[rest], generator)
+        return adversarial, found

@@ -1,0 +1,81 @@
+"""Command-line options that make the settings of a training."""
+
+import argparse
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from models import arguments, recipes
+from models.activations import ACTIVATIONS
+from models.data import DATA
+from models.networks import NETWORKS
+from models.registry import Registry
+from models.settings import Settings
+from models.training.methods import METHODS
+from models.training.recipe import DECAYS, PRECISIONS, Recipe
+from models.training.schedules import SCHEDULES
+
+DEFAULT_RECIPE = "mnist5k"
+
+_TRAINING: tuple[tuple[str, Callable[[str], Any], str], ...] = (
+    ("method", str, "how a batch becomes a loss: " + ", ".join(METHODS.names)),
+    ("eps", arguments.radius, "radius of the attacks, such as 8/255; images are in [0, 1]"),
+    ("epochs", arguments.integer(1), "passes over the training images"),
+    ("batch_size", arguments.integer(1), "images in a batch, over all processes"),
+    ("lr", arguments.positive, "peak learning rate"),
+    ("schedule", str, "of the learning rate: " + ", ".join(SCHEDULES.names)),
+    ("momentum", arguments.share, "of SGD"),
+    ("nesterov", arguments.yes_or_no, "Nesterov's momentum"),
+    ("weight_decay", arguments.not_negative, "of SGD"),
+    ("decay", str, f"what decays: {' or '.join(DECAYS)}"),
+    ("activation_lr", arguments.positive, "learning rate of activation parameters, as a multiple of lr"),
+    ("clip", arguments.or_none(arguments.positive), "largest norm of the gradient, or none"),
+    ("label_smoothing", arguments.share, "of the cross-entropy"),
+    ("precision", str, f"{', '.join(PRECISIONS)}; the latter two are automatic mixed precision"),
+    ("ema", arguments.share, "decay of a moving average of the weights, 0 for none"),
+    ("watch_steps", arguments.integer(0), "PGD steps of the watch after each epoch, 0 for no watch"),
+    ("watch_images", arguments.integer(0), "held-out images that the watch attacks"),
+    ("watch_drop", arguments.radius, "fall of robust accuracy at which training is stopped, 0 for never"),
+)
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    """Add the options. What is not given comes from the recipe."""
+    option = parser.add_argument
+    option("--recipe", default=DEFAULT_RECIPE, metavar="NAME", help="settings to start from (default: %(default)s)")
+    for name, registry in (("data", DATA), ("network", NETWORKS), ("activation", ACTIVATIONS)):
+        option(f"--{name}", metavar="NAME", help=_names(registry))
+    option("--seed", type=arguments.integer(0), help="of weights, order, augmentation and noise (default: 0)")
+    for name, parse, purpose in _TRAINING:
+        option("--" + name.replace("_", "-"), type=parse, metavar="X", help=purpose)
+    option(
+        "--fake-data", action="store_true", help="made-up images in the place of the set's, to try things without it"
+    )
+    option("--data-root", type=Path, metavar="DIR", help="folder of the data set (default: $KAFOPS_DATA, then ./data)")
+    option("--threads", type=arguments.integer(1, 4096), help="processor threads (default: PyTorch's choice)")
+
+
+def collect(options: argparse.Namespace, refuse: Callable[[str], Any]) -> Settings:
+    """Return the settings that the options make; call `refuse` with a message where they make none."""
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    try:
+        start = recipes.load(options.recipe).settings
+        given = {name: getattr(options, name) for name in ("data", "network", "activation", "seed")}
+        given = {name: value for name, value in given.items() if value is not None}
+        names = {field.name for field in dataclasses.fields(Recipe)}
+        training = {n: v for n, v in vars(options).items() if n in names and v is not None}
+        if options.fake_data:
+            given["data"] = f"fake:like={DATA.parse(given.get('data', start.data))[0]}"
+        changed = dataclasses.replace(start.training, **training)
+        return dataclasses.replace(start, **given, training=changed)
+    except ValueError as error:
+        refuse(str(error))
+        raise
+
+
+def _names(registry: Registry[Any]) -> str:
+    return f"one of {', '.join(registry.names)}, with options as in name:option=value,..."

