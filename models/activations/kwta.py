@@ -1,9 +1,9 @@
 """k-winners-take-all."""
 
+import math
+
 import torch
 from torch import Tensor, nn
-
-_PARTS = 1_000_000  # ratios are multiples of 1 / _PARTS, so that rounding in float32 does not change k
 
 
 class KWinners(nn.Module):
@@ -20,7 +20,7 @@ class KWinners(nn.Module):
         end: ratio at the end of training, reached linearly from `ratio` on through `set_progress`; None: it stays.
 
     State:
-        Buffer `ratio`, the current one, to 6 decimal places.
+        Buffer `ratio`, the current one.
 
     Raises:
         ValueError: an argument is out of its range.
@@ -47,8 +47,8 @@ class KWinners(nn.Module):
 
     def winners(self, n: int) -> int:
         """Return k for n values."""
-        parts = round(self.ratio.item() * _PARTS)
-        return max(1, -(-parts * n // _PARTS))
+        # Less a millionth, or ratio · n that should be whole, but is rounded up in float32, would give one more.
+        return max(1, math.ceil(self.ratio.item() * n * (1 - 1e-6)))
 
     def forward(self, x: Tensor) -> Tensor:  # [N, C, *] -> [N, C, *]
         """Keep the winners."""
@@ -64,6 +64,6 @@ class KWinners(nn.Module):
 
 
 def _checked(name: str, ratio: float) -> float:
-    if not 1 / _PARTS <= ratio <= 1:
-        raise ValueError(f"{name}, the share of values that k-WTA keeps, must be from 1e-6 to 1, got {ratio:g}")
+    if not 0 < ratio <= 1:
+        raise ValueError(f"{name}, the share of values that k-WTA keeps, must be above 0, at most 1, got {ratio:g}")
     return ratio

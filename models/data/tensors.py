@@ -1,47 +1,61 @@
 """Sources whose images are in memory."""
 
-from collections.abc import Iterator
-from functools import cached_property
+from collections.abc import Generator, Iterable, Iterator
 
+import numpy as np
+import torch
 from torch import Tensor
 
-from models.data.orders import epoch_order, stratified_order
-from models.data.source import Batch, Source, check_ordered, check_shuffled
+from models import seeds
+from models.data.ahead import ahead
+from models.data.augmentation import CropAndFlip
+from models.data.indexed import IndexedSource
+from models.data.source import Batch
 
 
-class TensorSource(Source):
+class TensorSource(IndexedSource):
     """Images in memory.
+
+    The next batches are made while the last one is worked on, by NumPy in one thread: that costs less than torch's
+    threads for so little work, and leaves the cores to the network.
 
     Args:
         images: [N, C, H, W], uint8 in 0..255 or float32 in [0, 1]; kept as they are.
         labels: [N], int64.
-        seed: of the order of images.
+        seed: of order and augmentation.
+        augmentation: of shuffled batches; None for none.
+
+    Raises:
+        ValueError: shapes or types are other ones.
     """
 
-    def __init__(self, images: Tensor, labels: Tensor, seed: int) -> None:
-        self.images, self.labels, self.seed = images, labels, seed
+    def __init__(self, images: Tensor, labels: Tensor, seed: int, augmentation: CropAndFlip | None = None) -> None:
+        super().__init__(labels, seed)
+        if images.ndim != 4 or images.dtype not in (torch.uint8, torch.float32):
+            raise ValueError(
+                f"images must be uint8 or float32 [N, C, H, W], got {images.dtype} of shape {list(images.shape)}"
+            )
+        if labels.shape != (len(images),) or labels.dtype != torch.int64:
+            raise ValueError(
+                f"{len(images)} images need int64 labels of shape [{len(images)}], got {labels.dtype} of shape "
+                f"{list(labels.shape)}"
+            )
+        self.images, self.augmentation = images, augmentation
 
-    def __len__(self) -> int:
-        return len(self.images)
+    def _load(self, batches: Iterable[Tensor], epoch: int | None) -> Iterator[Batch]:
+        return ahead(self._batches(batches, epoch))
 
-    @cached_property
-    def fixed_order(self) -> Tensor:
-        """The order of `ordered`, the same for every seed."""
-        return stratified_order(self.labels, 0)
+    def _batches(self, batches: Iterable[Tensor], epoch: int | None) -> Generator[Batch, None, None]:
+        moves = None
+        if self.augmentation is not None and epoch is not None:
+            moves = self.augmentation.draw(len(self), seeds.generator("cpu", "augmentation", self.seed, epoch))
+        for chosen in batches:
+            images = self.images.numpy()[chosen.numpy()]
+            if moves is not None:
+                images = self.augmentation(images, moves[chosen])
+            yield torch.from_numpy(as_floats(images)), self.labels[chosen]
 
-    def shuffled(
-        self, batch_size: int, epoch: int, start: int = 0, *, rank: int = 0, world: int = 1
-    ) -> Iterator[Batch]:
-        """See `Source.shuffled`."""
-        check_shuffled(self, batch_size, epoch, start, rank, world)
-        batches = epoch_order(len(self), self.seed, epoch).split(batch_size)
-        return (self._batch(chosen[rank::world]) for chosen in batches[start:])
 
-    def ordered(self, batch_size: int, count: int | None = None) -> Iterator[Batch]:
-        """See `Source.ordered`."""
-        count = check_ordered(self, batch_size, count)
-        return (self._batch(chosen) for chosen in self.fixed_order[:count].split(batch_size))
-
-    def _batch(self, chosen: Tensor) -> Batch:
-        images = self.images[chosen]
-        return (images if images.is_floating_point() else images.float() / 255), self.labels[chosen]
+def as_floats(images: np.ndarray) -> np.ndarray:
+    """Return uint8 images in 0..255 as float32 in [0, 1]; float32 ones as they are."""
+    return images / np.float32(255) if images.dtype == np.uint8 else images

@@ -93,7 +93,7 @@ def _resnet50(activation: ActivationFactory, images: ImageFormat) -> nn.Module:
     try:
         from models.networks.imagenet import ResNet50
     except ModuleNotFoundError as error:
-        if error.name != "torchvision":
+        if (error.name or "").partition(".")[0] != "torchvision":
             raise
         raise UserError("network 'resnet50' is torchvision's; run `pip install torchvision`") from error
     return ResNet50(activation, images)

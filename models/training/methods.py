@@ -181,15 +181,15 @@ class Trades(Method):
         """Yield the loss of TRADES; the logits are those of the images themselves."""
         with _mode_for_crafting(step.bare, self.mode):
             with torch.no_grad():
-                target = step.bare(x).float().softmax(1)
+                target = exact(step.bare(x)).softmax(1)
             start = (x + step.noise.normal(x, 0.001)).clamp(0, 1)
 
             def divergence(logits: Tensor, labels: Tensor) -> Tensor:
-                return F.kl_div(logits.float().log_softmax(1), target, reduction="sum")
+                return F.kl_div(logits.log_softmax(1), target, reduction="sum")
 
             perturbed = ascend(step.bare, x, start, y, self.attack, step.scale, divergence)
         logits, moved = step.model(x), step.model(perturbed)
-        away = F.kl_div(moved.float().log_softmax(1), logits.float().softmax(1), reduction="batchmean")
+        away = F.kl_div(exact(moved).log_softmax(1), exact(logits).softmax(1), reduction="batchmean")
         yield Update(step.loss(logits, y) + self.beta * away, logits)
 
 
@@ -238,9 +238,14 @@ class GradAlign(Method):
         return 1 - F.cosine_similarity(at_image[usable], at_random[usable], eps=0.0).mean()
 
 
+def exact(logits: Tensor) -> Tensor:
+    """Return logits of half precision in float32, others as they are."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+
 def _input_gradient(step: Step, x: Tensor, y: Tensor, create_graph: bool) -> Tensor:  # [N, C·H·W]
     x = x.detach().requires_grad_()
-    loss = step.scale * F.cross_entropy(step.bare(x).float(), y)
+    loss = step.scale * F.cross_entropy(exact(step.bare(x)), y)
     return torch.autograd.grad(loss, x, create_graph=create_graph)[0].flatten(1)
 
 

@@ -23,7 +23,7 @@ from models.data import Source
 from models.errors import UserError
 from models.interrupts import Interrupted, StopRequest
 from models.training import processes as several
-from models.training.methods import Step
+from models.training.methods import Step, exact
 from models.training.noise import Noise
 from models.training.optimizer import make_optimizer, set_learning_rate
 from models.training.processes import Processes
@@ -197,7 +197,7 @@ class Trainer:
         step = Step(
             self.trained,
             self.model,
-            lambda logits, y: F.cross_entropy(logits.float(), y, label_smoothing=self.recipe.label_smoothing),
+            lambda logits, y: F.cross_entropy(exact(logits), y, label_smoothing=self.recipe.label_smoothing),
             Noise(noise, whole, self.processes.rank, self.processes.world),
             self.scaler.get_scale() if self.scaler.is_enabled() else 1.0,
         )

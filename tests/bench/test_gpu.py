@@ -24,7 +24,8 @@ from bench.gpu_table import Case, Row
 from bench.paired import Spread
 from models import files
 from models.errors import UserError
-from models.networks import ResNet
+from models.images import CIFAR10
+from models.networks import build
 
 ROOT = Path(__file__).parents[2]
 FACTS = {
@@ -140,7 +141,7 @@ def test_shapes_are_those_of_torchvisions_networks(name, function):
 
 
 def test_shapes_are_those_of_the_resnet20_of_models():
-    network = ResNet(20, 16, lambda channels: nn.ReLU(), (0.5,) * 3, (0.5,) * 3)
+    network = build("resnet20", "relu", CIFAR10, seed=0)
     assert maps(network, nn.ReLU, 32) == set(gpu_table.NETWORKS["ResNet20"].maps)
 
 

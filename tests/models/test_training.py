@@ -1,4 +1,6 @@
 import dataclasses
+import json
+import math
 import os
 import signal
 from collections.abc import Callable
@@ -10,15 +12,24 @@ from torch import nn
 
 import kafops
 from models import checkpoints
-from models.activations import activation
-from models.attacks import fast
 from models.checkpoints import CheckpointError
+from models.data import TensorSource
+from models.images import MNIST
 from models.interrupts import Interrupted, StopRequest
-from models.networks import resnet20
-from models.schedules import step_progress, triangular
-from models.training import Recipe, Trainer, TrainingError, epoch_order, parameter_groups
+from models.networks import build
+from models.training import Recipe, Trainer, TrainingError, parameter_groups
+from models.training.schedules import SCHEDULES
 
-RECIPE = Recipe(epochs=3, batch_size=8, lr=0.05, seed=1, attack=fast(0.1))
+RECIPE = Recipe(epochs=3, batch_size=8, lr=0.05, method="fast", eps=0.1, watch_images=6)
+RECIPES = {
+    "fast": RECIPE,
+    "free": dataclasses.replace(RECIPE, method="free:m=2"),
+    "trades": dataclasses.replace(RECIPE, method="trades:steps=2"),
+    "everything": dataclasses.replace(
+        RECIPE, ema=0.9, precision="bfloat16", clip=1.0, label_smoothing=0.1, activation_lr=3.0, nesterov=True
+    ),
+    "float16": dataclasses.replace(RECIPE, precision="float16"),
+}
 
 
 def network() -> nn.Module:
@@ -41,8 +52,13 @@ def images() -> tuple[torch.Tensor, torch.Tensor]:
     return 0.3 + 0.4 * labels.view(-1, 1, 1, 1) + 0.1 * torch.rand(20, 1, 6, 6, generator=g), labels
 
 
-def trainer(path: Path, recipe: Recipe = RECIPE) -> Trainer:
-    return Trainer(network(), recipe, *images(), path / "latest.safetensors")
+def trainer(path: Path, recipe: Recipe = RECIPE, model: nn.Module | None = None) -> Trainer:
+    x, y = images()
+    return Trainer(model or network(), recipe, 1, TensorSource(x, y, 1), (x[:6], y[:6]), path)
+
+
+def metrics(path: Path) -> list[dict]:
+    return [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()]
 
 
 def press_ctrl_c_after(steps: int) -> Callable[[Trainer], None]:
@@ -64,21 +80,28 @@ def assert_same_state(a: Trainer, b: Trainer) -> None:
     assert left[1] == right[1]
 
 
-@pytest.mark.parametrize("stops", [(1,), (3,), (5,), (2, 4, 8)])
-def test_resumed_training_has_the_same_bits(tmp_path: Path, stops: tuple[int, ...]) -> None:
-    whole = trainer(tmp_path / "whole")
+@pytest.mark.parametrize(
+    ("name", "stops"),
+    [("fast", (1,)), ("fast", (3,)), ("fast", (5,)), *((name, (2, 4, 8)) for name in RECIPES)],
+)
+def test_resumed_training_has_the_same_bits(tmp_path: Path, name: str, stops: tuple[int, ...]) -> None:
+    recipe = RECIPES[name]
+    whole = trainer(tmp_path / "whole", recipe)
     whole.run()
     for stop in stops:
         torch.manual_seed(99 + stop)  # what the program did in between must not matter
-        part = trainer(tmp_path / "parts")
+        part = trainer(tmp_path / "parts", recipe)
         part.resume()
         with pytest.raises(Interrupted):
             part.run(press_ctrl_c_after(stop))
         assert part.steps_done == stop
-    last = trainer(tmp_path / "parts")
+    last = trainer(tmp_path / "parts", recipe)
     assert last.resume()
     last.run()
     assert_same_state(whole, last)
+    assert (tmp_path / "whole/best.safetensors").exists()
+    for one, other in zip(*(metrics(tmp_path / folder) for folder in ("whole", "parts")), strict=True):
+        assert {**one, "seconds": 0} == {**other, "seconds": 0}
 
 
 def test_resuming_a_finished_training_does_nothing(tmp_path: Path) -> None:
@@ -101,8 +124,10 @@ def test_training_learns_and_records(tmp_path: Path) -> None:
     assert [record.epoch for record in run.history] == list(range(1, 9))
     assert run.history[-1].loss < 0.5 * run.history[0].loss
     assert run.history[-1].accuracy > 0.9
-    assert run.history[2].lr == pytest.approx(triangular(step_progress(8, 24), recipe.lr))
+    # The 9th of 24 steps is at 9/25 of training, on the way up to the peak at 1/2.
+    assert run.history[2].lr == pytest.approx(recipe.lr * 2 * 9 / 25)
     assert run.steps_done == run.steps == 24
+    assert metrics(tmp_path) == [dataclasses.asdict(record) for record in run.history]
 
 
 def test_global_generator_is_left_alone(tmp_path: Path) -> None:
@@ -112,22 +137,20 @@ def test_global_generator_is_left_alone(tmp_path: Path) -> None:
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_epoch_order_is_a_function_of_seed_and_epoch() -> None:
-    assert sorted(epoch_order(50, 3, 2).tolist()) == list(range(50))
-    assert torch.equal(epoch_order(50, 3, 2), epoch_order(50, 3, 2))
-    assert not torch.equal(epoch_order(50, 3, 2), epoch_order(50, 3, 3))
-    assert not torch.equal(epoch_order(50, 3, 2), epoch_order(50, 4, 2))
-
-
 def test_only_weights_of_convolutions_and_linear_layers_decay() -> None:
-    model = resnet20(activation("kaf"), 2, seed=0)
-    decaying, others = parameter_groups(model, 5e-4)
+    model = build("resnet20:width=2", "kaf", MNIST, seed=0)
+    decaying, others, curves = parameter_groups(model, 5e-4, activation_lr=2.0)
     names = {id(p): name for name, p in model.named_parameters()}
     assert decaying["weight_decay"] == 5e-4
     assert others["weight_decay"] == 0
     wanted = {name for name in names.values() if "conv" in name or name in ("stem.weight", "classifier.weight")}
     assert {names[id(p)] for p in decaying["params"]} == wanted
-    assert {names[id(p)] for p in others["params"]} == set(names.values()) - wanted
+    assert {names[id(p)] for p in curves["params"]} == {name for name in names.values() if name.endswith("alpha")}
+    assert curves["weight_decay"] == 0
+    assert (decaying["scale"], others["scale"], curves["scale"]) == (1, 1, 2)
+    left = set(names.values()) - wanted - {names[id(p)] for p in curves["params"]}
+    assert {names[id(p)] for p in others["params"]} == left
+    assert all(group["weight_decay"] == 5e-4 for group in parameter_groups(model, 5e-4, "all"))
 
 
 def test_nan_loss_stops_and_keeps_the_last_good_state(tmp_path: Path) -> None:
@@ -138,7 +161,7 @@ def test_nan_loss_stops_and_keeps_the_last_good_state(tmp_path: Path) -> None:
             nn.init.constant_(trainer.model[5].weight, float("nan"))
 
     with pytest.raises(
-        TrainingError, match=r"loss became nan in epoch 2, batch 2 of 3, at learning rate 0\.05.*epoch 2"
+        TrainingError, match=r"loss became nan in epoch 2, batch 2 of 3, at learning rate 0\.05.*last state saved"
     ):
         run.run(spoil)
     fresh = trainer(tmp_path)
@@ -160,14 +183,14 @@ def test_failed_save_keeps_the_previous_checkpoint(tmp_path: Path, monkeypatch: 
     with pytest.raises(CheckpointError, match=r"No space left on device.*previous checkpoint there is intact"):
         run.save()
     assert run.checkpoint.read_bytes() == before
-    assert [p.name for p in tmp_path.iterdir()] == ["latest.safetensors"]
+    assert {p.name for p in tmp_path.iterdir()} == {"latest.safetensors", "best.safetensors", "metrics.jsonl"}
 
 
 def test_checkpoint_of_another_recipe_or_network_is_refused(tmp_path: Path) -> None:
     trainer(tmp_path).run()
-    with pytest.raises(CheckpointError, match="another recipe"):
+    with pytest.raises(CheckpointError, match=r"another recipe: lr is 0\.05 there and 0\.1 here"):
         trainer(tmp_path, dataclasses.replace(RECIPE, lr=0.1)).resume()
-    other = Trainer(nn.Sequential(nn.Flatten(), nn.Linear(36, 2)), RECIPE, *images(), tmp_path / "latest.safetensors")
+    other = trainer(tmp_path, model=nn.Sequential(nn.Flatten(), nn.Linear(36, 2)))
     with pytest.raises(CheckpointError, match="of another network"):
         other.resume()
 
@@ -180,3 +203,165 @@ def test_second_ctrl_c_acts_at_once_and_handlers_come_back() -> None:
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is before
+
+
+def test_average_of_the_weights_is_what_is_watched_and_returned(tmp_path: Path) -> None:
+    """The average after each step is decay · before + (1 − decay) · weights, and starts at the first step's weights."""
+    run = trainer(tmp_path, dataclasses.replace(RECIPE, ema=0.75, epochs=1))
+    seen: list[torch.Tensor] = []
+    run.run(lambda t: seen.append(t.model[5].weight.detach().clone()))
+    average = seen[0]
+    for weight in seen[1:]:
+        average = 0.75 * average + 0.25 * weight
+    torch.testing.assert_close(run.result[5].weight, average)
+    assert run.result is not run.model
+
+
+def test_clip_bounds_the_gradient(tmp_path: Path) -> None:
+    recipe = dataclasses.replace(RECIPE, clip=1e-3, momentum=0.0, weight_decay=0.0, epochs=1, schedule="constant")
+    run = trainer(tmp_path, recipe)
+    before = [p.detach().clone() for p in run.model.parameters()]
+    moves: list[float] = []
+
+    def on_step(t: Trainer) -> None:
+        now = [p.detach().clone() for p in t.model.parameters()]
+        moves.append(math.sqrt(sum((a - b).square().sum().item() for a, b in zip(now, before, strict=True))))
+        before[:] = now
+
+    run.run(on_step)
+    # Weights of about 1 have roundings of 1e-7, which is 0.2 % of the moves.
+    assert all(move <= recipe.lr * 1e-3 * 1.005 for move in moves)
+    assert max(moves) > recipe.lr * 1e-3 * 0.9
+
+
+def test_activation_parameters_have_their_own_learning_rate(tmp_path: Path) -> None:
+    run = trainer(tmp_path, dataclasses.replace(RECIPE, activation_lr=0.5, epochs=1))
+    rates: list[list[float]] = []
+    run.run(lambda t: rates.append([group["lr"] for group in t.optimizer.param_groups]))
+    for weights, rest, activations in rates:
+        assert weights == rest
+        assert activations == pytest.approx(0.5 * weights)
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_mixed_precision_stays_near_float32(tmp_path: Path, precision: str) -> None:
+    """Half types have 8 and 11 bits; after 3 steps losses differ by less than a few of their roundings."""
+    losses = []
+    for name in ("float32", precision):
+        run = trainer(tmp_path / name, dataclasses.replace(RECIPE, precision=name, epochs=1, method="pgd:steps=2"))
+        run.run()
+        losses.append(run.history[0].loss)
+    assert losses[0] != losses[1]
+    assert losses[1] == pytest.approx(losses[0], rel=0.02)
+    assert run.scaler.is_enabled() is (precision == "float16")
+
+
+def test_set_progress_is_called_with_the_part_done(tmp_path: Path) -> None:
+    class Anneal(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.seen: list[float] = []
+
+        def set_progress(self, progress: float) -> None:
+            self.seen.append(progress)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x
+
+    model = network()
+    model.append(Anneal())
+    trainer(tmp_path, RECIPE, model).run()
+    assert model[-1].seen == [step / 9 for step in range(9)]
+
+
+def test_collapse_is_seen_and_the_best_state_restored(tmp_path: Path) -> None:
+    recipe = dataclasses.replace(RECIPE, epochs=8, watch_drop=0.3)
+    run = trainer(tmp_path, recipe)
+
+    def spoil(t: Trainer) -> None:
+        if t.epoch == 6:  # the classes change places
+            t.model[5].weight.data.mul_(-50)
+            t.model[5].bias.data.mul_(-50)
+
+    run.run(spoil)
+    assert run.collapsed
+    assert run.finished
+    last = run.history[-1]
+    assert last.collapsed
+    assert last.epoch == len(run.history) == 7
+    assert last.robust < run.best - 0.3
+    weights = run.model.state_dict()
+    for name in ("latest", "best"):
+        tensors, record = checkpoints.load(tmp_path / f"{name}.safetensors")
+        assert record["collapsed"] is (name == "latest")
+        assert all(torch.equal(t, weights[n]) for n, t in checkpoints.under("model", tensors).items())
+    again = trainer(tmp_path, recipe)
+    again.resume()
+    again.run(lambda t: pytest.fail("trained on after a collapse"))
+
+
+def test_without_a_drop_the_watch_only_looks(tmp_path: Path) -> None:
+    run = trainer(tmp_path, dataclasses.replace(RECIPE, watch_drop=0.0))
+    run.run(lambda t: t.model[5].weight.data.mul_(-1) if t.batch == 3 else None)
+    assert not run.collapsed
+    assert all(record.robust is not None for record in run.history)
+
+
+def test_standard_training_keeps_the_best_by_clean_accuracy(tmp_path: Path) -> None:
+    run = trainer(tmp_path, dataclasses.replace(RECIPE, method="standard"))
+    run.run()
+    assert all(record.robust is None for record in run.history)
+    assert run.best == max(record.clean for record in run.history)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"epochs": 0}, "epochs must be at least 1, got 0"),
+        ({"lr": 0.0}, "lr must be above 0"),
+        ({"eps": 1.5}, r"eps must be in \[0, 1\], got 1\.5"),
+        ({"eps": 0.0}, "method fast attacks, so eps must be above 0, got 0; or use method=standard"),
+        ({"precision": "half"}, "precision must be one of float32, bfloat16, float16, got half"),
+        ({"decay": "some"}, "decay must be one of weights, all, got some"),
+        ({"ema": 1.0}, r"ema must be in \[0, 1\), got 1"),
+        ({"momentum": 0.0, "nesterov": True}, "momentum must be above 0 for Nesterov's, got 0"),
+        ({"clip": 0.0}, "clip must be above 0, or none, got 0"),
+        ({"schedule": "cosinus"}, "unknown schedule 'cosinus'.*did you mean cosine"),
+        ({"method": "gradalign", "eps": 0.3}, "authors of GradAlign"),
+    ],
+)
+def test_recipe_refuses_what_makes_no_sense(changes: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(RECIPE, **changes)
+
+
+@pytest.mark.parametrize(
+    ("text", "epochs", "wanted"),
+    [
+        ("triangular", 10, {0: 0, 2.5: 0.5, 5: 1, 7.5: 0.5, 10: 0}),
+        ("triangular:peak=0.4", 10, {0: 0, 2: 0.5, 4: 1, 7: 0.5, 10: 0}),
+        ("piecewise", 8, {0: 1, 3.9: 1, 4: 0.1, 5.9: 0.1, 6: 0.01}),
+        ("piecewise:at=30;60;90,warmup=5", 100, {0: 0, 1: 0.2, 5: 1, 30: 0.1, 60: 0.01, 95: 0.001}),
+        ("cosine", 4, {0: 1, 2: 0.5, 4: 0}),
+        ("cosine:warmup=2", 6, {0: 0, 1: 0.5, 2: 1, 4: 0.5}),
+        ("constant", 3, {0: 1, 3: 1}),
+    ],
+)
+def test_schedules(text: str, epochs: int, wanted: dict[float, float]) -> None:
+    factor = SCHEDULES.create(text, epochs)
+    assert {epoch: factor(epoch) for epoch in wanted} == pytest.approx(wanted)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("triangular:peak=1", "peak must be inside"),
+        ("piecewise:at=3;2", "must rise, got 3;2"),
+        ("piecewise:at=x", "got 'x'"),
+        ("piecewise:at=9", "not inside its 8 epochs"),
+        ("cosine:warmup=8", "less than the 8 epochs"),
+    ],
+)
+def test_schedules_refuse_what_makes_no_sense(text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        SCHEDULES.create(text, 8)

@@ -1,0 +1,113 @@
+"""`python -m models study`."""
+
+import argparse
+import datetime
+import os
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from models import arguments, files
+from models.figures import study as figures
+from models.study import page, plan, workers
+from models.study.plan import Run, Study
+from models.study.summary import accuracies, summarise
+
+_STUDY = """
+Trains and attacks every network, activation and seed of a study, and writes to the folder OUT: a result for each run,
+summary.json, figures and README.md. Ctrl-C stops at any time; the same command goes on with what is left, and runs
+whose results are there are not done again. Checkpoints are kept in RUNS.
+"""
+
+
+def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add the command."""
+    study = commands.add_parser(
+        "study",
+        help="train and attack a grid of networks, activations and seeds",
+        description=_STUDY,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    option = study.add_argument
+    option("study", metavar="STUDY", help=f"one of {', '.join(plan.names())}, or a .json file like theirs")
+    option("--out", type=Path, metavar="DIR", help="folder of the results (default: results/STUDY)")
+    option("--runs", type=Path, metavar="DIR", help="folder of the checkpoints (default: runs/study/STUDY)")
+    option("--jobs", type=arguments.integer(1, 4096), help="runs at a time (default: one for each core)")
+    option("--threads", type=arguments.integer(1, 4096), default=1, help="threads of each run (default: 1)")
+    option("--plan", action="store_true", help="show what is done, what is left and how long it may take, and stop")
+    study.set_defaults(run=_run, refuse=study.error)
+
+
+def _run(options: argparse.Namespace, command: str) -> int:
+    try:
+        study = plan.load(options.study)
+    except ValueError as error:
+        options.refuse(str(error))
+    results = options.out or Path("results") / study.name
+    jobs = options.jobs or len(os.sched_getaffinity(0))
+    console = Console(highlight=False)
+    done = workers.read(results, study)
+    todo = [run for run in study.runs() if run.name not in done]
+    console.print(f"{study.about}\n{len(done)} of {len(study.runs())} runs are done, {_left(study, done, jobs)}")
+    if options.plan:
+        for run in study.runs():
+            console.print(f"  {run.name:30} {_line(done[run.name]) if run.name in done else 'to do'}")
+        return 0
+
+    def on_result(run: Run, result: dict[str, Any]) -> None:
+        done[run.name] = result
+        report(study, done, results, command)
+        console.print(f"{len(done)}/{len(study.runs())} {run.name:26} {_line(result)}; {_left(study, done, jobs)}")
+
+    with console.status("") as shown:
+
+        def on_change(status: workers.Status) -> None:
+            shown.update("; ".join(f"{name}: {text}" for name, text in status.items()))
+
+        folder = options.runs or Path("runs/study") / study.name
+        workers.work(study, todo, results, folder, jobs, options.threads, on_change, on_result)
+    report(study, done, results, command)
+    console.print(f"Results: {results / 'README.md'}")
+    return 0
+
+
+def report(study: Study, done: dict[str, dict[str, Any]], results: Path, command: str) -> None:
+    """Write summary.json, the figures and the page for the runs that are done."""
+    if not done:
+        return
+    summary = summarise(study, done)
+    files.write_json(results / "summary.json", summary)
+    files.write_bytes(results / "accuracies.png", figures.accuracies(summary))
+    if len({run.activation for run in study.runs() if run.name in done}) > 1:
+        files.write_bytes(results / "differences.png", figures.differences(summary, "worst"))
+    files.write_text(results / "README.md", page.markdown(study, summary, done, command))
+
+
+def seconds(result: dict[str, Any]) -> float:
+    """Return how long a run took: training, and all attacks."""
+    return sum(epoch["seconds"] for epoch in result["history"]) + sum(result["seconds"].values())
+
+
+def _left(study: Study, done: dict[str, dict[str, Any]], jobs: int) -> str:
+    todo = [run for run in study.runs() if run.name not in done]
+    if not todo:
+        return "nothing is left"
+    if not done:
+        return "how long they take is known when the first is done"
+    of_network: dict[str, list[float]] = {}
+    for run in study.runs():
+        if run.name in done:
+            of_network.setdefault(run.network, []).append(seconds(done[run.name]))
+    every = [s for times in of_network.values() for s in times]
+    total = sum(_mean(of_network.get(run.network, every)) for run in todo)
+    return f"about {datetime.timedelta(seconds=round(total / jobs))} left"
+
+
+def _mean(numbers: list[float]) -> float:
+    return sum(numbers) / len(numbers)
+
+
+def _line(result: dict[str, Any]) -> str:
+    return ", ".join(f"{name} {value:.1%}" for name, value in accuracies(result).items())

@@ -1,0 +1,90 @@
+"""A study's accuracies and their differences to the baseline, a panel for each network."""
+
+from typing import Any
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
+
+from models.figures import style
+
+_MARKS = ("o", "s", "D", "^", "v")
+
+
+def accuracies(summary: dict[str, Any]) -> bytes:
+    """Draw for each activation its mean accuracy, clean and under each attack, and a dot for each seed."""
+    measures = [m for m in summary["measures"] if m != "worst"]
+    colours = _colours(measures)
+    with style.context():
+        rows = max(len(n["activations"]) for n in summary["networks"].values())
+        figure = style.figure(height=1.1 + 0.3 * rows)
+        panels = figure.subplots(1, len(summary["networks"]), sharey=True, squeeze=False)[0]
+        for axes, (network, content) in zip(panels, summary["networks"].items(), strict=True):
+            for place, entry in enumerate(content["activations"].values()):
+                values = [100 * entry[m]["mean"] for m in measures]
+                axes.plot([min(values), max(values)], [place] * 2, color=style.PALE_GREY, lw=3, zorder=1)
+                for i, m in enumerate(measures):
+                    _marks(axes, entry[m], place, colours[m], _MARKS[i % len(_MARKS)], hollow=m == "clean")
+            _rows(axes, list(content["activations"]))
+            axes.set_title(network)
+            axes.set_xlabel("accuracy, %")
+            axes.set_xlim(-2, 102)
+        handles = [
+            Line2D([], [], ls="", marker=_MARKS[i % len(_MARKS)], color=colours[m], label=m, ms=5,
+                   mfc="white" if m == "clean" else colours[m])
+            for i, m in enumerate(measures)
+        ]  # fmt: skip
+        figure.legend(handles=handles, loc="outside upper left", ncols=len(measures), fontsize=8, handletextpad=0.2)
+        return style.png(figure)
+
+
+def differences(summary: dict[str, Any], measure: str) -> bytes:
+    """Draw each activation's paired difference to the baseline under one attack, with its 95 % interval over seeds.
+
+    The grey band is what two single runs differ by through their seeds alone, with 95 % probability.
+    """
+    baseline = summary["baseline"]
+    with style.context():
+        names = [a for a in next(iter(summary["networks"].values()))["activations"] if a != baseline]
+        figure = style.figure(height=1.1 + 0.3 * len(names))
+        panels = figure.subplots(1, len(summary["networks"]), sharey=True, squeeze=False)[0]
+        for axes, (network, content) in zip(panels, summary["networks"].items(), strict=True):
+            noise = content["noise"][measure]
+            if noise is not None:
+                half = 100 * noise["difference"]
+                axes.axvspan(-half, half, color=style.PALE_GREY, alpha=0.5, lw=0)
+            axes.axvline(0, color=style.GREY, lw=0.8)
+            for place, name in enumerate(names):
+                difference = content["activations"].get(name, {}).get(measure, {}).get("difference")
+                if difference is not None:
+                    _interval(axes, difference, place, style.VERMILLION if name.startswith("kaf") else style.BLUE)
+            _rows(axes, names)
+            axes.set_title(network)
+            axes.set_xlabel(f"difference to {baseline}, points")
+        return style.png(figure)
+
+
+def _marks(axes: Axes, entry: dict[str, Any], place: int, colour: str, mark: str, hollow: bool) -> None:
+    spread = np.linspace(-0.18, 0.18, len(entry["values"])) if len(entry["values"]) > 1 else [0.0]
+    for value, shift in zip(entry["values"], spread, strict=True):
+        axes.plot(100 * value, place + shift, ".", ms=3, color=colour, alpha=0.6, zorder=2)
+    axes.plot(100 * entry["mean"], place, mark, ms=5.5, color=colour, mfc="white" if hollow else colour, zorder=3)
+
+
+def _interval(axes: Axes, difference: dict[str, Any], place: int, colour: str) -> None:
+    if difference["low"] is not None:
+        axes.plot([100 * difference["low"], 100 * difference["high"]], [place] * 2, color=colour, lw=1.5)
+    axes.plot(100 * difference["mean"], place, "o", ms=5, color=colour)
+
+
+def _rows(axes: Axes, names: list[str]) -> None:
+    axes.set_yticks(range(len(names)), names)
+    axes.set_ylim(len(names) - 0.5, -0.5)
+    axes.grid(axis="x", color=style.PALE_GREY, lw=0.6)
+    axes.set_axisbelow(True)
+    style.bare(axes)
+
+
+def _colours(measures: list[str]) -> dict[str, str]:
+    palette = (style.GREY, style.BLUE, "#009e73", style.VERMILLION, "#cc79a7")
+    return {m: palette[i % len(palette)] for i, m in enumerate(measures)}

@@ -1,0 +1,99 @@
+"""What a study is: a grid of runs, each with a name, and its settings."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from models.arguments import radius
+from models.attacks import ATTACKS
+from models.registry import near
+from models.settings import Settings
+
+FOLDER = Path(__file__).parent
+
+
+@dataclass(frozen=True)
+class Run:
+    """One network of the grid."""
+
+    network: str  # its label in the study
+    activation: str
+    seed: int
+    settings: Settings
+
+    @property
+    def name(self) -> str:
+        """Of its files."""
+        return f"{self.network}-{self.activation}-{self.seed}"
+
+
+@dataclass(frozen=True)
+class Study:
+    """A study file.
+
+    Args:
+        name: of the file, without .json.
+        about: one sentence.
+        data: image set with options; the same split for every run.
+        networks: by label, names with options.
+        activations: names; the first is what the others are compared with.
+        seeds: of weights, order and noise.
+        training: settings common to all runs, see `models.training.Recipe`.
+        attacks: by label, names with options; robust accuracy is reported under each.
+        eps: of the attacks.
+        images: test images attacked.
+    """
+
+    name: str
+    about: str
+    data: str
+    networks: dict[str, str]
+    activations: tuple[str, ...]
+    seeds: tuple[int, ...]
+    training: dict[str, Any]
+    attacks: dict[str, str]
+    eps: float
+    images: int
+
+    def runs(self) -> list[Run]:
+        """Return all runs, seeds outermost: a study that is stopped early has compared everything once."""
+        return [
+            Run(label, activation, seed, self._settings(network, activation, seed))
+            for seed in self.seeds
+            for activation in self.activations
+            for label, network in self.networks.items()
+        ]
+
+    def _settings(self, network: str, activation: str, seed: int) -> Settings:
+        return Settings.from_dict(
+            {"data": self.data, "network": network, "activation": activation, "seed": seed, "training": self.training}
+        )
+
+
+def names() -> tuple[str, ...]:
+    """Return the names of all studies."""
+    return tuple(sorted(p.stem for p in FOLDER.glob("*.json")))
+
+
+def load(name: str) -> Study:
+    """Read a study by name, or from a file whose path ends in .json.
+
+    Raises:
+        ValueError: there is no such study, or the file is none.
+    """
+    path = Path(name) if name.endswith(".json") else FOLDER / f"{name}.json"
+    if not path.is_file():
+        raise ValueError(f"unknown study {name!r}, there are {', '.join(names())}{near(name, names())}")
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+        content["eps"] = radius(str(content["eps"]))
+        content["training"] = {**content["training"], "eps": content["eps"]}
+        values: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in content.items()}
+        study = Study(path.stem, **values)
+        study.runs()
+        for attack in study.attacks.values():
+            ATTACKS.parse(attack)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ValueError(f"{path} is no study: {error}") from error
+    return study

@@ -1,0 +1,155 @@
+"""The runs of a study, several at a time, each done once: trained, evaluated, and its result written to a file."""
+
+import concurrent.futures
+import multiprocessing
+import time
+from collections.abc import Callable, MutableMapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from models import data, environment, files, session
+from models.attacks import ATTACKS
+from models.errors import UserError
+from models.interrupts import Interrupted
+from models.study.plan import Run, Study
+from models.training import Trainer
+
+Status = MutableMapping[str, str]
+_POLL_SECONDS = 0.5
+
+
+class StudyError(UserError):
+    """A study that cannot go on."""
+
+
+def result_file(results: Path, run: Run) -> Path:
+    """Return where a run's result is kept."""
+    return results / "runs" / f"{run.name}.json"
+
+
+def read(results: Path, study: Study) -> dict[str, dict[str, Any]]:
+    """Return the results that are there, by run.
+
+    Raises:
+        StudyError: one was made with other settings.
+    """
+    found = {}
+    for run in study.runs():
+        path = result_file(results, run)
+        result = files.read_json(path)
+        if result is None:
+            continue
+        wanted = _settings(study, run)
+        if result["settings"] != wanted:
+            names = [n for n in wanted if result["settings"].get(n) != wanted[n]]
+            raise StudyError(
+                f"{path} was made with other settings: {', '.join(names)} differ; give another --out, or remove it"
+            )
+        found[run.name] = result
+    return found
+
+
+def work(
+    study: Study,
+    todo: list[Run],
+    results: Path,
+    folder: Path,
+    jobs: int,
+    threads: int,
+    on_change: Callable[[Status], None],
+    on_result: Callable[[Run, dict[str, Any]], None],
+) -> None:
+    """Do the runs, `jobs` at a time, in processes of `threads` threads; results are files, and shown as they come.
+
+    Args:
+        study, todo: the study, and which of its runs.
+        results: folder of result files.
+        folder: of checkpoints, from which an interrupted run goes on.
+        on_change: called about twice a second with what each run under way is doing.
+        on_result: called with each result.
+
+    Raises:
+        Interrupted: Ctrl-C; runs under way have saved their states.
+    """
+    context = multiprocessing.get_context("spawn")
+    with (
+        context.Manager() as manager,
+        concurrent.futures.ProcessPoolExecutor(jobs, context, torch.set_num_threads, (threads,)) as pool,
+    ):
+        status: Any = manager.dict()
+        futures = {pool.submit(do, study, run, results, folder, status): run for run in todo}
+        try:
+            waiting = set(futures)
+            while waiting:
+                done, waiting = concurrent.futures.wait(waiting, _POLL_SECONDS, concurrent.futures.FIRST_COMPLETED)
+                on_change(dict(status))
+                for future in done:
+                    on_result(futures[future], future.result())
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
+def do(study: Study, run: Run, results: Path, folder: Path, status: Status) -> dict[str, Any]:
+    """Train and evaluate one run, or go on with it, and write its result."""
+
+    def say(text: str) -> None:
+        status[run.name] = text
+
+    try:
+        trainer = _train(run, folder / run.name, say)
+        result = {
+            "settings": _settings(study, run),
+            "environment": environment.describe(),
+            "history": [asdict(epoch) for epoch in trainer.history],
+            "collapsed": trainer.collapsed,
+            "parameters": sum(p.numel() for p in trainer.model.parameters()),
+            **_evaluate(study, run, trainer, folder / run.name, say),
+        }
+        files.write_json(result_file(results, run), result)
+        return result
+    except KeyboardInterrupt as error:
+        raise Interrupted from error
+    finally:
+        status.pop(run.name, None)
+
+
+def _train(run: Run, folder: Path, say: Callable[[str], None]) -> Trainer:
+    trainer = session.prepare(run.settings, folder)
+
+    def on_step(trainer: Trainer) -> None:
+        say(f"training, {trainer.steps_done / trainer.steps:.0%}")
+
+    trainer.run(on_step)
+    return trainer
+
+
+def _evaluate(study: Study, run: Run, trainer: Trainer, folder: Path, say: Callable[[str], None]) -> dict[str, Any]:
+    images, labels = data.load(study.data, run.seed).test.tensors(study.images)
+    model = trainer.result.eval()
+    found, seconds = {}, {}
+    for label, text in study.attacks.items():
+        place = folder / "evaluation" / f"{label}.json"
+        kept = files.read_json(place)
+        if kept is None or kept["attack"] != text:
+            say(label)
+            start = time.perf_counter()
+            attack = ATTACKS.create(text, study.eps)
+            _, broken = attack.search(model, images, labels, torch.Generator().manual_seed(0))
+            kept = {
+                "attack": text,
+                "found": "".join(str(int(f)) for f in broken),
+                "seconds": round(time.perf_counter() - start, 1),
+            }
+            files.write_json(place, kept)
+        found[label], seconds[label] = kept["found"], kept["seconds"]
+    with torch.no_grad():
+        wrong = model(images).argmax(1) != labels
+    return {"wrong": "".join(str(int(w)) for w in wrong), "found": found, "seconds": seconds}
+
+
+def _settings(study: Study, run: Run) -> dict[str, Any]:
+    return {**run.settings.as_dict(), "attacks": study.attacks, "eps": study.eps, "images": study.images}
