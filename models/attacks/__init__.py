@@ -8,6 +8,7 @@ from typing import Any
 
 from models.attacks.adaptive import Adaptive
 from models.attacks.attack import Attack, Strongest
+from models.attacks.libraries import FOOLBOX, MEMBERS, AttackError, AutoAttackMember, Foolbox, autoattack
 from models.attacks.linf import LinfAttack, fast, fgsm, margin, nfgsm, perturb, pgd, search
 from models.attacks.smoothed import SmoothedAttack
 from models.attacks.transfer import Transfer, transfer
@@ -20,10 +21,14 @@ __all__ = [
     "EOT",
     "Adaptive",
     "Attack",
+    "AttackError",
+    "AutoAttackMember",
+    "Foolbox",
     "LinfAttack",
     "SmoothedAttack",
     "Strongest",
     "Transfer",
+    "autoattack",
     "backward_of",
     "fast",
     "fgsm",
@@ -75,13 +80,14 @@ def _register_smoothed(name: str, distribution: str) -> None:
         eps: float,
         *,
         samples: int = 100,
-        growth: int = 4,
+        growth: int = 2,
         sigma: float | None = None,
         steps: int = 40,
         step: float | None = None,
         restarts: int = 1,
+        momentum: float = 0.9,
     ) -> Attack:
-        return SmoothedAttack(eps, distribution, samples, growth, sigma, steps, step, restarts, name)
+        return SmoothedAttack(eps, distribution, samples, growth, sigma, steps, step, restarts, momentum, name)
 
 
 _register_smoothed("nes", "gaussian")
@@ -95,7 +101,43 @@ def _adaptive(
     pgd_steps: int = 50,
     pgd_restarts: int = 3,
     samples: int = 100,
-    growth: int = 4,
+    growth: int = 2,
     steps: int = 40,
 ) -> Attack:
     return Adaptive(eps, pgd_steps, pgd_restarts, samples, growth, steps)
+
+
+@ATTACKS.register("autoattack")
+def _autoattack(eps: float, *, steps: int = 100, targets: int = 9, queries: int = 5000) -> Attack:
+    return autoattack(eps, steps, targets, queries)
+
+
+def _register_member(name: str) -> None:
+    @ATTACKS.register(name)
+    def member(eps: float, *, steps: int = 100, targets: int = 9, queries: int = 5000) -> Attack:
+        return AutoAttackMember(eps, name, steps, targets, queries)
+
+
+def _register_foolbox(name: str) -> None:
+    if FOOLBOX[name] == "Linf":
+
+        @ATTACKS.register(name)
+        def linf(eps: float, *, steps: int | None = None) -> Attack:
+            return Foolbox(name, eps, steps)
+
+    else:
+
+        @ATTACKS.register(name)
+        def other(eps: float, *, l2: float | None = None, steps: int | None = None) -> Attack:
+            if l2 is None:
+                raise AttackError(
+                    f"attack {name!r} works in L2 and needs a radius of its own, such as {name}:l2=0.5 "
+                    "(usual: 0.5 for CIFAR-10, 2 for MNIST)"
+                )
+            return Foolbox(name, l2, steps)
+
+
+for _name in MEMBERS:
+    _register_member(_name)
+for _name in FOOLBOX:
+    _register_foolbox(_name)

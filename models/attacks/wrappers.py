@@ -70,7 +70,7 @@ def identity(module: nn.Module, x: Tensor) -> Tensor:
 
 
 def soft_winners(module: KWinners, x: Tensor) -> Tensor:
-    """Let k-WTA fade out below its threshold t instead of jumping there: x σ((x - t) / τ), τ a fifth of x's deviation.
+    """Let k-WTA fade out below its threshold t instead of jumping there: x σ((x - t) / τ), τ a tenth of x's deviation.
 
     The mask's own gradient says nothing of the values that lose; here those near the threshold count too.
     """
@@ -78,7 +78,7 @@ def soft_winners(module: KWinners, x: Tensor) -> Tensor:
     n = values.shape[-1]
     shape = (*values.shape[:-1], *(1,) * (x.dim() - values.dim() + 1))
     threshold = values.kthvalue(n - module.winners(n) + 1).values.reshape(shape)
-    width = 0.2 * values.std(-1, correction=0).reshape(shape) + torch.finfo(x.dtype).tiny
+    width = 0.1 * values.std(-1, correction=0).reshape(shape) + torch.finfo(x.dtype).tiny
     return x * ((x - threshold) / width).sigmoid()
 
 

@@ -70,10 +70,11 @@ def _read_batch(path: Path, layout: Layout) -> Part:
         with path.open("rb") as file:
             content = _ArraysOnly(file, encoding="bytes").load()
         pixels, labels = np.asarray(content[b"data"]), np.asarray(content[layout.labels])
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror}; {layout.folder} is incomplete") from error
     except Exception as error:  # a damaged pickle raises almost anything
-        raise DataError(f"{path} is damaged, or no file of {layout.name}: {type(error).__name__}: {error}") from error
+        raise DataError(
+            f"{path} cannot be read as a file of {layout.name}: {type(error).__name__}: {error}. There must be "
+            f"{', '.join(layout.train + layout.test)}"
+        ) from error
     if pixels.shape[1:] == (3 * 32 * 32,):
         pixels = pixels.reshape(-1, 3, 32, 32)
     return _checked(path, pixels, labels, layout)

@@ -3,12 +3,15 @@
 import os
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+import torch
 from PIL import Image
-from torchvision.datasets import ImageFolder
+from torch import Tensor
 
 from models.data import pictures
+from models.data.packages import need
 from models.data.source import DataError
 
 
@@ -38,7 +41,7 @@ class FolderImages:
         return pictures.decode(content, str(path)), int(self.labels[item])
 
 
-def read_folders(root: Path, parts: tuple[str, ...]) -> tuple[FolderImages, list[np.ndarray]]:
+def read_folders(root: Path, parts: tuple[str, ...]) -> tuple[FolderImages, list[Tensor]]:
     """List the images of root/PART/CLASS/FILE.
 
     Returns:
@@ -57,14 +60,14 @@ def read_folders(root: Path, parts: tuple[str, ...]) -> tuple[FolderImages, list
     samples = [sample for folder in folders for sample in folder.samples]
     names = np.array([os.fsencode(os.path.relpath(path, root)) for path, _ in samples])
     labels = np.array([label for _, label in samples])
-    ends = np.cumsum([len(folder) for folder in folders])
-    numbers = np.split(np.arange(len(samples)), ends[:-1])
-    return FolderImages(root, names, labels, tuple(folders[0].classes)), numbers
+    numbers = torch.arange(len(samples)).split([len(folder) for folder in folders])
+    return FolderImages(root, names, labels, tuple(folders[0].classes)), list(numbers)
 
 
-def _list(folder: Path) -> ImageFolder:
+def _list(folder: Path) -> Any:
+    datasets = need("torchvision.datasets", "torchvision", "listing image files")
     try:
-        return ImageFolder(str(folder))
+        return datasets.ImageFolder(str(folder))
     except FileNotFoundError as error:
         raise DataError(f"{folder} is not a folder of classes that each have images: {error}") from error
 

@@ -64,7 +64,8 @@ class Workers:
     """Processes that decode images, kept from epoch to epoch.
 
     They come from a fork server, since a process that has threads, or runs NCCL or gloo, cannot be forked safely.
-    What they yield does not depend on how many there are.
+    What they yield does not depend on how many there are. A script that has any needs the usual guard
+    `if __name__ == "__main__":`, since each of them imports it.
 
     Args:
         decoding: what they do.
@@ -96,21 +97,22 @@ class Workers:
             self._idle.append(loader)
 
     def _new_loader(self) -> DataLoader[Any]:
-        collate = functools.partial(_collate, shape=self.decoding.shape)
-        own = torch.Generator()  # else starting an iteration would draw from the global one
-        if self.count == 0:
-            return DataLoader(self.decoding, batch_sampler=_Plan(), collate_fn=collate, generator=own)  # type: ignore[arg-type]
-        context = multiprocessing.get_context("forkserver")
-        context.set_forkserver_preload(["torchvision"])
+        processes: dict[str, Any] = {}
+        if self.count:
+            context = multiprocessing.get_context("forkserver")
+            context.set_forkserver_preload(["torchvision"])  # else each worker takes seconds to import it
+            processes = {
+                "num_workers": self.count,
+                "persistent_workers": True,
+                "multiprocessing_context": context,
+                "worker_init_fn": _ignore_interrupts,
+            }
         return DataLoader(
             self.decoding,  # type: ignore[arg-type]
-            batch_sampler=_Plan(),  # type: ignore[arg-type]
-            collate_fn=collate,
-            generator=own,
-            num_workers=self.count,
-            persistent_workers=True,
-            multiprocessing_context=context,
-            worker_init_fn=_ignore_interrupts,
+            batch_sampler=_Plan(),
+            collate_fn=functools.partial(_collate, shape=self.decoding.shape),
+            generator=torch.Generator(),  # else each iteration would draw from the global one
+            **processes,
         )
 
 

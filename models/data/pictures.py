@@ -5,9 +5,9 @@ from io import BytesIO
 from typing import Any
 
 from PIL import Image
-from torchvision import transforms
 
 from models.data.loaders import Decoding
+from models.data.packages import need
 from models.data.source import DataError
 
 
@@ -29,6 +29,7 @@ def decoding(read: Callable[[Any], tuple[Image.Image, int]], size: int) -> Decod
     For training a random crop of 8 to 100 % of the area is resized, and half of the images are mirrored (Szegedy et al.
     2015); otherwise the shorter side is resized to 256/224 size, and the middle is cut out.
     """
+    transforms = need("torchvision.transforms", "torchvision", "decoding image files")
     augment = transforms.Compose(
         [transforms.RandomResizedCrop(size), transforms.RandomHorizontalFlip(), transforms.PILToTensor()]
     )

@@ -10,7 +10,7 @@ VARIABLE = "KAFOPS_DATA"
 
 
 def folders(root: Path | None) -> dict[Path, str]:
-    """Return the folders to look in, and why: `root` alone if it is given, else $KAFOPS_DATA if it is set, and ./data."""
+    """Return the folders to look in, and why: `root` alone if given, else $KAFOPS_DATA if set, and ./data."""
     if root is not None:
         return {Path(root): "given as root"}
     named = os.environ.get(VARIABLE)

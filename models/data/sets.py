@@ -25,6 +25,7 @@ from models.data.augmentation import CropAndFlip
 from models.data.cuts import Cut, Sizes, check, cut_official, cut_pool
 from models.data.fake import FakeImages
 from models.data.loaders import LoaderSource, Workers
+from models.data.packages import need
 from models.data.shards import ShardSource
 from models.data.source import DataError, DataSet
 from models.data.tensors import TensorSource
@@ -81,14 +82,7 @@ def make_digits(
     pad: int = 0,
 ) -> DataSet:
     """1,797 digits of 8 x 8 pixels from the package scikit-learn."""
-    try:
-        from sklearn.datasets import load_digits
-    except ImportError as error:
-        raise DataError(
-            f"the digits come with the package scikit-learn, which cannot be imported ({error}). "
-            "Run `pip install scikit-learn`"
-        ) from error
-    content = load_digits()
+    content = need("sklearn.datasets", "scikit-learn", "digits").load_digits()
     images = torch.from_numpy((content.images[:, None] / 16).astype(np.float32))
     labels = torch.from_numpy(content.target.astype(np.int64))
     cut = cut_pool("digits", labels, Sizes(train, test, validation, split))
@@ -113,8 +107,8 @@ def _register_cifar(layout: cifar.Layout, images: ImageFormat) -> None:
     ) -> DataSet:
         """50,000 training and 10,000 test images of 32 x 32 pixels (Krizhevsky 2009), in memory."""
         how = (
-            "The official files are at https://www.cs.toronto.edu/~kriz/cifar.html, and "
-            f"`torchvision.datasets.{name.upper()}(FOLDER, download=True)` gets them: FOLDER/{layout.folder} then holds "
+            "The official files are at https://www.cs.toronto.edu/~kriz/cifar.html, and `torchvision.datasets."
+            f"{name.upper()}(FOLDER, download=True)` gets them: FOLDER/{layout.folder} then holds "
             f"{', '.join(layout.train + layout.test)}. An .npz file holds x_train, y_train, x_test, y_test"
         )
         path = places.find(name, root, (layout.folder, f"{name}.npz"), how)
@@ -168,17 +162,18 @@ def make_imagenet(
     """
     _check_pictures("imagenet", size, workers)
     how = (
-        "ImageNet is at https://image-net.org, for registered users, and `torchvision.datasets.ImageNet(FOLDER, split)` "
+        "ImageNet is at https://image-net.org for registered users, and `torchvision.datasets.ImageNet(FOLDER, split)` "
         "with split 'train' and 'val' unpacks its archives: FOLDER/train/CLASS and FOLDER/val/CLASS then hold images"
     )
     found = places.find("imagenet", root, ("imagenet/train", "train"), how).parent
     files, (train_items, test_items) = folders.read_folders(found, ("train", "val"))
-    labels, test_labels = (torch.from_numpy(files.labels[items]) for items in (train_items, test_items))
-    cut = cut_official("imagenet", labels, test_labels, Sizes(train, test, validation, split))
+    labels = torch.from_numpy(files.labels)
+    sizes = Sizes(train, test, validation, split)
+    cut = cut_official("imagenet", labels[train_items], labels[test_items], sizes)
     images = replace(formats.IMAGENET, size=size, classes=len(files.classes))
     pool = Workers(pictures.decoding(files.read, size), workers)
     items = Cut(train_items[cut.train], train_items[cut.validation], test_items[cut.test])
-    return _from_workers("imagenet", images, pool, items, torch.from_numpy(files.labels), seed)
+    return _from_workers("imagenet", images, pool, items, labels, seed)
 
 
 @DATA.register("webdataset")

@@ -26,6 +26,7 @@ from PIL import Image
 from models import seeds
 from models.data import pictures, places
 from models.data.loaders import Task, Workers
+from models.data.packages import need
 from models.data.source import Batch, DataError, Source, check_ordered, check_shuffled
 
 _IMAGES = ("jpg", "jpeg", "png")
@@ -115,9 +116,7 @@ class ShardSource(Source):
 
     def _endless(self, shards: Sequence[Path], seed: int) -> Iterator[Record]:
         """Yield the images of some shards again and again, shuffled within the buffer."""
-        import webdataset
-
-        shuffle = webdataset.shuffle(self.buffer, initial=self.buffer, rng=random.Random(seed))
+        shuffle = _webdataset().shuffle(self.buffer, initial=self.buffer, rng=random.Random(seed))
         while True:
             empty = True
             for record in shuffle(self._read(shards)):
@@ -128,12 +127,11 @@ class ShardSource(Source):
 
     def _read(self, shards: Sequence[Path]) -> Iterator[Record]:
         """Yield the images of some shards, once."""
-        import webdataset
-
+        samples = _webdataset().tarfile_to_samples()
         for shard in shards:
             _check_end(shard)
             try:
-                for sample in webdataset.tarfile_to_samples()(iter([{"url": str(shard)}])):
+                for sample in samples(iter([{"url": str(shard)}])):
                     yield self._record(sample, shard)
             except DataError:
                 raise
@@ -164,26 +162,17 @@ def find(root: Path | None, option: str, pattern: str) -> list[Path]:
     Raises:
         DataError: webdataset is not installed, the pattern is none, or a shard is missing.
     """
-    try:
-        import webdataset  # noqa: F401
-        from braceexpand import braceexpand
-    except ImportError as error:
-        raise DataError(
-            f"shards are read by the package webdataset, which cannot be imported ({error}). "
-            "Run `pip install webdataset`"
-        ) from error
+    _webdataset()
     if not pattern:
         raise DataError(f"webdataset needs the option {option}, such as webdataset:{option}={option}-{{000..146}}.tar")
     try:
-        names = list(braceexpand(pattern))
+        names = list(need("braceexpand", "braceexpand", "webdataset").braceexpand(pattern))
     except ValueError as error:
-        raise DataError(
-            f"{option} of webdataset must be a pattern such as {option}-{{000..146}}.tar: {error}"
-        ) from error
+        raise DataError(f"{option} must be a pattern such as {option}-{{000..146}}.tar, got {pattern}") from error
     how = "Shards are tar files with KEY.jpg, .jpeg or .png and KEY.cls, as webdataset's ShardWriter makes them"
     first = places.find(f"{option} of webdataset", root, names[:1], how)
-    folder = first.absolute().parents[len(Path(names[0]).parts) - 1]
-    shards = [folder / name for name in names]
+    folder = next(folder for folder in places.folders(root) if folder / names[0] == first)
+    shards = [(folder / name).absolute() for name in names]
     missing = [shard for shard in shards if not shard.is_file()]
     if missing:
         raise DataError(f"{len(missing)} of {len(shards)} shards of {pattern} are missing, such as {missing[0]}")
@@ -193,6 +182,10 @@ def find(root: Path | None, option: str, pattern: str) -> list[Path]:
 def read_record(record: Record) -> tuple[Image.Image, int]:
     """Return the image and its label."""
     return pictures.decode(record.content, record.name), record.label
+
+
+def _webdataset() -> Any:
+    return need("webdataset", "webdataset", "webdataset")
 
 
 class _Lane:

@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from models.data.packages import need
 from models.data.source import DataError
 
 
@@ -15,19 +16,12 @@ def read(path: Path) -> tuple[Tensor, Tensor]:
     Raises:
         DataError: SciPy is not installed, or the file is missing, damaged or something else.
     """
+    io = need("scipy.io", "scipy", "svhn")
     try:
-        from scipy.io import loadmat
-    except ImportError as error:
-        raise DataError(
-            f"SVHN's files are read by SciPy, which cannot be imported ({error}): pip install scipy"
-        ) from error
-    try:
-        content = loadmat(str(path))
+        content = io.loadmat(str(path))
         pixels, labels = content["X"], content["y"]
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error}") from error
     except Exception as error:  # a damaged file raises almost anything
-        raise DataError(f"{path} is damaged, or no file of SVHN: {type(error).__name__}: {error}") from error
+        raise DataError(f"{path} cannot be read as a file of SVHN: {type(error).__name__}: {error}") from error
     if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[:3] != (32, 32, 3):
         raise DataError(
             f"{path} must hold X, uint8 of 32 x 32 x 3 x N, got {pixels.dtype} of shape {list(pixels.shape)}"

@@ -1,6 +1,6 @@
 """Sources whose images are in memory."""
 
-from collections.abc import Generator, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 
 import numpy as np
 import torch
@@ -46,14 +46,18 @@ class TensorSource(IndexedSource):
         return ahead(self._batches(batches, epoch))
 
     def _batches(self, batches: Iterable[Tensor], epoch: int | None) -> Generator[Batch, None, None]:
-        moves = None
-        if self.augmentation is not None and epoch is not None:
-            moves = self.augmentation.draw(len(self), seeds.generator("cpu", "augmentation", self.seed, epoch))
+        augment = self._augmentation(epoch)
         for chosen in batches:
-            images = self.images.numpy()[chosen.numpy()]
-            if moves is not None:
-                images = self.augmentation(images, moves[chosen])
+            images = augment(self.images.numpy()[chosen.numpy()], chosen)
             yield torch.from_numpy(as_floats(images)), self.labels[chosen]
+
+    def _augmentation(self, epoch: int | None) -> Callable[[np.ndarray, Tensor], np.ndarray]:
+        """Return what is done to chosen images in an epoch."""
+        if self.augmentation is None or epoch is None:
+            return lambda images, chosen: images
+        augmentation = self.augmentation
+        moves = augmentation.draw(len(self), seeds.generator("cpu", "augmentation", self.seed, epoch))
+        return lambda images, chosen: augmentation(images, moves[chosen])
 
 
 def as_floats(images: np.ndarray) -> np.ndarray:

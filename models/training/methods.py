@@ -57,7 +57,7 @@ class Method:
         raise NotImplementedError
 
     def state(self) -> dict[str, Tensor]:
-        """Return what the method carries from batch to batch."""
+        """Return what the method carries from batch to batch, by image of the batch."""
         return {}
 
     def load_state(self, state: dict[str, Tensor]) -> None:

@@ -74,6 +74,22 @@ class Processes:
             dist.all_reduce(numbers)
         return numbers
 
+    def join(self, share: Tensor) -> Tensor:  # [n, *] -> [N, *]
+        """Return the rows of all processes in the order of the whole batch; `cut` undoes it."""
+        if self.world == 1:
+            return share
+        counts = [torch.zeros(1, dtype=torch.int64, device=share.device) for _ in range(self.world)]
+        dist.all_gather(counts, torch.tensor([len(share)], device=share.device))
+        longest = int(max(counts))
+        padded = torch.cat([share, share.new_zeros(longest - len(share), *share.shape[1:])])
+        shares = [torch.empty_like(padded) for _ in range(self.world)]
+        dist.all_gather(shares, padded.contiguous())
+        return torch.stack(shares, 1).flatten(0, 1)[: int(sum(counts))]
+
+    def cut(self, whole: Tensor) -> Tensor:  # [N, *] -> [n, *]
+        """Return this process's rows."""
+        return whole[self.rank :: self.world]
+
     def mean_of_buffers(self, model: nn.Module) -> None:
         """Make the processes' floating buffers (batch norm's statistics) one: their mean."""
         if self.world > 1:

@@ -288,7 +288,7 @@ class Trainer:
         tensors = {
             **checkpoints.prefixed("model", self.model.state_dict()),
             **checkpoints.prefixed("optimizer", optimizer_tensors),
-            **checkpoints.prefixed("method", self.method.state()),
+            **checkpoints.prefixed("method", {n: self.processes.join(t) for n, t in self.method.state().items()}),
         }
         if self.average is not None:
             tensors |= checkpoints.prefixed("average", self.average.state_dict())
@@ -333,7 +333,8 @@ class Trainer:
 
     def _restore(self, tensors: dict[str, Tensor], record: dict[str, Any]) -> None:
         checkpoints.restore_optimizer(self.optimizer, checkpoints.under("optimizer", tensors), record["optimizer"])
-        self.method.load_state({n: t.to(self.device) for n, t in checkpoints.under("method", tensors).items()})
+        state = checkpoints.under("method", tensors).items()
+        self.method.load_state({name: self.processes.cut(t).to(self.device) for name, t in state})
         self.scaler.load_state_dict(record["scaler"])
         self.epoch, self.batch = record["epoch"], record["batch"]
         self.tally = Tally(**record["tally"])
