@@ -1,15 +1,21 @@
-"""Clean and robust accuracy, with the interval that the number of images allows."""
+"""Clean and robust accuracy, image by image, with the interval that the number of images allows."""
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
-from models.attacks import LinfAttack, search
+from models import seeds
+from models.attacks import Attack
+from models.attacks.linf import frozen
 from models.errors import UserError
+
+BATCH_SIZE = 250
 
 
 class EvaluationError(UserError):
@@ -45,40 +51,148 @@ def wilson_interval(successes: int, trials: int, z: float = 1.959963984540054) -
     return (centre - half if successes else 0.0), (centre + half if successes < trials else 1.0)
 
 
-def clean_accuracy(model: nn.Module, images: Tensor, labels: Tensor, batch_size: int = 250) -> Accuracy:
-    """Count the images classified correctly, in evaluation mode."""
-    correct = 0
+@dataclass(frozen=True)
+class Outcome:
+    """What an attack did to each image.
+
+    Args:
+        found: [N] bool, on the CPU: a misclassified image was found near this one, or it is misclassified itself.
+        seconds: how long it took.
+    """
+
+    found: Tensor
+    seconds: float
+
+    @property
+    def accuracy(self) -> Accuracy:
+        """The accuracy under the attack: of the images for which nothing was found."""
+        return accuracy(self.found)
+
+
+def accuracy(found: Tensor) -> Accuracy:
+    """Return the accuracy where `found` [N] bool says which images are misclassified, or broken."""
+    return Accuracy(int((~found).sum()), len(found))
+
+
+def evaluate_clean(model: nn.Module, images: Tensor, labels: Tensor, batch_size: int = BATCH_SIZE) -> Outcome:
+    """Find the images that the model misclassifies in evaluation mode as they are.
+
+    Raises:
+        EvaluationError: a logit is not finite.
+    """
+    start, found = time.perf_counter(), []
     with evaluation_mode(model), torch.no_grad():
         for x, y in zip(images.split(batch_size), labels.split(batch_size), strict=True):
             logits = model(x)
             if not logits.isfinite().all():
                 raise EvaluationError("the network's logits are not finite; it cannot be evaluated")
-            correct += int((logits.argmax(1) == y).sum())
-    return Accuracy(correct, len(labels))
+            found.append((logits.argmax(1) != y).cpu())
+    return Outcome(torch.cat(found), time.perf_counter() - start)
+
+
+def evaluate_attack(
+    model: nn.Module,
+    images: Tensor,  # [N, C, H, W] in [0, 1]
+    labels: Tensor,  # [N]
+    attack: Attack,
+    seed: int,
+    batch_size: int = BATCH_SIZE,
+    on_batch: Callable[[Outcome], None] = lambda so_far: None,
+    done: Outcome | None = None,
+) -> Outcome:
+    """Attack every image in evaluation mode.
+
+    The attack's randomness depends on `seed` and the number of the batch only, so every network meets the same random
+    starts, and an interrupted evaluation goes on with the same bits.
+
+    Args:
+        model, images, labels, attack, seed, batch_size: as above; images and model are on one device.
+        on_batch: called after each batch with the outcome so far.
+        done: the outcome so far of an earlier call with the same arguments; nothing of it is done again.
+    """
+    found = torch.zeros(0, dtype=torch.bool) if done is None else done.found
+    seconds = 0.0 if done is None else done.seconds
+    if len(found) % batch_size and len(found) < len(labels):
+        raise ValueError(f"{len(found)} images are done, which is no whole number of batches of {batch_size}")
+    with evaluation_mode(model):
+        for first in range(len(found), len(labels), batch_size):
+            start = time.perf_counter()
+            x, y = images[first : first + batch_size], labels[first : first + batch_size]
+            generator = seeds.generator(x.device, seed, "attack", first // batch_size)
+            found = torch.cat((found, attack.search(model, x, y, generator)[1].cpu()))
+            seconds += time.perf_counter() - start
+            on_batch(Outcome(found, seconds))
+    return Outcome(found, seconds)
+
+
+def worst_case(outcomes: Iterable[Outcome]) -> Outcome:
+    """Combine attacks on the same images: an image is broken when any of them breaks it."""
+    outcomes = tuple(outcomes)
+    found = torch.stack([outcome.found for outcome in outcomes]).any(0)
+    return Outcome(found, sum(outcome.seconds for outcome in outcomes))
+
+
+def per_class(found: Tensor, labels: Tensor, classes: int) -> list[Accuracy | None]:
+    """Return the accuracy of each class, None for a class of which there is no image."""
+    labels = labels.cpu()
+    return [accuracy(found[labels == c]) if (labels == c).any() else None for c in range(classes)]
+
+
+def clean_accuracy(model: nn.Module, images: Tensor, labels: Tensor, batch_size: int = BATCH_SIZE) -> Accuracy:
+    """Count the images classified correctly, in evaluation mode."""
+    return evaluate_clean(model, images, labels, batch_size).accuracy
 
 
 def robust_accuracy(
     model: nn.Module,
     images: Tensor,  # [N, C, H, W] in [0, 1]
     labels: Tensor,  # [N]
-    attack: LinfAttack,
+    attack: Attack,
     seed: int,
-    batch_size: int = 250,
+    batch_size: int = BATCH_SIZE,
     on_batch: Callable[[int], None] = lambda images_done: None,
 ) -> Accuracy:
-    """Count the images classified correctly for which the attack finds no misclassified point either.
+    """Count the images classified correctly for which the attack finds no misclassified point either."""
 
-    The attack's noise depends on `seed` only, so every network meets the same random starts.
+    def count(so_far: Outcome) -> None:
+        on_batch(len(so_far.found))
+
+    return evaluate_attack(model, images, labels, attack, seed, batch_size, count).accuracy
+
+
+@dataclass(frozen=True)
+class Gradients:
+    """How many images have a gradient of the loss that tells an attack nothing.
+
+    Args:
+        total: images, those classified correctly.
+        zero: images whose gradient is exactly 0 in every pixel.
+        bad: images whose gradient is not finite somewhere.
+        zero_pixels: share of pixels, over all images, where it is exactly 0.
     """
-    generator = torch.Generator(images.device).manual_seed(seed)
-    robust = done = 0
-    with evaluation_mode(model):
+
+    total: int
+    zero: int
+    bad: int
+    zero_pixels: float
+
+
+def input_gradients(model: nn.Module, images: Tensor, labels: Tensor, batch_size: int = BATCH_SIZE) -> Gradients:
+    """Look at the gradient of the cross-entropy at the images that the model classifies correctly."""
+    total = zero = bad = pixels = zero_pixels = 0
+    with evaluation_mode(model), frozen(model):
         for x, y in zip(images.split(batch_size), labels.split(batch_size), strict=True):
-            _, found = search(model, x, y, attack, generator)
-            robust += int((~found).sum())
-            done += len(x)
-            on_batch(done)
-    return Accuracy(robust, len(labels))
+            x = x.detach().clone().requires_grad_()
+            with torch.enable_grad():
+                logits = model(x)
+                (gradient,) = torch.autograd.grad(F.cross_entropy(logits, y, reduction="sum"), x)
+            gradient = gradient[logits.argmax(1) == y].flatten(1)
+            total += len(gradient)
+            zero += int((gradient == 0).all(1).sum())
+            bad += int((~gradient.isfinite()).any(1).sum())
+            zero_pixels += int((gradient == 0).sum())
+            pixels += gradient.numel()
+    return Gradients(total, zero, bad, zero_pixels / max(pixels, 1))
 
 
 @contextlib.contextmanager

@@ -32,7 +32,8 @@ def load(text: str, seed: int, root: Path | None = None) -> DataSet:
     Args:
         text: name and options, such as `mnist5k:train=2000,test=500`.
         seed: of the order of training images and their augmentation.
-        root: folder in which sets that are files are looked for, before the usual ones.
+        root: folder in which files are looked for; None for that which the environment variable KAFOPS_DATA names, and
+            ./data.
 
     Raises:
         ValueError: no set has this name, or it has no such option.

@@ -82,8 +82,8 @@ def _read_batch(path: Path, layout: Layout) -> Part:
 
 def _read_npz(path: Path, layout: Layout) -> tuple[Part, Part]:
     try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in ("x_train", "y_train", "x_test", "y_test")}
+        with path.open("rb") as file, np.load(file, allow_pickle=False) as content:
+            arrays = {name: content[name] for name in ("x_train", "y_train", "x_test", "y_test")}
     except Exception as error:  # a damaged file raises almost anything
         raise DataError(
             f"{path} must hold the arrays x_train, y_train, x_test and y_test: {type(error).__name__}: {error}"

@@ -58,7 +58,8 @@ def read_folders(root: Path, parts: tuple[str, ...]) -> tuple[FolderImages, list
                 f"{root / parts[0]} and {root / part} must have the same classes, but only one has {_some(differing)}"
             )
     samples = [sample for folder in folders for sample in folder.samples]
-    names = np.array([os.fsencode(os.path.relpath(path, root)) for path, _ in samples])
+    prefix = len(os.path.join(root, ""))
+    names = np.array([os.fsencode(path[prefix:]) for path, _ in samples])
     labels = np.array([label for _, label in samples])
     numbers = torch.arange(len(samples)).split([len(folder) for folder in folders])
     return FolderImages(root, names, labels, tuple(folders[0].classes)), list(numbers)

@@ -193,8 +193,9 @@ def make_webdataset(
 ) -> DataSet:
     """Images in WebDataset shards, such as train-{000..146}.tar, with entries KEY.jpg, .jpeg or .png and KEY.cls.
 
-    Like imagenet, but for the order; see `models.data.shards`. Shards are local files: in webdataset an address can be
-    a command, and settings that come with a run folder shall not be able to run any.
+    Like imagenet, but for the order; see `models.data.shards`. The classes should be mixed in each shard, as usual.
+    Shards are local files: in webdataset an address can be a command, and settings that come with a run folder shall
+    not be able to run any.
 
     Args:
         seed, root: see above.

@@ -12,14 +12,16 @@ and starts again when they are used up. Image i of the epoch is the next one of 
 To resume in the middle of an epoch, what came before is read but not decoded.
 """
 
+import os
 import random
 import tarfile
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from PIL import Image
 
@@ -116,7 +118,9 @@ class ShardSource(Source):
 
     def _endless(self, shards: Sequence[Path], seed: int) -> Iterator[Record]:
         """Yield the images of some shards again and again, shuffled within the buffer."""
-        shuffle = _webdataset().shuffle(self.buffer, initial=self.buffer, rng=random.Random(seed))
+        shuffle = need("webdataset", "webdataset", "webdataset").shuffle(
+            self.buffer, initial=self.buffer, rng=random.Random(seed)
+        )
         while True:
             empty = True
             for record in shuffle(self._read(shards)):
@@ -127,17 +131,13 @@ class ShardSource(Source):
 
     def _read(self, shards: Sequence[Path]) -> Iterator[Record]:
         """Yield the images of some shards, once."""
-        samples = _webdataset().tarfile_to_samples()
+        tar = need("webdataset.tariterators", "webdataset", "webdataset")
         for shard in shards:
-            _check_end(shard)
-            try:
-                for sample in samples(iter([{"url": str(shard)}])):
+            with _naming(shard), shard.open("rb") as file:
+                _check_end(shard, file)
+                entries = tar.tar_file_expander(iter([{"url": str(shard), "stream": file}]))
+                for sample in tar.group_by_keys(entries):
                     yield self._record(sample, shard)
-            except DataError:
-                raise
-            except Exception as error:  # webdataset adds objects to the arguments of those of a damaged file
-                what = error.args[0] if error.args else ""
-                raise DataError(f"{shard} is damaged, or no tar file: {type(error).__name__}: {what}") from error
 
     def _record(self, sample: dict[str, Any], shard: Path) -> Record:
         name = f"{sample['__key__']} in {shard}"
@@ -162,7 +162,7 @@ def find(root: Path | None, option: str, pattern: str) -> list[Path]:
     Raises:
         DataError: webdataset is not installed, the pattern is none, or a shard is missing.
     """
-    _webdataset()
+    need("webdataset", "webdataset", "webdataset")
     if not pattern:
         raise DataError(f"webdataset needs the option {option}, such as webdataset:{option}={option}-{{000..146}}.tar")
     try:
@@ -182,10 +182,6 @@ def find(root: Path | None, option: str, pattern: str) -> list[Path]:
 def read_record(record: Record) -> tuple[Image.Image, int]:
     """Return the image and its label."""
     return pictures.decode(record.content, record.name), record.label
-
-
-def _webdataset() -> Any:
-    return need("webdataset", "webdataset", "webdataset")
 
 
 class _Lane:
@@ -214,25 +210,31 @@ def _in_turn(iterators: list[Iterator[Record]]) -> Iterator[Record]:
 
 def _count(shard: Path) -> int:
     """Return the number of labels in a shard, which takes looking at its headers only."""
-    _check_end(shard)
-    try:
-        with tarfile.open(shard) as file:
-            return sum(Path(member.name).name.lower().partition(".")[2] == "cls" for member in file)
-    except (OSError, EOFError, tarfile.TarError) as error:
-        raise DataError(f"{shard} is damaged, or no tar file: {error}") from error
+    with _naming(shard), shard.open("rb") as file:
+        _check_end(shard, file)
+        with tarfile.open(fileobj=file) as entries:
+            return sum(Path(entry.name).name.lower().partition(".")[2] == "cls" for entry in entries)
 
 
-def _check_end(shard: Path) -> None:
-    """Raise a DataError for a missing file, or one cut off between two of its members, which else goes unnoticed."""
-    try:
-        with shard.open("rb") as file:
-            size = file.seek(0, 2)
-            file.seek(max(0, size - 1024))
-            end = file.read()
-    except OSError as error:
-        raise DataError(f"{shard} cannot be read: {error.strerror}") from error
+def _check_end(shard: Path, file: BinaryIO) -> None:
+    """Raise a DataError for a file that is cut off; between two entries this would go unnoticed."""
+    file.seek(max(0, file.seek(0, os.SEEK_END) - 1024))
+    end = file.read()
+    file.seek(0)
     if shard.suffix == ".tar" and (len(end) < 1024 or any(end)):
         raise DataError(f"{shard} is cut off: a tar file ends with 1,024 bytes of zeros")
+
+
+@contextmanager
+def _naming(shard: Path) -> Iterator[None]:
+    """Turn errors into DataErrors that name the shard."""
+    try:
+        yield
+    except DataError:
+        raise
+    except Exception as error:  # of which webdataset extends the arguments, but not the first
+        what = getattr(error, "strerror", None) or next(iter(error.args), "")
+        raise DataError(f"{shard} cannot be read as a tar file: {type(error).__name__}: {what}") from error
 
 
 def _few(shards: Sequence[Path]) -> str:

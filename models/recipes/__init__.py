@@ -1,14 +1,28 @@
-"""Recipes: settings in files, with where they come from and the numbers published for them."""
+"""Recipes: settings in files, with where they come from and the numbers published for them.
 
+A recipe is a JSON file: `about`, `source`, `notes`, `settings` as in run.json (an eps may be text, such as "8/255"),
+`variants`, and `evaluation` with the attacks and eps of the source, as `python -m models evaluate` takes them. A variant
+is an activation and the settings that the source changes for it. published.json holds the numbers, one row for each
+attack; accuracies are fractions.
+"""
+
+import argparse
 import json
-from dataclasses import dataclass
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
+from models.activations import ACTIVATIONS
+from models.arguments import fraction
 from models.registry import near
 from models.settings import Settings
 
 FOLDER = Path(__file__).parent
+
+_BETWEEN = r",(?![^,:]*=)"  # a comma that no option follows
 
 
 @dataclass(frozen=True)
@@ -22,6 +36,7 @@ class Recipe:
         notes: what differs from the source, or is not said there.
         settings: of the training.
         evaluation: attacks and eps of the source's evaluation, as `python -m models evaluate` takes them.
+        variants: settings for other activations.
     """
 
     name: str
@@ -29,7 +44,75 @@ class Recipe:
     source: str
     notes: tuple[str, ...]
     settings: Settings
-    evaluation: dict[str, Any]
+    evaluation: dict[str, str]
+    variants: tuple[Settings, ...] = ()
+
+    @property
+    def attacks(self) -> tuple[str, ...]:
+        """The attacks of the source's evaluation, names with options."""
+        return tuple(re.split(_BETWEEN, self.evaluation["attacks"]))
+
+    @property
+    def evaluation_eps(self) -> float:
+        """The radius of these attacks."""
+        return fraction(self.evaluation["eps"])
+
+    @property
+    def activations(self) -> tuple[str, ...]:
+        """The activations that the source has settings for."""
+        return tuple(settings.activation for settings in (self.settings, *self.variants))
+
+    def settings_for(self, activation: str | None) -> Settings:
+        """Return the settings for an activation, by default the recipe's first.
+
+        An activation without options of its own has the source's. One that the source does not have gets the settings
+        of the first.
+
+        Raises:
+            ValueError: there is no such activation, or it has no such option.
+        """
+        if activation is None:
+            return self.settings
+        name, options = ACTIVATIONS.parse(activation)
+        for settings in (self.settings, *self.variants):
+            if ACTIVATIONS.parse(settings.activation)[0] == name:
+                return replace(settings, activation=activation) if options else settings
+        return replace(self.settings, activation=activation)
+
+
+@dataclass(frozen=True)
+class Published:
+    """Accuracies that someone published for a recipe; fractions, None where they did not.
+
+    Args:
+        recipe: name.
+        label: who or what, in a word or two.
+        network, activation, data: as in settings.
+        eps: radius of the attack.
+        attack: its name, such as pgd-50-10.
+        clean, robust: accuracy without attack, and under it.
+        source: address, or paper and table.
+        verified: "read in source", "quoted by ..." or "from memory".
+        note: what else to know.
+    """
+
+    recipe: str
+    label: str
+    network: str
+    activation: str
+    data: str
+    eps: float
+    attack: str
+    clean: float | None
+    robust: float | None
+    source: str
+    verified: str
+    note: str
+
+    @property
+    def remembered(self) -> bool:
+        """Whether nobody has checked the number."""
+        return self.verified == "from memory"
 
 
 def names() -> tuple[str, ...]:
@@ -48,13 +131,39 @@ def load(name: str) -> Recipe:
         raise ValueError(f"unknown recipe {name!r}, there are {', '.join(names())}{near(name, names())}")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
+        given = content["settings"]
         return Recipe(
             path.stem,
             content["about"],
             content["source"],
             tuple(content.get("notes", ())),
-            Settings.from_dict(content["settings"]),
-            content["evaluation"],
+            _settings(given),
+            {"attacks": content["evaluation"]["attacks"], "eps": content["evaluation"]["eps"]},
+            tuple(_settings(_laid_over(given, variant)) for variant in content.get("variants", ())),
         )
-    except (KeyError, TypeError, ValueError) as error:
+    except (argparse.ArgumentTypeError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise ValueError(f"{path} is no recipe: {error!r}") from error
+
+
+@cache
+def published() -> tuple[Published, ...]:
+    """Return all published numbers, in the order of the file."""
+    rows = json.loads((FOLDER / "published.json").read_text(encoding="utf-8"))
+    return tuple(Published(**{**row, "eps": fraction(row["eps"])}) for row in rows)
+
+
+def published_for(recipe: str) -> tuple[Published, ...]:
+    """Return the numbers published for a recipe."""
+    return tuple(row for row in published() if row.recipe == recipe)
+
+
+def _laid_over(settings: Mapping[str, Any], variant: Mapping[str, Any]) -> dict[str, Any]:
+    return {**settings, **variant, "training": {**settings["training"], **variant.get("training", {})}}
+
+
+def _settings(values: Mapping[str, Any]) -> Settings:
+    training = dict(values["training"])
+    if isinstance(training.get("eps"), str):
+        training["eps"] = fraction(training["eps"])
+    return Settings.from_dict({**values, "training": training})
+

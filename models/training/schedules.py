@@ -11,14 +11,23 @@ SCHEDULES: Registry[Schedule] = Registry("schedule")
 
 
 @SCHEDULES.register("triangular", "cyclic")
-def triangular(epochs: int, *, peak: float = 0.5) -> Schedule:
-    """Rise from 0 to 1 at `peak` of training and fall back to 0: one cycle.
+def triangular(epochs: int, *, peak: float = 0.5, floor: float = 0.0) -> Schedule:
+    """Rise from `floor` to 1 at `peak` of training and fall back to `floor`: one cycle.
 
-    The peak is at 1/2 in Wong et al. 2020 and N-FGSM, at 0.4 in GradAlign.
+    The peak is at 1/2 in Wong et al. 2020 and N-FGSM, at 0.4 in GradAlign. Rates from 0.0001 to 0.08 and back are
+    lr = 0.08 with floor=0.0001/0.08.
     """
     if not 0 < peak < 1:
         raise ValueError(f"peak must be inside (0, 1), got {peak}")
-    return lambda epoch: min(epoch / (peak * epochs), (epochs - epoch) / ((1 - peak) * epochs))
+    if not 0 <= floor <= 1:
+        raise ValueError(
+            f"floor, the part of the peak rate that training starts and ends with, must be in [0, 1], got {floor}"
+        )
+
+    def factor(epoch: float) -> float:
+        return floor + (1 - floor) * min(epoch / (peak * epochs), (epochs - epoch) / ((1 - peak) * epochs))
+
+    return factor
 
 
 @SCHEDULES.register("piecewise")

@@ -340,6 +340,7 @@ def test_recipe_refuses_what_makes_no_sense(changes: dict, message: str) -> None
     [
         ("triangular", 10, {0: 0, 2.5: 0.5, 5: 1, 7.5: 0.5, 10: 0}),
         ("triangular:peak=0.4", 10, {0: 0, 2: 0.5, 4: 1, 7: 0.5, 10: 0}),
+        ("triangular:floor=0.02/0.1", 10, {0: 0.2, 2.5: 0.6, 5: 1, 7.5: 0.6, 10: 0.2}),
         ("piecewise", 8, {0: 1, 3.9: 1, 4: 0.1, 5.9: 0.1, 6: 0.01}),
         ("piecewise:at=30;60;90,warmup=5", 100, {0: 0, 1: 0.2, 5: 1, 30: 0.1, 60: 0.01, 95: 0.001}),
         ("cosine", 4, {0: 1, 2: 0.5, 4: 0}),
@@ -356,6 +357,7 @@ def test_schedules(text: str, epochs: int, wanted: dict[float, float]) -> None:
     ("text", "message"),
     [
         ("triangular:peak=1", "peak must be inside"),
+        ("triangular:floor=2", r"floor.* must be in \[0, 1\], got 2"),
         ("piecewise:at=3;2", "must rise, got 3;2"),
         ("piecewise:at=x", "got 'x'"),
         ("piecewise:at=9", "not inside its 8 epochs"),

@@ -1,0 +1,154 @@
+"""Signs that an attack failed where the network is weak: the checks of Carlini et al. 2019, with a verdict each.
+
+Reported robustness is an upper bound: the attack may have missed what is there, most often because the network's
+gradient hides it (gradient masking). Each check compares what must hold of any attack that works. Attacks are compared
+image by image on the same images, so that the luck of the choice of images cancels out, and only images count that one
+of the two breaks and the other does not. A difference is noise unless a one-sided sign test over them has p < 1 %, and
+it is too small to matter up to 0.2 % of the images, the share at which AutoAttack warns of the same thing.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from models.evaluation import Gradients, accuracy
+
+PASS, WARNING, FAIL = "pass", "warning", "fail"
+_SMALL, _LEVEL = 0.002, 0.01
+_ZERO_IMAGES = 0.05  # with more images than that without a gradient, accuracy under gradient attacks means little
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What a check came to: "pass", "warning" or "fail", and one sentence with the numbers."""
+
+    check: str
+    result: str
+    evidence: str
+
+
+@dataclass(frozen=True)
+class Attacked:
+    """An attack by name, and for which of the images it found something: [N] bool."""
+
+    name: str
+    found: Tensor
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two attacks on the same images: how many are broken by one alone."""
+
+    only_weaker: int
+    only_stronger: int
+    total: int
+
+    @property
+    def excess(self) -> int:
+        """By how many images the attack that should be weaker breaks more than the other."""
+        return self.only_weaker - self.only_stronger
+
+    @property
+    def significant(self) -> bool:
+        """Whether the excess is neither small nor noise."""
+        return self.excess > _SMALL * self.total and sign_test(self.only_weaker, self.only_stronger) < _LEVEL
+
+
+def sign_test(more: int, fewer: int) -> float:
+    """Return the probability of at least `more` heads in `more + fewer` tosses of a fair coin."""
+    tosses = more + fewer
+    return sum(math.comb(tosses, heads) for heads in range(more, tosses + 1)) / 2**tosses
+
+
+def compare(weaker: Tensor, stronger: Tensor) -> Comparison:
+    """Compare what two attacks found, [N] bool each."""
+    if weaker.shape != stronger.shape:
+        raise ValueError(f"attacks on the same images are compared, got {len(weaker)} and {len(stronger)} images")
+    return Comparison(int((weaker & ~stronger).sum()), int((stronger & ~weaker).sum()), len(weaker))
+
+
+def never_beats(check: str, weaker: Attacked, stronger: Attacked) -> Verdict:
+    """Judge that an attack which has less to go on does not find more.
+
+    Fails when the weaker one beats the stronger one for good. Warns when it breaks more than one image, and more than
+    0.2 % of them, that the stronger one does not: then neither alone is the whole truth.
+    """
+    found = compare(weaker.found, stronger.found)
+    evidence = (
+        f"{weaker.name} alone breaks {found.only_weaker} of {found.total} images, "
+        f"{stronger.name} alone {found.only_stronger}"
+    )
+    if found.significant:
+        return Verdict(check, FAIL, evidence)
+    if found.only_weaker > max(1, _SMALL * found.total):
+        return Verdict(check, WARNING, evidence + ": use both, or a stronger attack")
+    return Verdict(check, PASS, evidence)
+
+
+def more_never_helps(check: str, curve: Sequence[Attacked]) -> Verdict:
+    """Judge that along a row of ever stronger attacks accuracy never rises; a pair that differs by noise may.
+
+    Warns when the strongest breaks at least two images, and 0.2 %, less than one before it.
+    """
+    pairs = [(a, b, compare(a.found, b.found)) for i, a in enumerate(curve) for b in curve[i + 1 :]]
+    if not pairs:
+        raise ValueError(f"a curve needs at least two points, got {len(curve)}")
+    for a, b, found in pairs:
+        if found.significant:
+            return Verdict(check, FAIL, f"accuracy rises from {_share(a.found)} with {a.name} to {_rise(b, found)}")
+    a, b, found = max(pairs, key=lambda pair: pair[2].excess)
+    if found.excess > max(1, _SMALL * found.total):
+        return Verdict(
+            check, WARNING, f"accuracy rises from {_share(a.found)} with {a.name} to {_rise(b, found)}; perhaps noise"
+        )
+    first, last = curve[0], curve[-1]
+    return Verdict(
+        check,
+        PASS,
+        f"accuracy goes from {_share(first.found)} with {first.name} to {_share(last.found)} with {last.name}",
+    )
+
+
+def falls_to_chance(check: str, largest: Attacked, classes: int) -> Verdict:
+    """Judge that under an attack which may change the image completely, accuracy is that of guessing at most.
+
+    Fails when the 95 % interval lies above 1 / classes, and warns when only the accuracy does.
+    """
+    chance, now = 1 / classes, accuracy(largest.found)
+    evidence = f"accuracy is {now.value:.1%} with {largest.name}, guessing gives {chance:.1%}"
+    if now.interval[0] > chance:
+        return Verdict(check, FAIL, evidence)
+    return Verdict(check, PASS if now.value <= chance else WARNING, evidence)
+
+
+def has_gradients(check: str, gradients: Gradients) -> Verdict:
+    """Judge that the gradient is finite and not exactly 0.
+
+    Fails when it is not finite for an image or 0 for more than 5 % of them, and warns when it is 0 for any.
+    """
+    evidence = (
+        f"of {gradients.total} images classified correctly {gradients.zero} have a gradient of exactly 0 and "
+        f"{gradients.bad} one that is not finite; {gradients.zero_pixels:.1%} of all pixels' gradients are 0"
+    )
+    if gradients.bad or gradients.zero > _ZERO_IMAGES * gradients.total:
+        return Verdict(check, FAIL, evidence)
+    return Verdict(check, WARNING if gradients.zero else PASS, evidence)
+
+
+def masking(verdicts: Sequence[Verdict]) -> str:
+    """Say in one sentence what the verdicts say together about gradient masking."""
+    for result, word in ((FAIL, "likely"), (WARNING, "possible")):
+        reasons = [verdict.evidence for verdict in verdicts if verdict.result == result]
+        if reasons:
+            return f"gradient masking: {word}, because {'; '.join(reasons)}"
+    return f"gradient masking: no sign of it in {len(verdicts)} checks" if verdicts else "gradient masking: not checked"
+
+
+def _share(found: Tensor) -> str:
+    return f"{accuracy(found).value:.1%}"
+
+
+def _rise(later: Attacked, found: Comparison) -> str:
+    return f"{_share(later.found)} with {later.name} ({found.excess} of {found.total} images)"
