@@ -40,6 +40,7 @@ class Measured:
         eps: radius of the attacks.
         clean: accuracy without attack.
         robust: accuracy under each attack, by the attack's name with options.
+        which: state of the network, "best" or "latest".
     """
 
     run: str
@@ -47,6 +48,7 @@ class Measured:
     eps: float
     clean: Accuracy
     robust: Mapping[str, Accuracy]
+    which: str = "best"
 
 
 @dataclass(frozen=True)
@@ -172,8 +174,14 @@ def closest(settings: Settings, recipes: Iterable[Recipe]) -> Recipe:
 
 
 def attack_name(text: str) -> str:
-    """Return what an attack is called in publications: pgd-50-10 for pgd:steps=50,restarts=10,step=2/255."""
-    name, options = canonical(ATTACKS, text)
+    """Return what an attack is called in publications: pgd-50-10 for pgd:steps=50,restarts=10,step=2/255.
+
+    A name that is none of an attack's, such as that of images transferred from another run, stays as it is.
+    """
+    try:
+        name, options = canonical(ATTACKS, text)
+    except ValueError:
+        return text
     return pgd(1.0, options["steps"], restarts=options["restarts"]).name if name == "pgd" else name
 
 
@@ -197,10 +205,12 @@ def _evaluation(measured: Measured, recipe: Recipe) -> list[Difference]:
     found = []
     if not math.isclose(measured.eps, eps, rel_tol=1e-9):
         found.append(Difference("eps of the evaluation", f"{measured.eps:.4g}", recipe.evaluation["eps"]))
+    if measured.which != recipe.evaluation["which"]:
+        found.append(Difference("state evaluated", measured.which, recipe.evaluation["which"]))
     theirs = {attack_name(text): text for text in recipe.attacks}
     for text in measured.robust:
         other = theirs.get(attack_name(text), text)
-        if canonical(ATTACKS, text) != canonical(ATTACKS, other):
+        if text != other and canonical(ATTACKS, text) != canonical(ATTACKS, other):
             found.append(Difference(f"attack {attack_name(text)}", text, other))
     return found
 

@@ -8,7 +8,7 @@ from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.transforms import Bbox
 
-_DISTANCES = (9, 13, 18, 25, 34, 46, 60, 78)  # points, from the mark to the nearest edge of the text
+_DISTANCES = (7, 12, 18, 25, 34, 46, 60, 78)  # points, from the mark to the nearest edge of the text
 _DIRECTIONS = 16
 _MARK = 5.0  # points, half the side of the square that a mark keeps free
 _GAP = 1.5  # points, between texts

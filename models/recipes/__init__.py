@@ -1,9 +1,9 @@
 """Recipes: settings in files, with where they come from and the numbers published for them.
 
 A recipe is a JSON file: `about`, `source`, `notes`, `settings` as in run.json (an eps may be text, such as "8/255"),
-`variants`, and `evaluation` with the attacks and eps of the source, as `python -m models evaluate` takes them. A variant
-is an activation and the settings that the source changes for it. published.json holds the numbers, one row for each
-attack; accuracies are fractions.
+`variants`, and `evaluation` with the attacks, eps and state ("which") of the source, as `python -m models evaluate`
+takes them. A variant is an activation and the settings that the source changes for it. published.json holds the
+numbers, one row for each attack; accuracies are fractions.
 """
 
 import argparse
@@ -35,7 +35,7 @@ class Recipe:
         source: where the settings are from.
         notes: what differs from the source, or is not said there.
         settings: of the training.
-        evaluation: attacks and eps of the source's evaluation, as `python -m models evaluate` takes them.
+        evaluation: "attacks", "eps" and "which" of the source's evaluation, as `python -m models evaluate` takes them.
         variants: settings for other activations.
     """
 
@@ -138,7 +138,7 @@ def load(name: str) -> Recipe:
             content["source"],
             tuple(content.get("notes", ())),
             _settings(given),
-            {"attacks": content["evaluation"]["attacks"], "eps": content["evaluation"]["eps"]},
+            _evaluation(**content["evaluation"]),
             tuple(_settings(_laid_over(given, variant)) for variant in content.get("variants", ())),
         )
     except (argparse.ArgumentTypeError, AttributeError, KeyError, TypeError, ValueError) as error:
@@ -155,6 +155,10 @@ def published() -> tuple[Published, ...]:
 def published_for(recipe: str) -> tuple[Published, ...]:
     """Return the numbers published for a recipe."""
     return tuple(row for row in published() if row.recipe == recipe)
+
+
+def _evaluation(attacks: str, eps: str, which: str = "best") -> dict[str, str]:
+    return {"attacks": attacks, "eps": eps, "which": which}
 
 
 def _laid_over(settings: Mapping[str, Any], variant: Mapping[str, Any]) -> dict[str, Any]:

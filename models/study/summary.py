@@ -13,7 +13,7 @@ CLEAN, WORST = "clean", "worst"
 def summarise(study: Study, results: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """Return accuracies by network, activation and attack, their differences to the first activation, and the noise.
 
-    "worst" counts an image as robust where no attack breaks it. Runs not done yet are left out, and a difference takes
+    "worst" counts an image as robust where no attack breaks it. Runs not done yet are left out, networks without any too, and a difference takes
     the seeds that both activations have.
 
     Args:
@@ -25,6 +25,8 @@ def summarise(study: Study, results: dict[str, dict[str, Any]]) -> dict[str, Any
     for network in study.networks:
         by_activation = {a: _by_seed(study, results, network, a) for a in study.activations}
         present = {a: seeds for a, seeds in by_activation.items() if seeds}
+        if not present:
+            continue
         baseline = present.get(study.activations[0], {})
         networks[network] = {
             "activations": {a: _activation(seeds, baseline, measures) for a, seeds in present.items()},
