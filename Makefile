@@ -22,7 +22,7 @@ $(PY):
 # The package is installed without its kernels, which the next rule builds in place, and only what changed of them.
 $(INSTALLED): $(PY) pyproject.toml
 	$(PIP) install torch torchvision "setuptools>=77" ninja
-	KAFOPS_BUILD_CPU=0 KAFOPS_BUILD_CUDA=0 $(PIP) install --quiet --no-build-isolation -e ".[models,test,bench,lint]"
+	KAFOPS_BUILD_CPU=0 KAFOPS_BUILD_CUDA=0 $(PIP) install --quiet --no-build-isolation -e ".[models,attacks,test,bench,lint]"
 	@touch $@
 
 build: $(BUILT)  ## install torch and all else that is needed into .venv, and build the kernels in place

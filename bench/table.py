@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import kafops
-from bench import problems
+from bench import problems, trainings
 from bench.problems import Call, Curve, Problem
 from models.images import CIFAR10
 from models.networks import build
@@ -180,7 +180,26 @@ TARGETS = (
     Row("small call", "forward + backward, KAF2d on (8, 16, 8, 8)", "nn.PReLU(16)", 3, small_call),
     Row("training step", "ResNet20 training step, batch 128, 3×32×32", "the same with ReLU", 1.15, training_step, 20),
     kaf_row(BOTH, ONE_THREAD, 1 / 1.6, "2 threads"),
-)
+    Row(
+        "adversarial epoch", "ResNet20 epoch of fast adversarial training", "the same with ReLU", 1.15,
+        lambda: Pair(trainings.epoch("kaf_isometric"), trainings.epoch("relu")), 10,
+    ),
+    Row(
+        "adversarial epoch / clean", "KAF ResNet20 epoch of fast adversarial training", "a clean epoch", 2.2,
+        lambda: Pair(trainings.epoch("kaf_isometric"), trainings.epoch("kaf_isometric", "standard")), 10,
+    ),
+    Row(
+        "epoch with loading", "KAF ResNet20 clean epoch, images cropped and flipped", "batches made beforehand", 1.1,
+        lambda: Pair(
+            trainings.epoch("kaf_isometric", "standard"),
+            trainings.epoch("kaf_isometric", "standard", lambda: trainings.Made(trainings.source())),
+        ), 10,
+    ),
+    Row(
+        "PGD on 2 threads", "PGD-10 on 128 images 3×32×32, KAF ResNet20, 2 threads", "1 thread", 1 / 1.4,
+        lambda: Pair(trainings.attack(2), trainings.attack(1)), 8,
+    ),
+)  # fmt: skip
 KEPT_BYTES = ("kept bytes", "bytes kept for backward", "bytes of x and the parameters", 1.0)
 CONTEXT = (
     *(kaf_row(FORWARD, baseline, None) for baseline in (EAGER, COMPILED, TWO_EXPONENTIALS, PRELU, RELU)),

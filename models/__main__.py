@@ -2,7 +2,7 @@
 
 import sys
 
-_EXTRAS = ("matplotlib", "mlxtend", "numpy", "rich", "safetensors")
+_EXTRAS = ("matplotlib", "numpy", "rich", "safetensors", "torchvision")
 
 try:
     from models.cli import main

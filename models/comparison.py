@@ -65,7 +65,7 @@ class Difference:
 
 @dataclass(frozen=True)
 class Line:
-    """One accuracy and one published for the same measure, "clean" or the name of an attack; `row` None: there is none."""
+    """An accuracy and one published for the same measure, "clean" or the name of an attack; row None: there is none."""
 
     measure: str
     ours: Accuracy
@@ -117,8 +117,9 @@ class Comparison:
         words = "is" if sum(inside) == 1 else "are"
         numbers = f"{sum(inside)} of {len(inside)} published numbers {words} within the 95 % intervals of this run's."
         if not self.differences:
-            return numbers + " Its settings are the recipe's."
-        return f"{numbers} But {len(self.differences)} of its settings are not the recipe's: the two do not compare."
+            return f"{numbers} Its settings are the recipe's."
+        count = len(self.differences)
+        return f"{numbers} But its settings are not the recipe's: {count} {'differs' if count == 1 else 'differ'}."
 
 
 def compare(measured: Measured, recipe: Recipe, rows: Iterable[Published]) -> Comparison:

@@ -11,6 +11,7 @@ import torch
 import kafops
 from kafops.check import processor
 
+_PACKAGES = ("numpy", "torchvision", "mlxtend", "safetensors", "foolbox", "pyautoattack", "matplotlib")
 _ROOT = Path(__file__).parent.parent
 
 
@@ -20,7 +21,7 @@ def describe() -> dict[str, Any]:
         "kafops": kafops.__version__,
         "torch": torch.__version__,
         "python": platform.python_version(),
-        "packages": {name: _version(name) for name in ("numpy", "mlxtend", "safetensors", "matplotlib")},
+        "packages": {name: _version(name) for name in _PACKAGES},
         "system": platform.platform(terse=True),
         "processor": processor(),
         "threads": torch.get_num_threads(),

@@ -66,11 +66,8 @@ def report(
     rows = [row for name in dict.fromkeys(its.name for _, its in pairs) for row in recipes.published_for(name)]
     files.write_bytes(out / "comparison.png", figure.draw(comparisons, rows))
     files.write_text(out / "comparison.md", markdown(comparisons, command))
-    console.print(_table(comparisons))
     for comparison in comparisons:
-        console.print(f"{comparison.measured.run}: {comparison.verdict}", highlight=False, markup=False)
-        for sentence in _remarks(comparison):
-            console.print(f"  {sentence}", highlight=False, markup=False)
+        _show(comparison, console)
     console.print(f"Written to {out}", highlight=False)
     return comparisons
 
@@ -122,8 +119,9 @@ def markdown(comparisons: Sequence[Comparison], command: str) -> str:
 
 def _section(comparisons: Sequence[Comparison]) -> list[str]:
     recipe = comparisons[0].recipe
-    lines = ["| " + " | ".join(_HEAD) + " |", "|---" * len(_HEAD) + "|"]
-    lines += ["| " + " | ".join(_cells(c, line)) + " |" for c in comparisons for line in c.lines]
+    lines = [_row(("run", "activation", *_HEAD)), "|---" * (len(_HEAD) + 2) + "|"]
+    for c in comparisons:
+        lines += [_row((c.measured.run, c.measured.settings.activation, *_cells(line))) for line in c.lines]
     parts = [f"## Recipe {recipe.name}", recipe.about, f"Source: {recipe.source}.", "\n".join(lines)]
     for comparison in comparisons:
         parts += [f"**{comparison.measured.run}.** {comparison.verdict}", _bullets(_remarks(comparison))]
@@ -146,23 +144,29 @@ def points(value: float | None) -> str:
     return "–" if value is None else f"{100 * value:.2f}"
 
 
-_HEAD = ("run", "activation", "measure", "here, %", "interval", "published", "difference", "within", "by")
+_HEAD = ("measure", "here, %", "interval", "published", "difference", "within", "by")
 
 
-def _table(comparisons: Sequence[Comparison]) -> Table:
-    table = Table(*_HEAD, box=None, header_style="bold")
-    for comparison in comparisons:
-        for line in comparison.lines:
-            table.add_row(*_cells(comparison, line))
-    return table
+def _show(comparison: Comparison, console: Console) -> None:
+    table = Table(box=None, header_style="bold")
+    for head in _HEAD:
+        table.add_column(head, no_wrap=head != "by")
+    for line in comparison.lines:
+        table.add_row(*_cells(line))
+    run, settings = comparison.measured.run, comparison.measured.settings
+    console.print(
+        f"\n{run}, {settings.activation}, and recipe {comparison.recipe.name}", style="bold", highlight=False,
+        markup=False,
+    )  # fmt: skip
+    console.print(table)
+    for sentence in (comparison.verdict, *_remarks(comparison)):
+        console.print(sentence, highlight=False, markup=False)
 
 
-def _cells(comparison: Comparison, line: Line) -> tuple[str, ...]:
+def _cells(line: Line) -> tuple[str, ...]:
     low, high = line.ours.interval
     by = "–" if line.row is None else line.row.label + (", from memory" if line.row.remembered else "")
     return (
-        comparison.measured.run,
-        comparison.measured.settings.activation,
         line.measure,
         points(line.ours.value),
         f"{100 * low:.1f} to {100 * high:.1f}",
@@ -173,8 +177,16 @@ def _cells(comparison: Comparison, line: Line) -> tuple[str, ...]:
     )
 
 
+def _row(cells: Sequence[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
 def _remarks(comparison: Comparison) -> list[str]:
+    recipe, activation = comparison.recipe, comparison.measured.settings.activation
     remarks = [f"{difference}." for difference in comparison.differences]
+    if recipe.own_settings(activation) is None:
+        first = recipe.settings.activation
+        remarks.append(f"The recipe has no settings for {activation}; it is compared with those for {first}.")
     if comparison.missing:
         remarks.append(f"Published, but not evaluated here: {', '.join(comparison.missing)}.")
     return remarks

@@ -105,6 +105,8 @@ def _show(recipe: Recipe, console: Console) -> None:
 
 def _recipe(options: argparse.Namespace, command: str) -> int:
     recipe = _load(options)
+    if options.recipe not in (options_of.DEFAULT_RECIPE, options.name):
+        options.refuse(f"--recipe {options.recipe} is another recipe than {options.name}; leave it out")
     options.recipe = options.name
     _take_variant(options, recipe)
     options.folder = options.folder or Path("runs") / "-".join((recipe.name, options.activation.partition(":")[0]))

@@ -22,11 +22,16 @@ def draw(comparisons: Sequence[Comparison], rows: Sequence[Published]) -> bytes:
         comparisons: of the runs.
         rows: what is published for their recipes.
     """
-    attacks = _attacks(comparisons, rows)
+    wanted = _panels(comparisons, rows)
     with style.context():
-        figure = style.figure(height=0.5 + 3.5 * len(attacks))
-        panels = figure.subplots(len(attacks), 1, squeeze=False)[:, 0]
-        shown = [(axes, *_panel(axes, attack, comparisons, rows)) for axes, attack in zip(panels, attacks, strict=True)]
+        figure = style.figure(height=0.5 + 3.5 * len(wanted))
+        panels = figure.subplots(len(wanted), 1, squeeze=False)[:, 0]
+        shown = []
+        for axes, (recipe, attack) in zip(panels, wanted, strict=True):
+            of_recipe = [comparison for comparison in comparisons if comparison.recipe.name == recipe]
+            alike = [row for row in rows if (row.recipe, row.attack) == (recipe, attack)]
+            shown.append((axes, *_panel(axes, attack, of_recipe, alike)))
+            axes.set_title(recipe)
         panels[-1].set_xlabel("clean accuracy, %")
         handles = [_handle("o", "white", "published"), _handle("o", style.GREY, "runs, with 95 % intervals")]
         if any(row.remembered for row in rows):
@@ -37,40 +42,46 @@ def draw(comparisons: Sequence[Comparison], rows: Sequence[Published]) -> bytes:
         return style.png(figure)
 
 
-def _attacks(comparisons: Sequence[Comparison], rows: Sequence[Published]) -> list[str]:
-    """Return the attacks of the runs, without those that nobody published if there are others."""
-    ours = list(dict.fromkeys(attack_name(text) for c in comparisons for text in c.measured.robust))
-    theirs = {row.attack for row in rows if row.robust is not None}
-    return [attack for attack in ours if attack in theirs] or ours
+def _panels(comparisons: Sequence[Comparison], rows: Sequence[Published]) -> list[tuple[str, str]]:
+    """Return recipe and attack of each panel: the attacks of the runs, if some of them are published those only."""
+    found = []
+    for recipe in dict.fromkeys(comparison.recipe.name for comparison in comparisons):
+        runs = [comparison.measured for comparison in comparisons if comparison.recipe.name == recipe]
+        ours = list(dict.fromkeys(attack_name(text) for run in runs for text in run.robust))
+        theirs = {row.attack for row in rows if row.recipe == recipe and row.robust is not None}
+        found += [(recipe, attack) for attack in ours if attack in theirs] or [(recipe, attack) for attack in ours]
+    return found
 
 
 def _panel(
     axes: Axes, attack: str, comparisons: Sequence[Comparison], rows: Sequence[Published]
 ) -> tuple[list[Label], list[tuple[float, float, float, float]]]:
     """Draw the points of one attack; return their labels and the bars, runs first."""
-    several = len({c.recipe.name for c in comparisons}) > 1
-    ours: list[Label] = []
-    theirs: list[Label] = []
+    texts: list[Label] = []
     bars: list[tuple[float, float, float, float]] = []
     for comparison in comparisons:
         for text, robust in comparison.measured.robust.items():
             if attack_name(text) == attack:
                 label, crossing = _run(axes, comparison, robust)
-                ours.append(label)
+                texts.append(label)
                 bars += crossing
-    for row in rows:
-        if row.attack == attack and row.clean is not None and row.robust is not None:
-            theirs.append(_published(axes, row, rows, several))
+    texts += [_published(axes, row, rows) for row in rows if row.clean is not None and row.robust is not None]
     axes.set_ylabel(f"accuracy under {attack}, %")
     axes.grid(color=style.PALE_GREY, lw=0.6)
     axes.set_axisbelow(True)
     axes.margins(0.14, 0.16)
-    return ours + theirs, bars
+    axes.set_xlim(_within_0_and_100(axes.get_xlim()))
+    axes.set_ylim(_within_0_and_100(axes.get_ylim()))
+    return texts, bars
 
 
-def _run(
-    axes: Axes, comparison: Comparison, robust: Accuracy
-) -> tuple[Label, list[tuple[float, float, float, float]]]:
+def _within_0_and_100(limits: tuple[float, float]) -> tuple[float, float]:
+    low, high = limits
+    room = 0.04 * (high - low)
+    return max(low, -room), min(high, 100 + room)
+
+
+def _run(axes: Axes, comparison: Comparison, robust: Accuracy) -> tuple[Label, list[tuple[float, float, float, float]]]:
     measured = comparison.measured
     colour = _colour(measured.settings.activation)
     x, y = 100 * measured.clean.value, 100 * robust.value
@@ -82,19 +93,16 @@ def _run(
     return Label(x, y, measured.run, colour, bold=True), [(left, y, right, y), (x, low, x, high)]
 
 
-def _published(axes: Axes, row: Published, rows: Sequence[Published], several: bool) -> Label:
+def _published(axes: Axes, row: Published, rows: Sequence[Published]) -> Label:
     colour = _colour(row.activation)
     x, y = 100 * (row.clean or 0.0), 100 * (row.robust or 0.0)
     axes.plot(x, y, "D" if row.remembered else "o", ms=5.5, color=colour, mfc="white", mew=1.2, zorder=2.5)
-    of_recipe = [other for other in rows if (other.recipe, other.attack) == (row.recipe, row.attack)]
     words = []
-    if several:
-        words.append(row.recipe)
-    if len({other.activation for other in of_recipe}) > 1:
+    if len({other.activation for other in rows}) > 1:
         words.append(ACTIVATIONS.parse(row.activation)[0])
-    if len({other.network for other in of_recipe}) > 1:
+    if len({other.network for other in rows}) > 1:
         words.append(row.network.partition(":")[0])
-    if len({other.label for other in of_recipe}) > 1 or not words:
+    if len({other.label for other in rows}) > 1 or not words:
         words.append(row.label)
     return Label(x, y, " ".join(words), colour)
 

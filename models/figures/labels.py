@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.patheffects import withStroke
 from matplotlib.transforms import Bbox
 
 _DISTANCES = (7, 12, 18, 25, 34, 46, 60, 78)  # points, from the mark to the nearest edge of the text
@@ -36,7 +37,9 @@ def place(axes: Axes, labels: Sequence[Label], bars: Sequence[tuple[float, float
         labels: the most important first.
         bars: lines (x0, y0, x1, y1) in data coordinates to keep free too.
     """
-    figure = axes.figure
+    figure = axes.get_figure(root=True)
+    if figure is None:
+        raise ValueError("the axes belong to no figure")
     renderer = FigureCanvasAgg(figure).get_renderer()
     figure.draw_without_rendering()
     scale = figure.dpi / 72
@@ -50,17 +53,24 @@ def place(axes: Axes, labels: Sequence[Label], bars: Sequence[tuple[float, float
         text = axes.annotate(
             label.text, (label.x, label.y), (0, 0), textcoords="offset points", ha="center", va="center",
             fontsize=8, color=label.colour, weight="bold" if label.bold else "normal",
+            path_effects=[withStroke(linewidth=2, foreground="white")],
         )  # fmt: skip
         text.set_in_layout(False)
         extent = text.get_window_extent(renderer)
         half = extent.width / 2 + _GAP * scale, extent.height / 2 + _GAP * scale
         offsets = _offsets(half, scale)
-        costs = [_cost(_around(x + dx, y + dy, *half), taken, inside) + i for i, (dx, dy) in enumerate(offsets)]
-        dx, dy = offsets[min(range(len(offsets)), key=costs.__getitem__)]
-        box = _around(x + dx, y + dy, *half)
-        taken.append(box)
+        boxes = [_around(x + dx, y + dy, *half) for dx, dy in offsets]
+        leaders = [_leader((x, y), box, scale) for box in boxes]
+        costs = [
+            _cost(box, taken, inside) + sum(_cost(dot, taken, inside) for dot in leader) + rank
+            for rank, (box, leader) in enumerate(zip(boxes, leaders, strict=True))
+        ]
+        best = min(range(len(offsets)), key=costs.__getitem__)
+        taken += [boxes[best], *leaders[best]]
+        dx, dy = offsets[best]
         text.set_position((dx / scale, dy / scale))
-        _join(axes, label, (x, y), box, scale)
+        if leaders[best]:
+            _join(axes, label, (x, y), boxes[best], scale)
 
 
 def _offsets(half: tuple[float, float], scale: float) -> list[tuple[float, float]]:
@@ -79,20 +89,32 @@ def _around(x: float, y: float, width: float, height: float) -> Bbox:
 def _cost(box: Bbox, taken: Sequence[Bbox], inside: Bbox) -> float:
     covered = sum(_area(Bbox.intersection(box, other)) for other in taken)
     outside = _area(box) - _area(Bbox.intersection(box, inside))
-    return covered + 10 * outside
+    return 3 * covered + 10 * outside
 
 
 def _area(box: Bbox | None) -> float:
     return 0.0 if box is None else max(0.0, box.width) * max(0.0, box.height)
 
 
-def _join(axes: Axes, label: Label, point: tuple[float, float], box: Bbox, scale: float) -> None:
-    """Draw a line from the edge of the mark to a text that is far from it."""
-    x, y = point
-    dx, dy = min(max(x, box.x0), box.x1) - x, min(max(y, box.y0), box.y1) - y
+def _leader(point: tuple[float, float], box: Bbox, scale: float) -> list[Bbox]:
+    """Return small squares along the line from a mark to a text, none for a text that is next to it."""
+    dx, dy = _towards(point, box)
     distance = math.hypot(dx, dy)
     if distance < 12 * scale:
-        return
+        return []
+    side = 1.5 * scale
+    first, count = 1.6 * _MARK * scale / distance, round(distance / (2 * side))
+    shares = [first + (1 - first) * i / count for i in range(count)]
+    return [_around(point[0] + share * dx, point[1] + share * dy, side, side) for share in shares]
+
+
+def _towards(point: tuple[float, float], box: Bbox) -> tuple[float, float]:
+    """Return the way from a point to the nearest edge of a box."""
+    return min(max(point[0], box.x0), box.x1) - point[0], min(max(point[1], box.y0), box.y1) - point[1]
+
+
+def _join(axes: Axes, label: Label, point: tuple[float, float], box: Bbox, scale: float) -> None:
+    dx, dy = _towards(point, box)
     line = axes.annotate(
         "", (label.x, label.y), (dx / scale, dy / scale), textcoords="offset points",
         arrowprops={"arrowstyle": "-", "color": label.colour, "lw": 0.6, "alpha": 0.7, "shrinkA": 0, "shrinkB": _MARK},

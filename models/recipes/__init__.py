@@ -62,6 +62,16 @@ class Recipe:
         """The activations that the source has settings for."""
         return tuple(settings.activation for settings in (self.settings, *self.variants))
 
+    def own_settings(self, activation: str) -> Settings | None:
+        """Return the source's settings for an activation, whatever its options, or None where it has none.
+
+        Raises:
+            ValueError: there is no such activation, or it has no such option.
+        """
+        name = ACTIVATIONS.parse(activation)[0]
+        every = (self.settings, *self.variants)
+        return next((s for s in every if ACTIVATIONS.parse(s.activation)[0] == name), None)
+
     def settings_for(self, activation: str | None) -> Settings:
         """Return the settings for an activation, by default the recipe's first.
 
@@ -73,11 +83,10 @@ class Recipe:
         """
         if activation is None:
             return self.settings
-        name, options = ACTIVATIONS.parse(activation)
-        for settings in (self.settings, *self.variants):
-            if ACTIVATIONS.parse(settings.activation)[0] == name:
-                return replace(settings, activation=activation) if options else settings
-        return replace(self.settings, activation=activation)
+        own = self.own_settings(activation)
+        if own is None or ":" in activation:
+            return replace(own or self.settings, activation=activation)
+        return own
 
 
 @dataclass(frozen=True)
@@ -170,4 +179,3 @@ def _settings(values: Mapping[str, Any]) -> Settings:
     if isinstance(training.get("eps"), str):
         training["eps"] = fraction(training["eps"])
     return Settings.from_dict({**values, "training": training})
-

@@ -1,5 +1,6 @@
 """What a study is: a grid of runs, each with a name, and its settings."""
 
+import argparse
 import json
 from dataclasses import dataclass
 from pathlib import Path
@@ -94,6 +95,6 @@ def load(name: str) -> Study:
         study.runs()
         for attack in study.attacks.values():
             ATTACKS.parse(attack)
-    except (KeyError, TypeError, ValueError) as error:
+    except (KeyError, TypeError, ValueError, argparse.ArgumentTypeError) as error:
         raise ValueError(f"{path} is no study: {error}") from error
     return study

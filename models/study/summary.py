@@ -13,8 +13,8 @@ CLEAN, WORST = "clean", "worst"
 def summarise(study: Study, results: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """Return accuracies by network, activation and attack, their differences to the first activation, and the noise.
 
-    "worst" counts an image as robust where no attack breaks it. Runs not done yet are left out, networks without any too, and a difference takes
-    the seeds that both activations have.
+    "worst" counts an image as robust where no attack breaks it. Runs not done yet are left out, and networks without
+    any; a difference takes the seeds that both activations have.
 
     Args:
         study: which runs there are to be.

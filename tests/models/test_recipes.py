@@ -78,12 +78,12 @@ def test_settings_for_an_activation() -> None:
     assert own.training == recipe.settings_for("kaf").training
     other = recipe.settings_for("gelu")
     assert other == dataclasses.replace(recipe.settings, activation="gelu")
-    with pytest.raises(ValueError, match="unknown activation 'reluu'.*did you mean"):
+    with pytest.raises(ValueError, match=r"unknown activation 'reluu'.*did you mean"):
         recipe.settings_for("reluu")
 
 
 def test_an_unknown_recipe_lists_near_ones() -> None:
-    with pytest.raises(ValueError, match="unknown recipe 'thesis-vg', there are .*did you mean thesis-vgg"):
+    with pytest.raises(ValueError, match=r"unknown recipe 'thesis-vg', there are .*did you mean thesis-vgg"):
         recipes.load("thesis-vg")
 
 

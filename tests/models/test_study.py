@@ -1,0 +1,180 @@
+import dataclasses
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import matplotlib.image
+import pytest
+import scipy.stats
+
+from models.cli import main
+from models.study import plan
+from models.study.plan import Study
+from models.study.statistics import estimate, noise_of_a_difference, paired, pooled_std, t_quantile
+from models.study.summary import accuracies, summarise
+
+TINY: dict[str, Any] = {
+    "about": "A study of nothing.",
+    "data": "mnist5k:train=80,test=40,validation=20",
+    "networks": {"light": "light:width=2,dense=4,patch=7"},
+    "activations": ["relu", "kaf"],
+    "seeds": [0, 1],
+    "training": {"epochs": 1, "batch_size": 20, "lr": 0.05, "method": "nfgsm", "watch_images": 10},
+    "attacks": {"PGD": "pgd-3-2", "FGSM": "fgsm"},
+    "eps": "51/255",
+    "images": 10,
+}
+
+
+def write(folder: Path, **changes: Any) -> Path:
+    file = folder / "tiny.json"
+    file.write_text(json.dumps({**TINY, **changes}))
+    return file
+
+
+def study(**changes: Any) -> Study:
+    values = {**TINY, "eps": 0.2, **changes}
+    return Study("tiny", **{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+
+
+def result(wrong: str, **found: str) -> dict[str, Any]:
+    return {"wrong": wrong, "found": found}
+
+
+def test_mean_and_interval_by_hand() -> None:
+    """1, 2, 6: mean 3, deviation sqrt(7), t with 2 degrees of freedom 4.303."""
+    found = estimate([1, 2, 6])
+    assert found.mean == 3
+    assert found.std == pytest.approx(7**0.5)
+    assert found.high - 3 == pytest.approx(4.303 * (7 / 3) ** 0.5)
+    assert found.low == pytest.approx(6 - found.high)
+    alone = estimate([0.4])
+    assert (alone.mean, alone.std, alone.low, alone.high) == (0.4, None, None, None)
+
+
+@pytest.mark.parametrize("freedom", [1, 2, 3, 10, 11, 20, 100])
+def test_quantiles_of_t(freedom: int) -> None:
+    assert t_quantile(freedom) == pytest.approx(scipy.stats.t.ppf(0.975, freedom), rel=2e-4)
+
+
+def test_pairing_removes_what_seeds_have_in_common() -> None:
+    found = paired([0.5, 0.7, 0.9], [0.4, 0.6, 0.8])
+    assert found.mean == pytest.approx(0.1)
+    assert found.std == pytest.approx(0, abs=1e-12)
+
+
+def test_noise_between_seeds_is_pooled_by_degrees_of_freedom() -> None:
+    """Variances 2 (1 degree) and 1 (2 degrees): (2 · 1 + 1 · 2) / 3."""
+    assert pooled_std([[0, 2], [1, 2, 3], [5]]) == pytest.approx((4 / 3) ** 0.5)
+    assert pooled_std([[1], [2]]) is None
+    assert noise_of_a_difference(1.0) == pytest.approx(2.772, abs=1e-3)
+
+
+def test_an_image_is_robust_in_the_worst_case_where_nothing_breaks_it() -> None:
+    found = accuracies(result("1000", PGD="1100", FGSM="1010"))
+    assert found == {"clean": 0.75, "PGD": 0.5, "FGSM": 0.5, "worst": 0.25}
+
+
+def test_summary_pairs_the_seeds_that_are_there() -> None:
+    results = {
+        "light-relu-0": result("0000", PGD="1100", FGSM="0000"),
+        "light-kaf-0": result("0000", PGD="1000", FGSM="0000"),
+        "light-relu-1": result("0000", PGD="1110", FGSM="0000"),
+    }
+    found = summarise(study(), results)
+    assert (found["runs"], found["of"]) == (3, 4)
+    relu, kaf = (found["networks"]["light"]["activations"][a] for a in ("relu", "kaf"))
+    assert relu["PGD"]["values"] == [0.5, 0.25]
+    assert relu["worst"]["mean"] == 0.375
+    assert "difference" not in relu["PGD"]
+    assert kaf["seeds"] == [0]
+    assert kaf["PGD"]["difference"]["mean"] == 0.25
+    assert kaf["PGD"]["difference"]["low"] is None
+    assert found["networks"]["light"]["noise"]["PGD"]["std"] == pytest.approx(0.25 / 2**0.5)
+
+
+def test_networks_without_results_are_left_out() -> None:
+    both = study(networks={"light": "light", "vgg": "vgg"})
+    assert list(summarise(both, {"vgg-relu-0": result("0", PGD="0", FGSM="0")})["networks"]) == ["vgg"]
+
+
+def test_runs_compare_everything_once_before_the_next_seed() -> None:
+    names = [run.name for run in study().runs()]
+    assert names == ["light-relu-0", "light-kaf-0", "light-relu-1", "light-kaf-1"]
+    assert all(run.settings.seed == int(run.name[-1]) for run in study().runs())
+
+
+def test_a_study_is_done_shown_and_not_done_twice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    out = tmp_path / "results"
+    command = ["study", str(write(tmp_path)), "--out", str(out), "--runs", str(tmp_path / "runs"), "--jobs", "2"]
+    assert main([*command, "--plan"]) == 0
+    assert "0 of 4 runs are done" in capsys.readouterr().out
+    assert not out.exists()
+    assert main(command) == 0
+    printed = capsys.readouterr().out
+    assert re.search(
+        r"4/4 light-\w+-\d +clean [\d.]+%, PGD [\d.]+%, FGSM [\d.]+%, worst [\d.]+%; nothing is left", printed
+    )
+    assert sorted(p.stem for p in (out / "runs").iterdir()) == sorted(run.name for run in study().runs())
+    summary = json.loads((out / "summary.json").read_text())
+    assert summary["runs"] == 4
+    page = (out / "README.md").read_text()
+    assert f"{command[0]} {command[1]}" in page
+    assert "4 of 4 runs" in page
+    for name in ("accuracies", "differences"):
+        assert matplotlib.image.imread(out / f"{name}.png")[..., :3].std() > 0.05
+    before = {p: p.stat().st_mtime_ns for p in (out / "runs").iterdir()}
+    (out / "runs/light-kaf-1.json").unlink()
+    assert main(command) == 0
+    assert "3 of 4 runs are done, about" in capsys.readouterr().out
+    after = {p: p.stat().st_mtime_ns for p in (out / "runs").iterdir()}
+    assert {p for p in before if before[p] != after[p]} == {out / "runs/light-kaf-1.json"}
+    # The same run gives the same result.
+    assert json.loads((out / "summary.json").read_text()) == summary
+
+
+def test_results_of_other_settings_are_not_mixed_in(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "results"
+    (out / "runs").mkdir(parents=True)
+    run = plan.load(str(write(tmp_path))).runs()[0]
+    settings = {**run.settings.as_dict(), "attacks": {}, "eps": 0.1, "images": 10}
+    (out / "runs" / f"{run.name}.json").write_text(json.dumps({"settings": settings}))
+    assert main(["study", str(tmp_path / "tiny.json"), "--out", str(out)]) == 1
+    assert "was made with other settings: attacks, eps differ; give another --out" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"activations": ["relu", "kfa"]}, "unknown activation 'kfa'"),
+        ({"attacks": {"PGD": "pdg-50"}}, "unknown attack 'pdg-50'"),
+        ({"eps": "2"}, r"wanted a value in \[0, 1\]"),
+        ({"eps": "__import__('os')"}, "wanted a number such as 0.2 or a fraction"),
+        ({"training": {"epochs": 1}}, "settings lack batch_size, lr"),
+        ({"colour": "red"}, "unexpected keyword argument 'colour'"),
+    ],
+)
+def test_a_wrong_study_says_what_is_wrong(
+    tmp_path: Path, changes: dict, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["study", str(write(tmp_path, **changes))])
+    assert re.search(message, " ".join(capsys.readouterr().err.split()))
+
+
+def test_unknown_study_names_those_there_are(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        main(["study", "mnist5"])
+    assert "unknown study 'mnist5', there are mnist5k; did you mean mnist5k?" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", plan.names())
+def test_every_study_is_sound(name: str) -> None:
+    found = plan.load(name)
+    assert len({run.name for run in found.runs()}) == len(found.runs())
+    assert found.images >= 200
+    assert dataclasses.asdict(found)["eps"] == found.eps
