@@ -211,7 +211,7 @@ def _evaluation(measured: Measured, recipe: Recipe) -> list[Difference]:
     theirs = {attack_name(text): text for text in recipe.attacks}
     for text in measured.robust:
         other = theirs.get(attack_name(text), text)
-        if text != other and canonical(ATTACKS, text) != canonical(ATTACKS, other):
+        if text != other and not _same_choice(ATTACKS, text, other):
             found.append(Difference(f"attack {attack_name(text)}", text, other))
     return found
 
@@ -222,8 +222,16 @@ def _flat(settings: Settings) -> dict[str, Any]:
 
 
 def _same(name: str, ours: Any, theirs: Any) -> bool:
-    if name in _REGISTRIES:
-        return canonical(_REGISTRIES[name], ours) == canonical(_REGISTRIES[name], theirs)
+    return _same_choice(_REGISTRIES[name], ours, theirs) if name in _REGISTRIES else _same_value(ours, theirs)
+
+
+def _same_choice(registry: Registry[Any], ours: str, theirs: str) -> bool:
+    (name, options), (other, others) = canonical(registry, ours), canonical(registry, theirs)
+    return name == other and all(_same_value(value, others[option]) for option, value in options.items())
+
+
+def _same_value(ours: Any, theirs: Any) -> bool:
+    """Compare settings; of two ways to write a fraction the last bit may differ."""
     if isinstance(ours, float) and isinstance(theirs, float):
         return math.isclose(ours, theirs, rel_tol=1e-9)
     return bool(ours == theirs)

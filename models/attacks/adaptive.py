@@ -31,14 +31,14 @@ class Adaptive:
     Args:
         eps: radius of the ball, in the units of the images, which are in [0, 1].
         pgd_steps, pgd_restarts: of PGD and of each BPDA.
-        samples, growth, steps: of NES, see `SmoothedAttack`: with the defaults up to 44,000 outputs an image.
+        samples, growth, steps: of NES, see `SmoothedAttack`: with the defaults up to 12,000 outputs an image.
     """
 
     eps: float
     pgd_steps: int = 50
     pgd_restarts: int = 3
     samples: int = 100
-    growth: int = 4
+    growth: int = 2
     steps: int = 40
     name: ClassVar[str] = "adaptive"
     norm: ClassVar[str] = "Linf"

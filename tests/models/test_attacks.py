@@ -5,7 +5,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from models.attacks import LinfAttack, fast, fgsm, perturb, pgd, search
+from models.attacks import ATTACKS, Adaptive, LinfAttack, Strongest, fast, fgsm, margin, nfgsm, perturb, pgd, search
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -62,6 +62,8 @@ def test_presets_are_the_published_settings() -> None:
     assert fgsm(0.2) == LinfAttack(eps=0.2, step=0.2, steps=1, noise=0)
     assert fast(0.2) == LinfAttack(eps=0.2, step=0.25, steps=1, noise=0.2)
     assert pgd(0.2, 20) == LinfAttack(eps=0.2, step=0.025, steps=20, noise=0.2)
+    assert nfgsm(0.2) == LinfAttack(eps=0.2, step=0.2, steps=1, noise=0.4, clip=False)
+    assert nfgsm(0.2, k=1).noise == 0.2
     assert pgd(0.2, 7, step=0.05, restarts=3) == LinfAttack(eps=0.2, step=0.05, steps=7, noise=0.2, restarts=3)
 
 
@@ -125,6 +127,72 @@ def test_noise_comes_from_the_generator_alone() -> None:
     assert not torch.equal(first, perturb(model, x, y, attack, generator(6)))
 
 
+def test_margin_is_positive_where_another_class_wins() -> None:
+    logits = torch.tensor([[1.0, 4.0, 2.0], [1.0, 4.0, 2.0], [3.0, 3.0, 0.0]])
+    assert margin(logits, torch.tensor([1, 2, 0])).tolist() == [-2.0, 2.0, 0.0]
+
+
+def test_the_margin_has_a_gradient_where_the_cross_entropy_rounds_to_none() -> None:
+    """Logits 1,000 apart give a probability of exactly 1 in float32, and a cross-entropy with gradient exactly 0."""
+    model = Linear(torch.full((1, 2, 2), 1000.0))
+    x, y = torch.full((1, 1, 2, 2), 0.5), torch.ones(1, dtype=torch.int64)
+    by_loss, by_margin = (
+        perturb(model, x, y, LinfAttack(0.1, step=0.1, loss=loss), generator()) for loss in ("ce", "margin")
+    )
+    assert torch.equal(by_loss, x)
+    torch.testing.assert_close(by_margin, x - 0.1)
+
+
+class TwoLayers(nn.Module):
+    """The gradient of a pixel is 4 · 5e-5 · 5e-5 = 1e-8, which float16, with a least number of 6e-8, rounds to 0."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 4, bias=False), nn.Linear(4, 2, bias=False)
+        nn.init.constant_(self.first.weight, 5e-5)
+        self.second.weight.data = torch.tensor([[-5e-5], [5e-5]]).expand(2, 4).clone()
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(self.first(x.flatten(1)))
+
+
+def test_loss_scale_saves_the_step_from_float16() -> None:
+    model, x, y = TwoLayers(), torch.full((3, 1, 2, 2), 0.5), torch.ones(3, dtype=torch.int64)
+    with torch.autocast("cpu", torch.float16):
+        lost = perturb(model, x, y, fgsm(0.1), generator())
+        saved = perturb(model, x, y, fgsm(0.1), generator(), loss_scale=1024)
+        overflown = perturb(model, x, y, fgsm(0.1), generator(), loss_scale=1e30)
+    assert torch.equal(lost, x)
+    torch.testing.assert_close(saved, x - 0.1)
+    assert overflown.isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_training_goes_on_under_the_same_autocast(dtype: torch.dtype) -> None:
+    """Weights cast while frozen must not be cached: the loss would have no way back to them."""
+    model, x, y = small_network(), torch.rand(8, 1, 4, 4, generator=generator()), torch.arange(8) % 3
+    with torch.autocast("cpu", dtype):
+        adversarial = perturb(model, x, y, pgd(0.1, 2), generator())
+        loss = F.cross_entropy(model(adversarial), y)
+    assert adversarial.dtype == torch.float32
+    loss.backward()
+    assert all(p.grad is not None and p.grad.abs().max() > 0 for p in (model[0].weight, model[4].weight))
+
+
+def test_no_hook_of_a_parameter_fires() -> None:
+    """Those of distributed training would start to exchange gradients."""
+    model, x, y = small_network(), torch.rand(8, 1, 4, 4), torch.arange(8) % 3
+    fired: list[str] = []
+    for name, p in model.named_parameters():
+        p.register_hook(lambda gradient, name=name: fired.append(name))
+        p.register_post_accumulate_grad_hook(lambda p, name=name: fired.append(name))
+    perturb(model, x, y, fast(0.1), generator())
+    search(model.eval(), x, y, pgd(0.1, 3), generator())
+    assert fired == []
+    F.cross_entropy(model(x), y).backward()
+    assert set(fired) == {name for name, _ in model.named_parameters()}
+
+
 def test_search_says_what_it_found() -> None:
     model = small_network().eval()
     x, y = torch.rand(64, 1, 4, 4, generator=generator()), torch.arange(64) % 3
@@ -168,8 +236,70 @@ def test_restarts_find_what_one_start_misses() -> None:
         ({"eps": 0.1, "step": -1}, "must not be negative, got step=-1"),
         ({"eps": 0.1, "step": 0.1, "steps": 0}, "must be at least 1, got 0 and 1"),
         ({"eps": 0.1, "step": 0.1, "restarts": 2}, "2 restarts without noise"),
+        ({"eps": 0.1, "step": 0.1, "loss": "hinge"}, "loss must be one of ce, margin, got 'hinge'"),
     ],
 )
 def test_refuses_impossible_settings(arguments: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         LinfAttack(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("text", "attack"),
+    [
+        ("fgsm", fgsm(0.1)),
+        ("fast", fast(0.1)),
+        ("pgd-50", pgd(0.1, 50)),
+        ("pgd-50-10", pgd(0.1, 50, restarts=10)),
+        ("pgd-20:step=2/255", pgd(0.1, 20, step=2 / 255)),
+        ("pgd-20-5:loss=margin", pgd(0.1, 20, restarts=5, loss="margin")),
+        ("pgd:steps=7", pgd(0.1, 7)),
+        ("adaptive:samples=50,steps=20", Adaptive(0.1, samples=50, steps=20)),
+    ],
+)
+def test_attacks_by_name(text: str, attack: object) -> None:
+    assert ATTACKS.create(text, 0.1) == attack
+
+
+def test_names_say_what_an_attack_is() -> None:
+    for text in ("fgsm", "fast", "pgd-50", "pgd-50-10", "nes", "spsa", "adaptive", "autoattack", "square"):
+        assert ATTACKS.create(text, 0.1).name == text
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("pdg-50", "unknown attack 'pdg-50', there are fgsm, fast, pgd"),
+        ("fgsmm", "did you mean fgsm"),
+        ("pgd-0", "steps must be at least 1, got 0"),
+        ("pgd-5-0", "steps and restarts must be at least 1, got 5 and 0"),
+        ("pgd-5:size=3", "attack 'pgd' has no option 'size': it has steps, restarts, step, loss"),
+        ("nes:samples=3", "wanted an even number from 2, got 3"),
+        ("nfgsm", "unknown attack 'nfgsm'"),  # it leaves the ball
+    ],
+)
+def test_refuses_names_that_make_no_attack(text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ATTACKS.create(text, 0.1)
+
+
+def test_later_members_get_only_the_survivors() -> None:
+    """0.2 is wrong from the start; FGSM breaks 0.55; two steps of 0.2 break 0.8; nothing breaks 1."""
+    x = torch.tensor([0.2, 0.55, 0.8, 1.0]).view(4, 1, 1, 1)
+    y = torch.ones(4, dtype=torch.int64)
+    first, second = fgsm(0.1), LinfAttack(eps=0.4, step=0.2, steps=2)
+    model = Threshold()
+    adversarial, found = Strongest("both", (first, second)).search(model, x, y, generator())
+    assert found.tolist() == [True, True, True, False]
+    torch.testing.assert_close(adversarial.flatten(), torch.tensor([0.2, 0.45, 0.4, 0.6]))
+    alone, rest = Threshold(), Threshold()
+    first.search(alone, x, y, generator())
+    second.search(rest, x[2:], y[2:], generator())
+    assert model.seen == alone.seen + rest.seen
+
+
+def test_an_attack_made_of_attacks_refuses_other_norms_and_no_members() -> None:
+    with pytest.raises(ValueError, match="none needs at least one member"):
+        Strongest("none", ())
+    with pytest.raises(ValueError, match=r"got 2 of which \['cw'\] have another"):
+        Strongest("mixed", (fgsm(0.1), ATTACKS.create("cw:l2=1", 0.1)))
