@@ -36,6 +36,9 @@ class Made(Source):
     ) -> Iterator[Batch]:
         return iter(self.made[start:])
 
+    def ordered(self, batch_size: int, count: int | None = None) -> Iterator[Batch]:
+        return self.source.ordered(batch_size, count)
+
 
 def source() -> Source:
     """Return random images 3 × 32 × 32 that are cropped and flipped."""

@@ -4,14 +4,18 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from models import data, environment, networks
+from models.errors import UserError
+from models.images import ImageFormat
 from models.runs import RunFolder
 from models.settings import Settings
 from models.training import EpochRecord, Trainer
 from models.training.processes import Processes
 from models.training.trainer import BEST, LATEST, METRICS
 
-OUTPUTS = (LATEST, BEST, METRICS, "evaluation/*", "tensorboard/*", "*.png")
+OUTPUTS = (LATEST, BEST, METRICS, "evaluation/*", "comparison/*", "tensorboard/*", "*.png")
 
 
 def prepare(
@@ -31,7 +35,7 @@ def prepare(
     """
     processes = processes or Processes()
     sets = data.load(settings.data, settings.seed, root)
-    model = networks.build(settings.network, settings.activation, sets.images, settings.seed)
+    model = build(settings, sets.images)
     recipe = settings.training
     held_out = None
     if recipe.watch_steps > 0 and recipe.watch_images > 0:
@@ -42,6 +46,18 @@ def prepare(
     trainer = Trainer(model, recipe, settings.seed, sets.train, held_out, out, processes, shard)
     trainer.resume()
     return trainer
+
+
+def build(settings: Settings, images: ImageFormat) -> nn.Module:
+    """Build the network of a run.
+
+    Raises:
+        UserError: the settings make none for these images.
+    """
+    try:
+        return networks.build(settings.network, settings.activation, images, settings.seed)
+    except ValueError as error:
+        raise UserError(f"no {settings.network} with {settings.activation} for {settings.data}: {error}") from error
 
 
 def tensorboard(folder: Path, done: int) -> tuple[Callable[[EpochRecord], None], Callable[[], None]]:

@@ -33,11 +33,11 @@ class SmoothedAttack:
         distribution: "gaussian" or "rademacher".
         samples: outputs of the network per image and step, in pairs x ± sigma · u, before it grows.
         growth: factor of the number of samples after a fifth of the steps, and again after two fifths.
-        sigma: how far to look; None for eps. Points may leave the ball and [0, 1]; only what is found must not.
+        sigma: how far to look; None for eps / 2. Points may leave the ball and [0, 1]; only what is found must not.
         steps: number of steps.
         momentum: share of the sum of earlier estimates that is kept at each step. Points move little, so that earlier
             estimates still tell something: with 0.9 half of the samples do as well as with 0.
-        step: size of a step; None for 2.5 eps / steps, but at least eps / 8, as the early steps are rough.
+        step: size of a step; None for eps / 4, or 2.5 eps / steps where that is more.
         restarts: the first start is x itself, the others are random points of the ball.
         name: what to call it.
     """
@@ -66,7 +66,7 @@ class SmoothedAttack:
                 f"growth, steps and restarts must be at least 1, got {self.growth}, {self.steps} and {self.restarts}"
             )
         if not (self.sigma is None or self.sigma > 0):
-            raise ValueError(f"sigma must be above 0, or None for eps, got {self.sigma}")
+            raise ValueError(f"sigma must be above 0, or None for eps / 2, got {self.sigma}")
         if not 0 <= self.momentum < 1:
             raise ValueError(f"momentum must be in [0, 1), got {self.momentum}")
         if not (self.step is None or self.step >= 0):
@@ -75,7 +75,7 @@ class SmoothedAttack:
     @property
     def step_size(self) -> float:
         """The size of a step, chosen if none was given."""
-        return max(2.5 * self.eps / self.steps, self.eps / 8) if self.step is None else self.step
+        return max(2.5 * self.eps / self.steps, self.eps / 4) if self.step is None else self.step
 
     def samples_at(self, step: int) -> int:
         """Return how many samples step number `step` takes, counted from 0."""
@@ -107,7 +107,7 @@ class SmoothedAttack:
 
     def _slope(self, model: nn.Module, points: Tensor, y: Tensor, samples: int, generator: torch.Generator) -> Tensor:
         """Estimate the direction in which the smoothed margin of each point grows; its length is left out."""
-        sigma = self.eps if self.sigma is None else self.sigma
+        sigma = self.eps / 2 if self.sigma is None else self.sigma
         slope = torch.zeros_like(points)
         for u in self._directions(points, samples // 2, generator):
             together = max(1, _POINTS // (2 * len(u)))

@@ -13,6 +13,7 @@ from models.commands import settings as options_of
 from models.commands.compare import points, sources
 from models.comparison import training_differences
 from models.recipes import Recipe
+from models.settings import Settings
 from models.training.processes import Processes
 
 _RECIPE = """
@@ -105,15 +106,12 @@ def _show(recipe: Recipe, console: Console) -> None:
 
 def _recipe(options: argparse.Namespace, command: str) -> int:
     recipe = _load(options)
-    if options.recipe not in (options_of.DEFAULT_RECIPE, options.name):
-        options.refuse(f"--recipe {options.recipe} is another recipe than {options.name}; leave it out")
-    options.recipe = options.name
-    _take_variant(options, recipe)
-    options.folder = options.folder or Path("runs") / "-".join((recipe.name, options.activation.partition(":")[0]))
-    _parser(train, "train").get_default("run")(options, command)
+    settings = options_of.collect(options, options.name, options.refuse)
+    options.folder = options.folder or Path("runs") / "-".join((recipe.name, settings.activation.partition(":")[0]))
+    train.train(options, settings)
     if not Processes.from_environment().first:
         return 0
-    chosen = _parser(evaluate, "evaluate").parse_args(_evaluation(options, recipe))
+    chosen = _parser(evaluate, "evaluate").parse_args(_evaluation(options, settings, recipe))
     chosen.run(chosen, command)
     compare.report([compare.read(options.folder)], recipe, options.folder / "comparison", command, Console())
     return 0
@@ -127,25 +125,12 @@ def _load(options: argparse.Namespace) -> Recipe:
         raise
 
 
-def _take_variant(options: argparse.Namespace, recipe: Recipe) -> None:
-    """Give the options that were left out the values that the recipe has for the activation."""
-    try:
-        settings = recipe.settings_for(options.activation)
-    except ValueError as error:
-        options.refuse(str(error))
-        raise
-    options.activation = settings.activation
-    for name, value in vars(settings.training).items():
-        if getattr(options, name) is None:
-            setattr(options, name, value)
-
-
-def _evaluation(options: argparse.Namespace, recipe: Recipe) -> list[str]:
+def _evaluation(options: argparse.Namespace, settings: Settings, recipe: Recipe) -> list[str]:
     """Return the arguments of `python -m models evaluate`."""
-    own = options.eps != recipe.settings.training.eps
+    own = settings.training.eps != recipe.settings.training.eps
     given = {
         "--attacks": options.attacks or recipe.evaluation["attacks"],
-        "--eps": repr(options.eps) if own else recipe.evaluation["eps"],
+        "--eps": repr(settings.training.eps) if own else recipe.evaluation["eps"],
         "--which": recipe.evaluation["which"],
         "--images": options.images,
         "--check-images": options.check_images,

@@ -43,35 +43,35 @@ _TRAINING: tuple[tuple[str, Callable[[str], Any], str], ...] = (
 
 
 def add(parser: argparse.ArgumentParser) -> None:
-    """Add the options. What is not given comes from the recipe."""
-    option = parser.add_argument
-    option("--recipe", default=DEFAULT_RECIPE, metavar="NAME", help="settings to start from (default: %(default)s)")
+    """Add the options. What is not given is absent from the parsed options, and comes from a recipe."""
+
+    def option(*names: str, **keywords: Any) -> None:
+        parser.add_argument(*names, default=argparse.SUPPRESS, **keywords)
+
     for name, registry in (("data", DATA), ("network", NETWORKS), ("activation", ACTIVATIONS)):
         option(f"--{name}", metavar="NAME", help=_names(registry))
     option("--seed", type=arguments.integer(0), help="of weights, order, augmentation and noise (default: 0)")
     for name, parse, purpose in _TRAINING:
         option("--" + name.replace("_", "-"), type=parse, metavar="X", help=purpose)
-    option(
-        "--fake-data", action="store_true", help="made-up images in the place of the set's, to try things without it"
-    )
-    option("--data-root", type=Path, metavar="DIR", help="folder of the data set (default: $KAFOPS_DATA, then ./data)")
-    option("--threads", type=arguments.integer(1, 4096), help="processor threads (default: PyTorch's choice)")
+    plain = parser.add_argument
+    plain("--fake-data", action="store_true", help="made-up images in the place of the set's, to try things without it")
+    plain("--data-root", type=Path, metavar="DIR", help="folder of the data set (default: $KAFOPS_DATA, then ./data)")
+    plain("--threads", type=arguments.integer(1, 4096), help="processor threads (default: PyTorch's choice)")
 
 
-def collect(options: argparse.Namespace, refuse: Callable[[str], Any]) -> Settings:
-    """Return the settings that the options make; call `refuse` with a message where they make none."""
+def collect(options: argparse.Namespace, recipe: str, refuse: Callable[[str], Any]) -> Settings:
+    """Return a recipe's settings with those changes that the options make; call `refuse` where that makes no sense."""
     if options.threads is not None:
         torch.set_num_threads(options.threads)
+    given = vars(options)
     try:
-        start = recipes.load(options.recipe).settings
-        given = {name: getattr(options, name) for name in ("data", "network", "activation", "seed")}
-        given = {name: value for name, value in given.items() if value is not None}
-        names = {field.name for field in dataclasses.fields(Recipe)}
-        training = {n: v for n, v in vars(options).items() if n in names and v is not None}
+        start = recipes.load(recipe).settings_for(given.get("activation"))
+        changes = {name: given[name] for name in ("data", "network", "seed") if name in given}
         if options.fake_data:
-            given["data"] = f"fake:like={DATA.parse(given.get('data', start.data))[0]}"
-        changed = dataclasses.replace(start.training, **training)
-        return dataclasses.replace(start, **given, training=changed)
+            changes["data"] = f"fake:like={DATA.parse(changes.get('data', start.data))[0]}"
+        names = [field.name for field in dataclasses.fields(Recipe) if field.name in given]
+        training = dataclasses.replace(start.training, **{name: given[name] for name in names})
+        return dataclasses.replace(start, **changes, training=training)
     except ValueError as error:
         refuse(str(error))
         raise

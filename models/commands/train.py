@@ -11,6 +11,7 @@ from models import arguments, files, session
 from models.commands import settings as options_of
 from models.errors import UserError
 from models.figures import learning_rate
+from models.settings import Settings
 from models.training import EpochRecord, Trainer, range_test
 from models.training.processes import Processes
 
@@ -41,6 +42,7 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
     train.add_argument("--restart", action="store_true", help="discard the run that RUN holds and start anew")
     train.add_argument("--fsdp", action="store_true", help="shard the network among processes instead of copying it")
     train.add_argument("--no-tensorboard", action="store_true", help="write no TensorBoard events")
+    _add_recipe(train)
     options_of.add(train)
     train.set_defaults(run=_train, refuse=train.error)
 
@@ -53,12 +55,25 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
     option("--from", dest="low", type=rate, default=1e-4, metavar="X", help="first learning rate (default: 1e-4)")
     option("--to", dest="high", type=rate, default=10.0, metavar="X", help="last learning rate (default: 10)")
     option("--steps", type=steps, default=100, metavar="N", help="steps (default: 100)")
+    _add_recipe(find)
     options_of.add(find)
     find.set_defaults(run=_find, refuse=find.error)
 
 
+def _add_recipe(parser: argparse.ArgumentParser) -> None:
+    default = options_of.DEFAULT_RECIPE
+    parser.add_argument(
+        "--recipe", default=default, metavar="NAME", help=f"settings to start from (default: {default})"
+    )
+
+
 def _train(options: argparse.Namespace, command: str) -> int:
-    settings = options_of.collect(options, options.refuse)
+    train(options, options_of.collect(options, options.recipe, options.refuse))
+    return 0
+
+
+def train(options: argparse.Namespace, settings: Settings) -> None:
+    """Train with these settings in the folder that the options name, and show how it goes."""
     processes = Processes.from_environment()
     console = Console(quiet=not processes.first)
     trainer = session.prepare(settings, options.folder, options.restart, options.data_root, processes, options.fsdp)
@@ -83,7 +98,6 @@ def _train(options: argparse.Namespace, command: str) -> int:
     if trainer.collapsed:
         console.print(_collapsed(trainer), style="bold")
     console.print(f"Done: {options.folder}; next: python -m models evaluate {options.folder}", highlight=False)
-    return 0
 
 
 def _events(
@@ -114,7 +128,7 @@ def _collapsed(trainer: Trainer) -> str:
 
 
 def _find(options: argparse.Namespace, command: str) -> int:
-    settings = options_of.collect(options, options.refuse)
+    settings = options_of.collect(options, options.recipe, options.refuse)
     if options.low >= options.high:
         options.refuse(f"--from must be below --to, got {options.low:g} and {options.high:g}")
     with _progress(Console()) as progress:

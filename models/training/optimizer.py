@@ -21,8 +21,9 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """Split parameters into weights, norms and biases, and activation parameters.
 
-    Weights of convolutions and linear layers decay. The rest does only with decay="all": decay would pull learned
-    curves towards 0. Activation parameters are those of no convolution, linear layer or norm.
+    Weights of convolutions and linear layers decay, of linear layers alone with decay="linear". The rest does only with
+    decay="all": decay would pull learned curves towards 0. Activation parameters are those of no convolution, linear
+    layer or norm.
     """
     weights: dict[nn.Parameter, None] = {}
     rest: dict[nn.Parameter, None] = {}
@@ -32,7 +33,8 @@ def parameter_groups(
             if not parameter.requires_grad:
                 continue
             if isinstance(module, (nn.Linear, nn.modules.conv._ConvNd)):
-                (weights if name == "weight" else rest)[parameter] = None
+                decays = name == "weight" and (decay != "linear" or isinstance(module, nn.Linear))
+                (weights if decays else rest)[parameter] = None
             elif isinstance(module, _NORMS):
                 rest[parameter] = None
             else:

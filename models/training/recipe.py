@@ -6,7 +6,7 @@ from models.training.methods import METHODS, Method
 from models.training.schedules import SCHEDULES, Schedule
 
 PRECISIONS = ("float32", "bfloat16", "float16")
-DECAYS = ("weights", "all")
+DECAYS = ("weights", "linear", "all")
 
 
 @dataclass(frozen=True)
@@ -20,8 +20,8 @@ class Recipe:
         eps: radius of the adversarial training, and of the watch's attack; images are in [0, 1].
         schedule: see `models.training.schedules`.
         momentum, nesterov, weight_decay: of SGD.
-        decay: "weights" decays weights of convolutions and linear layers only; "all" decays norms, biases and
-            activation parameters too, as the reference code of Wong et al. 2020 does.
+        decay: what decays: "weights" of convolutions and linear layers; those of "linear" layers alone; "all": norms,
+            biases and activation parameters too, as in the reference code of Wong et al. 2020.
         activation_lr: learning rate of activation parameters, as a multiple of lr.
         clip: largest norm of the gradient of all parameters, or None.
         label_smoothing: of the cross-entropy that is minimised, in [0, 1).

@@ -311,9 +311,3 @@ def test_a_recipe_takes_the_settings_of_the_activation_and_the_options(tmp_path:
     assert (training["batch_size"], training["precision"]) == (32, "float32")
     assert training["eps"] == record["eps"] == 0.1
     assert record["which"] == "latest"
-
-
-def test_two_recipes_at_a_time_are_refused(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit):
-        run("recipe", "madry", "--recipe", "trades")
-    assert "--recipe trades is another recipe than madry; leave it out" in capsys.readouterr().err

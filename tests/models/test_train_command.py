@@ -36,7 +36,7 @@ def test_trains_and_says_what_to_do_next(tmp_path: Path, capsys: pytest.CaptureF
     assert f"python -m models evaluate {run}" in printed
     assert settings(run)["training"]["eps"] == 0.2
     assert settings(run)["training"]["nesterov"] is True
-    assert settings(run)["training"]["method"] == "nfgsm:k=2"  # from the recipe
+    assert settings(run)["training"]["method"] == "nfgsm:k=1"  # from the recipe
     names = {p.name for p in run.iterdir()}
     assert names == {"run.json", "latest.safetensors", "best.safetensors", "metrics.jsonl", "tensorboard"}
     assert len((run / "metrics.jsonl").read_text().splitlines()) == 2
@@ -106,7 +106,7 @@ def test_missing_images_say_where_they_were_looked_for(
         (["--eps", "8/25/5"], "wanted a number such as 0.2 or a fraction such as 51/255, got '8/25/5'"),
         (["--eps", "-0.1"], r"wanted a value in \[0, 1\]"),
         (["--eps", "8"], r"wanted a value in \[0, 1\]"),
-        (["--eps", "0"], "method nfgsm:k=2 attacks, so eps must be above 0"),
+        (["--eps", "0"], "method nfgsm:k=1 attacks, so eps must be above 0"),
         (["--precision", "float8"], "precision must be one of"),
         (["--momentum", "1"], r"wanted a number in \[0, 1\)"),
         (["--momentum", "0", "--nesterov", "yes"], "momentum must be above 0 for Nesterov's"),

@@ -151,6 +151,8 @@ def test_only_weights_of_convolutions_and_linear_layers_decay() -> None:
     left = set(names.values()) - wanted - {names[id(p)] for p in curves["params"]}
     assert {names[id(p)] for p in others["params"]} == left
     assert all(group["weight_decay"] == 5e-4 for group in parameter_groups(model, 5e-4, "all"))
+    linear = parameter_groups(model, 5e-4, "linear")[0]
+    assert {names[id(p)] for p in linear["params"]} == {"classifier.weight"}
 
 
 def test_nan_loss_stops_and_keeps_the_last_good_state(tmp_path: Path) -> None:
@@ -322,7 +324,7 @@ def test_standard_training_keeps_the_best_by_clean_accuracy(tmp_path: Path) -> N
         ({"eps": 1.5}, r"eps must be in \[0, 1\], got 1\.5"),
         ({"eps": 0.0}, "method fast attacks, so eps must be above 0, got 0; or use method=standard"),
         ({"precision": "half"}, "precision must be one of float32, bfloat16, float16, got half"),
-        ({"decay": "some"}, "decay must be one of weights, all, got some"),
+        ({"decay": "some"}, "decay must be one of weights, linear, all, got some"),
         ({"ema": 1.0}, r"ema must be in \[0, 1\), got 1"),
         ({"momentum": 0.0, "nesterov": True}, "momentum must be above 0 for Nesterov's, got 0"),
         ({"clip": 0.0}, "clip must be above 0, or none, got 0"),
