@@ -1,7 +1,12 @@
 """The runs of a study, several at a time, each done once: trained, evaluated, and its result written to a file."""
 
 import concurrent.futures
+import dataclasses
 import multiprocessing
+import multiprocessing.connection
+import os
+import signal
+import threading
 import time
 from collections.abc import Callable, MutableMapping
 from dataclasses import asdict
@@ -14,11 +19,13 @@ from models import data, environment, files, session
 from models.attacks import ATTACKS
 from models.errors import UserError
 from models.interrupts import Interrupted
+from models.settings import Settings
 from models.study.plan import Run, Study
 from models.training import Trainer
 
 Status = MutableMapping[str, str]
 _POLL_SECONDS = 0.5
+_GRACE_SECONDS = 20.0
 
 
 class StudyError(UserError):
@@ -42,9 +49,9 @@ def read(results: Path, study: Study) -> dict[str, dict[str, Any]]:
         result = files.read_json(path)
         if result is None:
             continue
-        wanted = _settings(study, run)
-        if result["settings"] != wanted:
-            names = [n for n in wanted if result["settings"].get(n) != wanted[n]]
+        theirs, wanted = _completed(result["settings"]), _settings(study, run)
+        names = [name for name in wanted if theirs.get(name) != wanted[name]]
+        if names:
             raise StudyError(
                 f"{path} was made with other settings: {', '.join(names)} differ; give another --out, or remove it"
             )
@@ -77,7 +84,7 @@ def work(
     context = multiprocessing.get_context("spawn")
     with (
         context.Manager() as manager,
-        concurrent.futures.ProcessPoolExecutor(jobs, context, torch.set_num_threads, (threads,)) as pool,
+        concurrent.futures.ProcessPoolExecutor(jobs, context, _begin, (threads,)) as pool,
     ):
         status: Any = manager.dict()
         futures = {pool.submit(do, study, run, results, folder, status): run for run in todo}
@@ -91,6 +98,22 @@ def work(
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
+
+
+def _begin(threads: int) -> None:
+    torch.set_num_threads(threads)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """Stop this process where the one that began it is gone, however it went: nobody would take its results."""
+    parent = multiprocessing.parent_process()
+    if parent is None:
+        return
+    multiprocessing.connection.wait([parent.sentinel])
+    os.kill(os.getpid(), signal.SIGTERM)  # training saves its state
+    time.sleep(_GRACE_SECONDS)
+    os._exit(1)
 
 
 def do(study: Study, run: Run, results: Path, folder: Path, status: Status) -> dict[str, Any]:
@@ -149,6 +172,16 @@ def _evaluate(study: Study, run: Run, trainer: Trainer, folder: Path, say: Calla
     with torch.no_grad():
         wrong = model(images).argmax(1) != labels
     return {"wrong": "".join(str(int(w)) for w in wrong), "found": found, "seconds": seconds}
+
+
+def _completed(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return the settings of a result with the defaults of those that are newer than it."""
+    known = {field.name for field in dataclasses.fields(Settings)}
+    try:
+        training = Settings.from_dict({name: value for name, value in settings.items() if name in known})
+    except ValueError:
+        return settings
+    return {**settings, **training.as_dict()}
 
 
 def _settings(study: Study, run: Run) -> dict[str, Any]:

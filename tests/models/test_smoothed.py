@@ -6,8 +6,8 @@ from torch.nn import functional as F
 
 from models import sanity
 from models.activations import activation
-from models.attacks import ATTACKS, SmoothedAttack, pgd, search
-from models.evaluation import Outcome, clean_accuracy, evaluate_attack
+from models.attacks import ATTACKS, SmoothedAttack, nfgsm, perturb, pgd, search
+from models.evaluation import accuracy, evaluate_attack
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -91,7 +91,7 @@ def test_finds_what_no_gradient_shows() -> None:
 @pytest.mark.parametrize("name", ["nes", "spsa"])
 def test_keeps_the_contract(name: str) -> None:
     x, y = torch.rand(30, 1, 4, 4, generator=generator(4)), torch.arange(30) % 2
-    model = Linear(torch.randn(16, generator=generator(1)))
+    model = Linear(torch.tensor([-1.0, 1.0]).repeat(8))
     wrong = model(x).argmax(1) != y
     attack = ATTACKS.create(f"{name}:samples=20,steps=5,restarts=2", 0.1)
     state = torch.get_rng_state()
@@ -110,7 +110,7 @@ def test_keeps_the_contract(name: str) -> None:
 
 def test_an_image_is_attacked_the_same_way_whoever_is_beside_it() -> None:
     x, y = torch.rand(30, 1, 4, 4, generator=generator(4)), torch.arange(30) % 2
-    model = Linear(torch.randn(16, generator=generator(1)))
+    model = Linear(torch.tensor([-1.0, 1.0]).repeat(8))
     attack = SmoothedAttack(0.05, samples=20, steps=5)
     together, found = attack.search(model, x, y, generator())
     for i in range(5):
@@ -148,8 +148,11 @@ def test_refuses_impossible_settings(arguments: dict, message: str) -> None:
         SmoothedAttack(**arguments)
 
 
+EPS = 0.3
+
+
 def trained(name: str, images: torch.Tensor, labels: torch.Tensor) -> nn.Module:
-    """Train two convolutional layers with this activation on clean images, 15 epochs."""
+    """Train two convolutional layers with this activation by N-FGSM of radius 0.2 for 6 epochs."""
     make = activation(name)
     torch.manual_seed(0)
     model = nn.Sequential(
@@ -158,43 +161,43 @@ def trained(name: str, images: torch.Tensor, labels: torch.Tensor) -> nn.Module:
         nn.Flatten(), nn.Linear(16 * 49, 10),
     )  # fmt: skip
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=15 * 30)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 0.1, total_steps=6 * 30)
     order = generator(1)
-    for _ in range(15):
+    for _ in range(6):
         for batch in torch.randperm(3000, generator=order).split(100):
+            x, y = perturb(model, images[batch], labels[batch], nfgsm(0.2), order), labels[batch]
             optimizer.zero_grad()
-            F.cross_entropy(model(images[batch]), labels[batch]).backward()
+            F.cross_entropy(model(x), y).backward()
             optimizer.step()
             schedule.step()
     return model.eval()
 
 
 def test_kwta_looks_robust_to_pgd_and_is_not() -> None:
-    """Two networks that differ in the activation, trained on clean images, which makes no network robust.
+    """Two networks that differ in the activation alone, adversarially trained.
 
-    PGD of 50 steps and 10 restarts leaves k-WTA many more images than ReLU. The attack that broke it in Tramèr et al.
-    2020, by a smoothed gradient without any gradient of the network's, leaves it less than half of them, while it has
-    nothing to add to PGD on the ReLU network; and the checks name the masked gradient.
+    PGD of 50 steps and 10 restarts finds nothing for nearly half of the images, in both. Tramèr et al. 2020 broke k-WTA
+    by a smoothed gradient, estimated without any gradient of the network's: here it leaves k-WTA less than a third of
+    what PGD leaves, and ReLU about as much, and the checks name the masked gradient.
     """
     pixels, digits = mnist_data()
     order = torch.randperm(5000, generator=generator())
     images = torch.from_numpy(pixels).float().view(-1, 1, 28, 28)[order] / 255
     labels = torch.from_numpy(digits)[order]
-    x, y, eps = images[4500:4560], labels[4500:4560], 0.1
-    accuracies: dict[tuple[str, str], float] = {}
+    x, y = images[4500:4560], labels[4500:4560]
+    left: dict[tuple[str, str], float] = {}
     verdicts = {}
     for name in ("relu", "kwta:ratio=0.1"):
         model = trained(name, images[:3000], labels[:3000])
-        assert clean_accuracy(model, x, y).value > 0.9
-        outcomes: dict[str, Outcome] = {
-            text: evaluate_attack(model, x, y, ATTACKS.create(text, eps), seed=0)
-            for text in ("pgd-50-10", "nes:growth=4")
-        }
-        accuracies |= {(name, text): outcome.accuracy.value for text, outcome in outcomes.items()}
-        by_gradient, without = (sanity.Attacked(text, outcome.found) for text, outcome in outcomes.items())
-        verdicts[name] = sanity.never_beats("black box", without, by_gradient)
-    assert accuracies["kwta:ratio=0.1", "pgd-50-10"] > accuracies["relu", "pgd-50-10"] + 0.2
-    assert accuracies["kwta:ratio=0.1", "nes:growth=4"] < accuracies["kwta:ratio=0.1", "pgd-50-10"] / 2
+        found = [
+            sanity.Attacked(text, evaluate_attack(model, x, y, ATTACKS.create(text, EPS), seed=0).found)
+            for text in ("pgd-50-10", "nes")
+        ]
+        left |= {(name, attack.name): accuracy(attack.found).value for attack in found}
+        verdicts[name] = sanity.never_beats("black box", weaker=found[1], stronger=found[0])
+    assert left["kwta:ratio=0.1", "pgd-50-10"] > 0.25
+    assert left["kwta:ratio=0.1", "nes"] < left["kwta:ratio=0.1", "pgd-50-10"] / 3
+    assert left["relu", "nes"] > left["relu", "pgd-50-10"] - 0.1
     assert verdicts["kwta:ratio=0.1"].result == sanity.FAIL
-    assert verdicts["relu"].result == sanity.PASS
-    assert sanity.masking([verdicts["kwta:ratio=0.1"]]).startswith("gradient masking: likely, because nes:growth=4")
+    assert verdicts["relu"].result != sanity.FAIL
+    assert sanity.masking([verdicts["kwta:ratio=0.1"]]).startswith("gradient masking: likely, because nes alone breaks")

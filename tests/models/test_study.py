@@ -1,6 +1,10 @@
 import dataclasses
 import json
 import re
+import subprocess
+import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -8,12 +12,14 @@ import matplotlib.image
 import pytest
 import scipy.stats
 
+from models import checkpoints
 from models.cli import main
-from models.study import plan
+from models.study import plan, workers
 from models.study.plan import Study
 from models.study.statistics import estimate, noise_of_a_difference, paired, pooled_std, t_quantile
 from models.study.summary import accuracies, summarise
 
+ROOT = Path(__file__).parents[2]
 TINY: dict[str, Any] = {
     "about": "A study of nothing.",
     "data": "mnist5k:train=80,test=40,validation=20",
@@ -145,6 +151,55 @@ def test_results_of_other_settings_are_not_mixed_in(tmp_path: Path, capsys: pyte
     (out / "runs" / f"{run.name}.json").write_text(json.dumps({"settings": settings}))
     assert main(["study", str(tmp_path / "tiny.json"), "--out", str(out)]) == 1
     assert "was made with other settings: attacks, eps differ; give another --out" in capsys.readouterr().err
+
+
+@pytest.mark.slow  # half a minute, and more on a busy machine
+def test_workers_end_with_the_process_that_began_them(tmp_path: Path) -> None:
+    file = write(tmp_path, training={**TINY["training"], "epochs": 10_000})
+    command = [sys.executable, "-m", "models", "study", str(file), "--out", str(tmp_path / "results"), "--jobs", "1"]
+    study = subprocess.Popen([*command, "--runs", str(tmp_path / "runs")], cwd=ROOT, stdout=subprocess.DEVNULL)
+    checkpoint = tmp_path / "runs/light-relu-0/latest.safetensors"
+    try:
+        assert wait_for(checkpoint.exists)
+        below = children(study.pid)
+        assert below
+    finally:
+        study.kill()
+        study.wait()
+    assert wait_for(lambda: not any(alive(process) for process in below))
+    assert checkpoints.load(checkpoint)[1]["epoch"] > 0
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 300.0) -> bool:
+    end = time.monotonic() + seconds
+    while not condition():
+        if time.monotonic() > end:
+            return False
+        time.sleep(0.2)
+    return True
+
+
+def children(process: int) -> list[int]:
+    own = [int(word) for word in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
+    return own + [grandchild for child in own for grandchild in children(child)]
+
+
+def alive(process: int) -> bool:
+    try:
+        return Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False
+
+
+def test_a_result_from_before_a_setting_was_new_still_counts(tmp_path: Path) -> None:
+    found = plan.load(str(write(tmp_path)))
+    run = found.runs()[0]
+    settings = run.settings.as_dict()
+    del settings["training"]["label_smoothing"]
+    record = {"settings": {**settings, "attacks": found.attacks, "eps": found.eps, "images": found.images}}
+    (tmp_path / "runs").mkdir()
+    (tmp_path / f"runs/{run.name}.json").write_text(json.dumps(record))
+    assert workers.read(tmp_path, found) == {run.name: record}
 
 
 @pytest.mark.parametrize(
