@@ -1,5 +1,6 @@
 """A run folder: one set of settings and what came of it, so that a command can go on where it stopped."""
 
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,14 @@ def _read(path: Path) -> dict[str, Any] | None:
     return record
 
 
+def _flat(settings: dict[str, Any]) -> dict[str, Any]:
+    """Return settings with those of an inner group among the others."""
+    inner = [value.items() for value in settings.values() if isinstance(value, dict)]
+    return {**{k: v for k, v in settings.items() if not isinstance(v, dict)}, **dict(chain(*inner))}
+
+
 def _check_settings(path: Path, theirs: dict[str, Any], ours: dict[str, Any]) -> None:
+    theirs, ours = _flat(theirs), _flat(ours)
     names = [name for name in {**theirs, **ours} if theirs.get(name) != ours.get(name)]
     if names:
         differences = ", ".join(f"{name} is {theirs.get(name)} there and {ours.get(name)} here" for name in names)

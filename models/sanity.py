@@ -143,7 +143,11 @@ def masking(verdicts: Sequence[Verdict]) -> str:
         reasons = [verdict.evidence for verdict in verdicts if verdict.result == result]
         if reasons:
             return f"gradient masking: {word}, because {'; '.join(reasons)}"
-    return f"gradient masking: no sign of it in {len(verdicts)} checks" if verdicts else "gradient masking: not checked"
+    return (
+        f"gradient masking: no sign of it in the {len(verdicts)} checks made"
+        if verdicts
+        else "gradient masking: not checked"
+    )
 
 
 def _share(found: Tensor) -> str:

@@ -90,7 +90,8 @@ class AutoAttackMember:
                 f"attack {self.name!r} needs a network with at least {least} classes, this one has {classes}; "
                 "use apgd-ce, fab-t and square"
             )
-        return self._library_attack(model, min(self.targets, classes - 1), seed, x.device).perturb(x, y)
+        attack = self._library_attack(_Contiguous(model), min(self.targets, classes - 1), seed, x.device)
+        return attack.perturb(x.contiguous(), y)
 
     def _library_attack(self, model: nn.Module, targets: int, seed: int, device: torch.device) -> Any:
         apgd = _library("pyautoattack.autopgd_base", self.name)
@@ -168,7 +169,7 @@ class Foolbox:
         if self.name in ("hopskipjump", "boundary"):
             starts, there = _starts(model, x, y, generator)
             todo = todo[there]
-        for part in todo.split(_PORTION):
+        for part in todo.split(_PORTION) if len(todo) else ():
             if self.name in ("hopskipjump", "boundary"):
                 arguments = {"starting_points": starts[part]}
             with _no_root_handler():
@@ -185,6 +186,20 @@ class Foolbox:
         if self.name == "hopskipjump":
             return attacks.HopSkipJumpAttack(steps=self.steps or 20, constraint="linf")
         return attacks.BoundaryAttack(steps=self.steps or 2000)
+
+
+class _Contiguous(nn.Module):
+    """A model that gives contiguous gradients, of which pyautoattack takes views, whatever its memory format."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.requires_grad:
+            x = x.view_as(x)
+            x.register_hook(Tensor.contiguous)
+        return self.model(x)
 
 
 def project(points: Tensor, x: Tensor, radius: float, norm: str) -> Tensor:

@@ -1,8 +1,8 @@
 """One process, or several that share every batch: DDP and FSDP2 under torchrun or `accelerate launch`.
 
 A batch is cut into shares, process r taking images r, r + world, ...; losses are weighted so that the averaged gradient
-is that of the whole batch whatever the shares' sizes. Batch norm sees a process's own share, except as SyncBatchNorm on
-GPUs.
+is that of the whole batch whatever the shares' sizes. Batch norm sees a process's own share; after an epoch its
+statistics are the mean over processes.
 """
 
 import os

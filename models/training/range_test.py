@@ -99,7 +99,7 @@ class _Sweep(Trainer):
                         return
                     before = self.tally.loss
                     try:
-                        self._step(x.to(self.device), y.to(self.device), False)
+                        self._step(self._here(x), self._here(y), False)
                     except TrainingError:
                         yield math.inf
                         return

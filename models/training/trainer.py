@@ -99,6 +99,7 @@ class Trainer:
         self.processes = processes or Processes()
         self.recipe, self.seed, self.source, self.folder = recipe, seed, source, folder
         self.device = self.processes.device
+        _check_shares(len(source), recipe.batch_size, self.processes.world)
         self.model = model.to(self.device)
         if shard:
             _check_shardable(recipe)
@@ -167,7 +168,7 @@ class Trainer:
                 )
                 for x, y in batches:
                     self._progress()
-                    stopping = self._step(x.to(self.device), y.to(self.device), stop.requested)
+                    stopping = self._step(self._here(x), self._here(y), stop.requested)
                     self.tally.seconds += time.perf_counter() - start
                     on_step(self)
                     # A stop asked for in on_step is seen by this process at once, by others in the next step.
@@ -179,6 +180,9 @@ class Trainer:
                     start = time.perf_counter()
                 self._end_epoch()
                 on_epoch(self.history[-1])
+
+    def _here(self, tensor: Tensor) -> Tensor:
+        return tensor.to(self.device, non_blocking=True)
 
     def _progress(self) -> None:
         progress = self.steps_done / self.steps
@@ -365,6 +369,15 @@ def _average(model: nn.Module, decay: float) -> AveragedModel | None:
     if decay == 0:
         return None
     return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
+
+
+def _check_shares(images: int, batch_size: int, world: int) -> None:
+    last = images % batch_size or batch_size
+    if last < world:
+        raise TrainingError(
+            f"the last batch of an epoch has {last} of {images} images, fewer than the {world} processes to share it; "
+            f"choose another batch size than {batch_size}"
+        )
 
 
 def _check_shardable(recipe: Recipe) -> None:

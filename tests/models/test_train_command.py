@@ -46,7 +46,7 @@ def test_trains_and_says_what_to_do_next(tmp_path: Path, capsys: pytest.CaptureF
     assert (run / "latest.safetensors").read_bytes() == before
     # Fewer settings are other settings: refused, and nothing is lost.
     assert main([*command, "--lr", "0.3"]) == 1
-    assert "lr" in capsys.readouterr().err
+    assert "holds a run with other settings: lr is 0.1 there and 0.3 here." in capsys.readouterr().err
     assert (run / "latest.safetensors").read_bytes() == before
     assert main([*command, "--lr", "0.3", "--restart", "--no-tensorboard"]) == 0
     assert settings(run)["training"]["lr"] == 0.3

@@ -18,6 +18,7 @@ from models.images import MNIST
 from models.interrupts import Interrupted, StopRequest
 from models.networks import build
 from models.training import Recipe, Trainer, TrainingError, parameter_groups
+from models.training.processes import Processes
 from models.training.schedules import SCHEDULES
 
 RECIPE = Recipe(epochs=3, batch_size=8, lr=0.05, method="fast", eps=0.1, watch_images=6)
@@ -314,6 +315,13 @@ def test_standard_training_keeps_the_best_by_clean_accuracy(tmp_path: Path) -> N
     run.run()
     assert all(record.robust is None for record in run.history)
     assert run.best == max(record.clean for record in run.history)
+
+
+def test_every_process_needs_an_image_of_the_last_batch(tmp_path: Path) -> None:
+    x, y = images()
+    with pytest.raises(TrainingError, match="last batch of an epoch has 2 of 20 images, fewer than the 3 processes"):
+        Trainer(network(), dataclasses.replace(RECIPE, batch_size=9), 0, TensorSource(x, y, 0), None, tmp_path,
+                Processes(0, 3))  # fmt: skip
 
 
 @pytest.mark.parametrize(
