@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from models.attacks.linf import margin, random_start
 
 DISTRIBUTIONS = ("gaussian", "rademacher")
-_DIRECTIONS, _POINTS = 64, 1024  # drawn at once, and shown to the network at once
+_DIRECTIONS = 64  # drawn at once
+_POINTS, _VALUES = 1024, 2**26  # shown to the network at once, and numbers in them, but at least one image's pairs
 
 
 @dataclass(frozen=True)
@@ -109,8 +110,9 @@ class SmoothedAttack:
         """Estimate the direction in which the smoothed margin of each point grows; its length is left out."""
         sigma = self.eps / 2 if self.sigma is None else self.sigma
         slope = torch.zeros_like(points)
+        most = min(_POINTS, _VALUES // points[0].numel())
         for u in self._directions(points, samples // 2, generator):
-            together = max(1, _POINTS // (2 * len(u)))
+            together = max(1, most // (2 * len(u)))
             parts = zip(points.split(together), y.split(together), slope.split(together), strict=True)
             for x, labels, sums in parts:
                 around = torch.stack((x[:, None] + sigma * u, x[:, None] - sigma * u))  # [2, n, D, C, H, W]

@@ -1,6 +1,7 @@
 """`python -m models evaluate`."""
 
 import argparse
+import textwrap
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -26,8 +27,9 @@ _ABOUT = """
 Attacks the network of a run and writes to RUN/evaluation: what each attack found, image by image, evaluation.json with
 accuracies, intervals and verdicts, and figures.
 
-Attacks: {names}; pgd-50-10 is PGD with 50 steps and 10 restarts, and options follow a colon, as in
-nes:samples=200,steps=50. Worst case counts an image as broken when any attack in L-infinity breaks it.
+Attacks: {names}.
+pgd-50-10 is PGD with 50 steps and 10 restarts, and options follow a colon, as in nes:samples=200,steps=50. In the worst
+case an image is broken when any attack in L-infinity breaks it.
 
 Checks of Carlini et al. 2019 say whether the gradient hides weaknesses from the attacks. Ctrl-C stops at any time and
 loses at most the batch under way: the same command goes on where it stopped.
@@ -43,7 +45,7 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
     evaluate = commands.add_parser(
         "evaluate",
         help="attack a trained network",
-        description=_ABOUT.format(names=", ".join(ATTACKS.names)),
+        description=_ABOUT.format(names=textwrap.fill(", ".join(ATTACKS.names), 110)),
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
