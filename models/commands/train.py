@@ -52,9 +52,9 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
     find.add_argument("out", type=Path, metavar="OUT", help="folder for the figure and the numbers")
     rate, steps = arguments.positive, arguments.integer(10)
     option = find.add_argument
-    option("--from", dest="low", type=rate, default=1e-4, metavar="X", help="first learning rate (default: 1e-4)")
+    option("--from", dest="low", type=rate, default=1e-3, metavar="X", help="first learning rate (default: 1e-3)")
     option("--to", dest="high", type=rate, default=10.0, metavar="X", help="last learning rate (default: 10)")
-    option("--steps", type=steps, default=100, metavar="N", help="steps (default: 100)")
+    option("--steps", type=steps, default=300, metavar="N", help="steps (default: 300)")
     _add_recipe(find)
     options_of.add(find)
     find.set_defaults(run=_find, refuse=find.error)

@@ -15,19 +15,22 @@ from models.training.optimizer import set_learning_rate
 from models.training.trainer import Trainer, TrainingError
 
 _SMOOTHING = 0.9  # of the loss, an exponential average over steps
+_FALL = 0.97  # of the first loss: less than that is noise
 _DIVERGED = 4.0  # times the lowest smoothed loss
 
 
 @dataclass(frozen=True)
 class Range:
-    """Losses over learning rates, and the range that they suggest: from where the loss falls to where it is lowest."""
+    """Losses over learning rates, and the range that they suggest: from where the loss falls to where it is lowest.
+
+    Where it never falls, there is no range: low and high are None.
+    """
 
     rates: tuple[float, ...]
     losses: tuple[float, ...]  # of each step
     smoothed: tuple[float, ...]
-    low: float
-    steepest: float
-    high: float
+    low: float | None
+    high: float | None
     diverged: bool
 
     def as_dict(self) -> dict[str, Any]:
@@ -37,10 +40,15 @@ class Range:
     @property
     def verdict(self) -> str:
         """What to make of it, in a sentence."""
-        end = "it diverges above" if self.diverged else "it did not diverge"
+        end = f"it diverges above {self.rates[-1]:.2g}" if self.diverged else "it did not diverge"
+        if self.low is None:
+            return (
+                f"The loss never fell in {len(self.rates)} steps, and {end}. Give more --steps, a smaller --eps, or "
+                "--method standard."
+            )
         return (
-            f"The loss falls from learning rate {self.low:.2g} on, fastest at {self.steepest:.2g}, and is lowest at "
-            f"{self.high:.2g}; {end}. A peak between {self.steepest:.2g} and {self.high:.2g} is a good start."
+            f"The loss falls from learning rate {self.low:.2g} on and is lowest at {self.high:.2g}; {end}. A peak between "
+            "these, rather the lower, is a good start."
         )
 
 
@@ -114,11 +122,9 @@ class _Sweep(Trainer):
 
 def _judge(rates: list[float], losses: list[float], smoothed: list[float], diverged: bool) -> Range:
     lowest = min(range(len(rates)), key=smoothed.__getitem__)
-    slopes = [
-        (smoothed[i + 1] - smoothed[i - 1]) / math.log(rates[i + 1] / rates[i - 1]) for i in range(1, len(rates) - 1)
-    ]
-    steepest = min(range(min(max(lowest, 1), len(slopes))), key=slopes.__getitem__) + 1
+    if smoothed[lowest] > _FALL * smoothed[0]:
+        return Range(tuple(rates), tuple(losses), tuple(smoothed), None, None, diverged)
     # The loss falls where it has lost a tenth of what it will lose.
     threshold = smoothed[0] - 0.1 * (smoothed[0] - smoothed[lowest])
     start = next(i for i in range(len(rates)) if smoothed[i] <= threshold or i == lowest)
-    return Range(tuple(rates), tuple(losses), tuple(smoothed), rates[start], rates[steepest], rates[lowest], diverged)
+    return Range(tuple(rates), tuple(losses), tuple(smoothed), rates[start], rates[lowest], diverged)

@@ -76,11 +76,12 @@ def test_interrupted_twice_gives_the_same_numbers(
     out = tmp_path / "demo"
     step, taken = Trainer._step, []
 
-    def interrupted(self: Trainer, chosen: torch.Tensor) -> None:
-        step(self, chosen)
+    def interrupted(self: Trainer, *batch: object) -> bool:
+        stopping = step(self, *batch)
         taken.append(1)
         if len(taken) in (2, 9):
             os.kill(os.getpid(), signal.SIGINT)
+        return stopping
 
     monkeypatch.setattr(Trainer, "_step", interrupted)
     for extra in ("--restart", "--no-compile"):  # the way to go on must not be a restart
@@ -106,7 +107,7 @@ def test_interrupted_evaluation_does_not_train_again(tmp_path: Path, monkeypatch
             run.run()
     steps: list[Trainer] = []
     step = Trainer._step
-    monkeypatch.setattr(Trainer, "_step", lambda self, chosen: (steps.append(self), step(self, chosen)))
+    monkeypatch.setattr(Trainer, "_step", lambda self, *batch: (steps.append(self), step(self, *batch))[1])
     Demo(tmp_path, settings, restart=False, compiled=False, command="").run()
     assert len(steps) == 2  # SiLU and KAF, one batch each
 

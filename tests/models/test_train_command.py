@@ -122,7 +122,10 @@ def test_wrong_options_say_what_was_wanted(
 
 def test_find_lr_writes_a_figure_and_numbers(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["find-lr", str(tmp_path), *TINY, "--steps", "20", "--from", "1e-3", "--to", "1"]) == 0
-    assert re.search(r"A peak between .* and .* is a good start", " ".join(capsys.readouterr().out.split()))
+    assert re.search(
+        r"A peak between these, rather the lower, is a good start|The loss never fell in 20 steps",
+        " ".join(capsys.readouterr().out.split()),
+    )
     found = json.loads((tmp_path / "learning-rate.json").read_text())
     assert found["rates"][0] == pytest.approx(1e-3)
     assert len(found["rates"]) == len(found["losses"]) == len(found["smoothed"])
