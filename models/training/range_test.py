@@ -47,8 +47,8 @@ class Range:
                 "--method standard."
             )
         return (
-            f"The loss falls from learning rate {self.low:.2g} on and is lowest at {self.high:.2g}; {end}. A peak between "
-            "these, rather the lower, is a good start."
+            f"The loss falls from learning rate {self.low:.2g} on and is lowest at {self.high:.2g}; {end}. A peak "
+            "between these, rather the lower, is a good start."
         )
 
 
