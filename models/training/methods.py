@@ -232,7 +232,8 @@ class GradAlign(Method):
         with frozen(step.bare):
             at_image = _input_gradient(step, x, y, create_graph=False)
         at_random = _input_gradient(step, step.noise.around(x, self.eps), y, create_graph=True)
-        usable = at_image.any(1) & at_random.detach().any(1)
+        # Under float16 a gradient can overflow; the loss must not become NaN for it, since the scaler then only skips.
+        usable = _direction(at_image) & _direction(at_random.detach())
         if not usable.any():
             return at_random.sum() * 0
         return 1 - F.cosine_similarity(at_image[usable], at_random[usable], eps=0.0).mean()
@@ -247,6 +248,10 @@ def _input_gradient(step: Step, x: Tensor, y: Tensor, create_graph: bool) -> Ten
     x = x.detach().requires_grad_()
     loss = step.scale * F.cross_entropy(exact(step.bare(x)), y)
     return torch.autograd.grad(loss, x, create_graph=create_graph)[0].flatten(1)
+
+
+def _direction(gradients: Tensor) -> Tensor:  # [N, *] -> [N] bool
+    return gradients.any(1) & gradients.isfinite().all(1)
 
 
 def _mode(mode: str) -> str:
