@@ -74,17 +74,7 @@ def _findings(summary: dict[str, Any], results: dict[str, dict[str, Any]]) -> li
     found = []
     for network, content in summary["networks"].items():
         entries = content["activations"]
-        clear = [
-            f"{name} ({_signed(e[WORST]['difference'])})"
-            for name, e in entries.items()
-            if e[WORST].get("difference", {}).get("low") is not None
-            and not e[WORST]["difference"]["low"] <= 0 <= e[WORST]["difference"]["high"]
-        ]
-        found.append(
-            f"- {network}: under the worst attack, "
-            + (f"these differ from {summary['baseline']} beyond their intervals: {', '.join(clear)}." if clear
-               else f"no activation differs from {summary['baseline']} beyond its interval.")
-        )  # fmt: skip
+        found.append(f"- {network}: {_clear_differences(entries, summary['baseline'])}")
         first = summary["measures"][1]
         gaps = {name: e[first]["mean"] - e[WORST]["mean"] for name, e in entries.items()}
         widest = max(gaps, key=gaps.__getitem__)
@@ -104,6 +94,17 @@ def _findings(summary: dict[str, Any], results: dict[str, dict[str, Any]]) -> li
         + (f": {', '.join(collapsed)}." if collapsed else ".")
     )
     return ["\n".join(found)]
+
+
+def _clear_differences(entries: dict[str, Any], baseline: str) -> str:
+    differences = {name: e[WORST]["difference"] for name, e in entries.items() if "difference" in e[WORST]}
+    known = {name: d for name, d in differences.items() if d["low"] is not None}
+    if not known:
+        return f"one seed so far, so nothing can be said about differences to {baseline}."
+    clear = [f"{name} ({_signed(d)})" for name, d in known.items() if not d["low"] <= 0 <= d["high"]]
+    if not clear:
+        return f"under the worst attack no activation differs from {baseline} beyond its interval."
+    return f"under the worst attack these differ from {baseline} beyond their intervals: {', '.join(clear)}."
 
 
 def _machine(results: dict[str, dict[str, Any]]) -> str:
