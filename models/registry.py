@@ -76,6 +76,8 @@ class Registry(Generic[T]):
             if key not in options:
                 there = f"it has {', '.join(options)}{near(key, options)}" if options else "it has none"
                 raise ValueError(f"{self.kind} {name!r} has no option {key!r}: {there}")
+            if key in given:
+                raise ValueError(f"option {key!r} of {self.kind} {name!r} is given twice")
             if not equals:
                 raise ValueError(f"option {key!r} of {self.kind} {name!r} needs a value, as in {name}:{key}=...")
             given[key] = self._read(name, options[key], value)

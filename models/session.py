@@ -1,5 +1,6 @@
 """One training run in one folder, with progress shown: what `python -m models train` and the study do."""
 
+import importlib.util
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,14 @@ from models.training import EpochRecord, Trainer
 from models.training.processes import Processes
 from models.training.trainer import BEST, LATEST, METRICS
 
-OUTPUTS = (LATEST, BEST, METRICS, "evaluation/*", "comparison/*", "tensorboard/*", "*.png")
+OUTPUTS = (
+    LATEST,
+    BEST,
+    METRICS,
+    *(f"evaluation/*.{end}" for end in ("json", "png")),
+    *(f"comparison/comparison.{end}" for end in ("json", "md", "png")),
+    "tensorboard/events.out.tfevents.*",
+)
 
 
 def prepare(
@@ -40,10 +48,11 @@ def prepare(
     held_out = None
     if recipe.watch_steps > 0 and recipe.watch_images > 0:
         held_out = sets.validation.tensors(min(recipe.watch_images, len(sets.validation)))
+    # The trainer before the folder: what it refuses must not cost the run that the folder holds.
+    trainer = Trainer(model, recipe, settings.seed, sets.train, held_out, out, processes, shard)
     if processes.first:
         RunFolder.open(out, settings.as_dict(), restart, OUTPUTS).note_environment(environment.describe())
     processes.wait()
-    trainer = Trainer(model, recipe, settings.seed, sets.train, held_out, out, processes, shard)
     trainer.resume()
     return trainer
 
@@ -60,12 +69,14 @@ def build(settings: Settings, images: ImageFormat) -> nn.Module:
         raise UserError(f"no {settings.network} with {settings.activation} for {settings.data}: {error}") from error
 
 
-def tensorboard(folder: Path, done: int) -> tuple[Callable[[EpochRecord], None], Callable[[], None]]:
-    """Return what writes an epoch's numbers to TensorBoard, events after epoch `done` replaced, and what closes it.
+def check_tensorboard() -> None:
+    """Raise a UserError where the package tensorboard is not there."""
+    if importlib.util.find_spec("tensorboard") is None:
+        raise UserError("TensorBoard events need the package tensorboard: `pip install 'kafops[models]'`")
 
-    Raises:
-        ModuleNotFoundError: the package tensorboard is not there.
-    """
+
+def tensorboard(folder: Path, done: int) -> tuple[Callable[[EpochRecord], None], Callable[[], None]]:
+    """Return what writes an epoch's numbers to TensorBoard, events after epoch `done` replaced, and what closes it."""
     from torch.utils.tensorboard import SummaryWriter
 
     writer: Any = SummaryWriter(str(folder / "tensorboard"), purge_step=done + 1)

@@ -1,6 +1,7 @@
 """The settings of one training run: what run.json of its folder holds and what a recipe file gives."""
 
 import dataclasses
+import typing
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -55,4 +56,14 @@ def _from(kind: Any, values: dict[str, Any]) -> Any:
     lacking = [n for n, f in fields.items() if f.default is dataclasses.MISSING and n not in values]
     if lacking:
         raise ValueError(f"settings lack {', '.join(lacking)}")
+    hints = typing.get_type_hints(kind)
+    for name, value in values.items():
+        if not _fits(value, hints[name]):
+            raise ValueError(f"setting {name!r} must be {getattr(hints[name], '__name__', hints[name])}, got {value!r}")
     return kind(**values)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Say whether a JSON value is of a type, or of one of several; a whole number will do for a float."""
+    kinds = typing.get_args(hint) or (hint,)
+    return type(value) in kinds or (type(value) is int and float in kinds)

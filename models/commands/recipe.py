@@ -131,7 +131,7 @@ def _evaluation(options: argparse.Namespace, settings: Settings, recipe: Recipe)
     given = {
         "--attacks": options.attacks or recipe.evaluation["attacks"],
         "--eps": repr(settings.training.eps) if own else recipe.evaluation["eps"],
-        "--which": recipe.evaluation["which"],
+        "--which": recipe.evaluation["which"] if settings.training.watch_steps else "latest",
         "--images": options.images,
         "--check-images": options.check_images,
         "--data-root": options.data_root,

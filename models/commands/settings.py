@@ -61,8 +61,6 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def collect(options: argparse.Namespace, recipe: str, refuse: Callable[[str], Any]) -> Settings:
     """Return a recipe's settings with those changes that the options make; call `refuse` where that makes no sense."""
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
     given = vars(options)
     try:
         start = recipes.load(recipe).settings_for(given.get("activation"))
@@ -75,6 +73,12 @@ def collect(options: argparse.Namespace, recipe: str, refuse: Callable[[str], An
     except ValueError as error:
         refuse(str(error))
         raise
+
+
+def use_threads(options: argparse.Namespace) -> None:
+    """Compute on so many threads as the options say."""
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
 
 
 def _names(registry: Registry[Any]) -> str:

@@ -8,7 +8,7 @@ from typing import Any
 
 from rich.console import Console
 
-from models import arguments, files
+from models import arguments, data, files
 from models.figures import study as figures
 from models.study import page, plan, workers
 from models.study.plan import Run, Study
@@ -17,7 +17,8 @@ from models.study.summary import accuracies, summarise
 _STUDY = """
 Trains and attacks every network, activation and seed of a study, and writes to the folder OUT: a result for each run,
 summary.json, figures and README.md. Ctrl-C stops at any time; the same command goes on with what is left, and runs
-whose results are there are not done again. Checkpoints are kept in RUNS.
+whose results are there are not done again. Checkpoints are kept in RUNS. Runs that fail are reported and left out; to
+try one again remove its result. Studies are for processors, a run for each core.
 """
 
 
@@ -66,6 +67,8 @@ def _run(options: argparse.Namespace, command: str) -> int:
         def on_change(status: workers.Status) -> None:
             shown.update("; ".join(f"{name}: {text}" for name, text in status.items()))
 
+        if len(data.load(study.data, 0).test) < study.images:
+            options.refuse(f"{study.data} has fewer than the {study.images} test images that the study attacks")
         folder = options.runs or Path("runs/study") / study.name
         workers.work(study, todo, results, folder, jobs, options.threads, on_change, on_result)
     report(study, done, results, command)
@@ -78,16 +81,18 @@ def report(study: Study, done: dict[str, dict[str, Any]], results: Path, command
     if not done:
         return
     summary = summarise(study, done)
+    if not summary["networks"]:
+        return
     files.write_json(results / "summary.json", summary)
     files.write_bytes(results / "accuracies.png", figures.accuracies(summary))
-    if len({run.activation for run in study.runs() if run.name in done}) > 1:
+    if len(summary["activations"]) > 1:
         files.write_bytes(results / "differences.png", figures.differences(summary, "worst"))
     files.write_text(results / "README.md", page.markdown(study, summary, done, command))
 
 
 def seconds(result: dict[str, Any]) -> float:
     """Return how long a run took: training, and all attacks."""
-    return sum(epoch["seconds"] for epoch in result["history"]) + sum(result["seconds"].values())
+    return sum(epoch["seconds"] for epoch in result.get("history", ())) + sum(result.get("seconds", {}).values())
 
 
 def _left(study: Study, done: dict[str, dict[str, Any]], jobs: int) -> str:
@@ -110,4 +115,6 @@ def _mean(numbers: list[float]) -> float:
 
 
 def _line(result: dict[str, Any]) -> str:
+    if "error" in result:
+        return f"failed: {result['error']}"
     return ", ".join(f"{name} {value:.1%}" for name, value in accuracies(result).items())

@@ -9,7 +9,6 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, Ti
 
 from models import arguments, files, session
 from models.commands import settings as options_of
-from models.errors import UserError
 from models.figures import learning_rate
 from models.settings import Settings
 from models.training import EpochRecord, Trainer, range_test
@@ -74,8 +73,11 @@ def _train(options: argparse.Namespace, command: str) -> int:
 
 def train(options: argparse.Namespace, settings: Settings) -> None:
     """Train with these settings in the folder that the options name, and show how it goes."""
+    options_of.use_threads(options)
     processes = Processes.from_environment()
     console = Console(quiet=not processes.first)
+    if processes.first and not options.no_tensorboard:
+        session.check_tensorboard()
     trainer = session.prepare(settings, options.folder, options.restart, options.data_root, processes, options.fsdp)
     write, close = _events(options, processes, trainer)
     with _progress(console) as progress:
@@ -97,7 +99,8 @@ def train(options: argparse.Namespace, settings: Settings) -> None:
             close()
     if trainer.collapsed:
         console.print(_collapsed(trainer), style="bold")
-    console.print(f"Done: {options.folder}; next: python -m models evaluate {options.folder}", highlight=False)
+    which = "" if trainer.watch is not None else " --which latest"
+    console.print(f"Done: {options.folder}; next: python -m models evaluate {options.folder}{which}", highlight=False)
 
 
 def _events(
@@ -105,12 +108,7 @@ def _events(
 ) -> tuple[Callable[[EpochRecord], None], Callable[[], None]]:
     if options.no_tensorboard or not processes.first:
         return (lambda record: None), (lambda: None)
-    try:
-        return session.tensorboard(options.folder, trainer.epoch)
-    except ModuleNotFoundError as error:
-        raise UserError(
-            f"TensorBoard events need the package {error.name}: `pip install 'kafops[models]'`, or --no-tensorboard"
-        ) from error
+    return session.tensorboard(options.folder, trainer.epoch)
 
 
 def _line(record: EpochRecord) -> str:
@@ -131,6 +129,7 @@ def _find(options: argparse.Namespace, command: str) -> int:
     settings = options_of.collect(options, options.recipe, options.refuse)
     if options.low >= options.high:
         options.refuse(f"--from must be below --to, got {options.low:g} and {options.high:g}")
+    options_of.use_threads(options)
     with _progress(Console()) as progress:
         task = progress.add_task("learning rates", total=options.steps, status="")
         found = range_test.run(

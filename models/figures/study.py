@@ -16,16 +16,17 @@ def accuracies(summary: dict[str, Any]) -> bytes:
     measures = [m for m in summary["measures"] if m != "worst"]
     colours = _colours(measures)
     with style.context():
-        rows = max(len(n["activations"]) for n in summary["networks"].values())
-        figure = style.figure(height=1.1 + 0.3 * rows)
+        rows = summary["activations"]
+        figure = style.figure(height=1.1 + 0.3 * len(rows))
         panels = figure.subplots(1, len(summary["networks"]), sharey=True, squeeze=False)[0]
         for axes, (network, content) in zip(panels, summary["networks"].items(), strict=True):
-            for place, entry in enumerate(content["activations"].values()):
+            for name, entry in content["activations"].items():
+                place = rows.index(name)
                 values = [100 * entry[m]["mean"] for m in measures]
                 axes.plot([min(values), max(values)], [place] * 2, color=style.PALE_GREY, lw=3, zorder=1)
                 for i, m in enumerate(measures):
                     _marks(axes, entry[m], place, colours[m], _MARKS[i % len(_MARKS)], hollow=m == "clean")
-            _rows(axes, list(content["activations"]))
+            _rows(axes, rows)
             axes.set_title(network)
             axes.set_xlabel("accuracy, %")
             axes.set_xlim(-2, 102)
@@ -45,7 +46,7 @@ def differences(summary: dict[str, Any], measure: str) -> bytes:
     """
     baseline = summary["baseline"]
     with style.context():
-        names = [a for a in next(iter(summary["networks"].values()))["activations"] if a != baseline]
+        names = [a for a in summary["activations"] if a != baseline]
         figure = style.figure(height=1.1 + 0.3 * len(names))
         panels = figure.subplots(1, len(summary["networks"]), sharey=True, squeeze=False)[0]
         for axes, (network, content) in zip(panels, summary["networks"].items(), strict=True):

@@ -31,8 +31,9 @@ def markdown(study: Study, summary: dict[str, Any], results: dict[str, dict[str,
         f"## Differences to {summary['baseline']}",
         "![differences](differences.png)",
         "Points of accuracy under the worst of all attacks, seed by seed (same starting weights, batches and test "
-        "images), with the 95 % interval of Student's t over seeds. The grey band is what two "
-        "*single* runs differ by with 95 % probability when only their seeds differ.",
+        "images), with the 95 % interval of Student's t over seeds. The grey band is what two *single* runs differ by "
+        "with 95 % probability when only their seeds differ. The intervals are for the choice of seeds; test images are "
+        "the same in all. One in twenty excludes 0 by chance.",
     ]
     parts += [_differences(network, content) for network, content in summary["networks"].items()]
     parts += ["## What the numbers say", *_findings(summary, results)]
@@ -88,7 +89,10 @@ def _findings(summary: dict[str, Any], results: dict[str, dict[str, Any]]) -> li
                 f"- {network}: single runs that differ in their seed alone are up to {_points(noise['difference'])} "
                 "points apart under the worst attack (95 %). A smaller difference of two single runs says nothing."
             )
-    collapsed = [name for name, result in results.items() if result["collapsed"]]
+    failed = summary["failed"]
+    if failed:
+        found.append(f"- Failed, and left out: {'; '.join(f'{name} ({error})' for name, error in failed.items())}.")
+    collapsed = [name for name, result in results.items() if result.get("collapsed")]
     found.append(
         f"- Training collapsed, and was rolled back to its best epoch, in {len(collapsed)} runs"
         + (f": {', '.join(collapsed)}." if collapsed else ".")

@@ -26,7 +26,7 @@ class Run:
     @property
     def name(self) -> str:
         """Of its files."""
-        return f"{self.network}-{self.activation}-{self.seed}"
+        return f"{self.network}-{self.activation}-{self.seed}".replace("/", "_")
 
 
 @dataclass(frozen=True)
@@ -92,9 +92,11 @@ def load(name: str) -> Study:
         content["training"] = {**content["training"], "eps": content["eps"]}
         values: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in content.items()}
         study = Study(path.stem, **values)
-        study.runs()
+        runs = [run.name for run in study.runs()]
+        if len(set(runs)) < len(runs):
+            raise ValueError("networks, activations and seeds must not repeat")
         for attack in study.attacks.values():
-            ATTACKS.parse(attack)
+            ATTACKS.create(attack, study.eps)
     except (KeyError, TypeError, ValueError, argparse.ArgumentTypeError) as error:
         raise ValueError(f"{path} is no study: {error}") from error
     return study

@@ -37,17 +37,26 @@ def paired(values: Sequence[float], baseline: Sequence[float]) -> Estimate:
     return estimate([a - b for a, b in zip(values, baseline, strict=True)])
 
 
-def pooled_std(groups: Sequence[Sequence[float]]) -> float | None:
-    """Return the deviation between seeds, pooled over groups of at least two: the root of the mean variance."""
+@dataclass(frozen=True)
+class Noise:
+    """The standard deviation between seeds, and the degrees of freedom that it is estimated with."""
+
+    std: float
+    freedom: int
+
+    @property
+    def difference(self) -> float:
+        """How far apart two single runs are with 95 % probability at most, if only their seeds differ."""
+        return t_quantile(self.freedom) * math.sqrt(2) * self.std
+
+
+def noise(groups: Sequence[Sequence[float]]) -> Noise | None:
+    """Return the noise between seeds, pooled over groups of at least two: the root of the mean variance."""
     variances = [(statistics.variance(group), len(group) - 1) for group in groups if len(group) > 1]
     if not variances:
         return None
-    return math.sqrt(sum(v * n for v, n in variances) / sum(n for _, n in variances))
-
-
-def noise_of_a_difference(std: float) -> float:
-    """Return how far apart two single runs are with 95 % probability at most, if only their seeds differ."""
-    return 1.96 * math.sqrt(2) * std
+    freedom = sum(n for _, n in variances)
+    return Noise(math.sqrt(sum(v * n for v, n in variances) / freedom), freedom)
 
 
 def t_quantile(freedom: int) -> float:

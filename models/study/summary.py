@@ -5,7 +5,7 @@ from dataclasses import asdict
 from typing import Any
 
 from models.study.plan import Study
-from models.study.statistics import estimate, noise_of_a_difference, paired, pooled_std
+from models.study.statistics import estimate, noise, paired
 
 CLEAN, WORST = "clean", "worst"
 
@@ -14,13 +14,15 @@ def summarise(study: Study, results: dict[str, dict[str, Any]]) -> dict[str, Any
     """Return accuracies by network, activation and attack, their differences to the first activation, and the noise.
 
     "worst" counts an image as robust where no attack breaks it. Runs not done yet are left out, and networks without
-    any; a difference takes the seeds that both activations have.
+    any, and runs that failed; a difference takes the seeds that both activations have.
 
     Args:
         study: which runs there are to be.
         results: by run name, as `models.study.workers` writes them.
     """
     measures = (CLEAN, *study.attacks, WORST)
+    failed = {name: result["error"] for name, result in results.items() if "error" in result}
+    results = {name: result for name, result in results.items() if name not in failed}
     networks: dict[str, Any] = {}
     for network in study.networks:
         by_activation = {a: _by_seed(study, results, network, a) for a in study.activations}
@@ -34,7 +36,9 @@ def summarise(study: Study, results: dict[str, dict[str, Any]]) -> dict[str, Any
         }
     return {
         "runs": len(results),
+        "failed": failed,
         "of": len(study.runs()),
+        "activations": [a for a in study.activations if any(a in n["activations"] for n in networks.values())],
         "images": study.images,
         "baseline": study.activations[0],
         "measures": list(measures),
@@ -67,5 +71,5 @@ def _activation(
 
 
 def _noise(groups: list[list[float]]) -> dict[str, float] | None:
-    std = pooled_std(groups)
-    return None if std is None else {"std": std, "difference": noise_of_a_difference(std)}
+    found = noise(groups)
+    return None if found is None else {"std": found.std, "difference": found.difference}

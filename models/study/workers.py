@@ -8,7 +8,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, MutableMapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -18,12 +18,14 @@ import torch
 from models import data, environment, files, session
 from models.attacks import ATTACKS
 from models.errors import UserError
+from models.evaluation import EvaluationError
 from models.interrupts import Interrupted
+from models.outcomes import digest
 from models.settings import Settings
 from models.study.plan import Run, Study
-from models.training import Trainer
+from models.training import Trainer, TrainingError
 
-Status = MutableMapping[str, str]
+Status = Mapping[str, str]  # run under way -> what it is doing
 _POLL_SECONDS = 0.5
 _GRACE_SECONDS = 20.0
 
@@ -46,7 +48,7 @@ def read(results: Path, study: Study) -> dict[str, dict[str, Any]]:
     found = {}
     for run in study.runs():
         path = result_file(results, run)
-        result = files.read_json(path)
+        result = _read(path)
         if result is None:
             continue
         theirs, wanted = _completed(result["settings"]), _settings(study, run)
@@ -57,6 +59,16 @@ def read(results: Path, study: Study) -> dict[str, dict[str, Any]]:
             )
         found[run.name] = result
     return found
+
+
+def _read(path: Path) -> dict[str, Any] | None:
+    try:
+        result = files.read_json(path)
+    except ValueError as error:
+        raise StudyError(f"{path} is not valid JSON ({error}); remove it to do this run again") from error
+    if result is not None and not (isinstance(result, dict) and isinstance(result.get("settings"), dict)):
+        raise StudyError(f"{path} is no result of a study; give another --out, or remove it")
+    return result
 
 
 def work(
@@ -82,25 +94,32 @@ def work(
         Interrupted: Ctrl-C; runs under way have saved their states.
     """
     context = multiprocessing.get_context("spawn")
-    with (
-        context.Manager() as manager,
-        concurrent.futures.ProcessPoolExecutor(jobs, context, _begin, (threads,)) as pool,
-    ):
-        status: Any = manager.dict()
-        futures = {pool.submit(do, study, run, results, folder, status): run for run in todo}
+    said = context.SimpleQueue()
+    status: dict[str, str] = {}
+    with concurrent.futures.ProcessPoolExecutor(jobs, context, _begin, (threads, said)) as pool:
+        futures = {pool.submit(do, study, run, results, folder): run for run in todo}
         try:
             waiting = set(futures)
             while waiting:
                 done, waiting = concurrent.futures.wait(waiting, _POLL_SECONDS, concurrent.futures.FIRST_COMPLETED)
-                on_change(dict(status))
+                while not said.empty():
+                    name, doing = said.get()
+                    status[name] = doing
+                on_change(status)
                 for future in done:
+                    status.pop(futures[future].name, None)
                     on_result(futures[future], future.result())
         except BaseException:
             pool.shutdown(cancel_futures=True)
             raise
 
 
-def _begin(threads: int) -> None:
+_said: Any = None  # in a worker: the queue of (run, what it is doing)
+
+
+def _begin(threads: int, said: Any) -> None:
+    global _said
+    _said = said
     torch.set_num_threads(threads)
     threading.Thread(target=_end_with_parent, daemon=True).start()
 
@@ -116,28 +135,29 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def do(study: Study, run: Run, results: Path, folder: Path, status: Status) -> dict[str, Any]:
-    """Train and evaluate one run, or go on with it, and write its result."""
+def do(study: Study, run: Run, results: Path, folder: Path) -> dict[str, Any]:
+    """Train and evaluate one run, or go on with it, and write its result; of a run that fails, the reason."""
 
     def say(text: str) -> None:
-        status[run.name] = text
+        if _said is not None:
+            _said.put((run.name, text))
 
+    common = {"settings": _settings(study, run), "environment": environment.describe()}
     try:
         trainer = _train(run, folder / run.name, say)
         result = {
-            "settings": _settings(study, run),
-            "environment": environment.describe(),
+            **common,
             "history": [asdict(epoch) for epoch in trainer.history],
             "collapsed": trainer.collapsed,
             "parameters": sum(p.numel() for p in trainer.model.parameters()),
             **_evaluate(study, run, trainer, folder / run.name, say),
         }
-        files.write_json(result_file(results, run), result)
-        return result
     except KeyboardInterrupt as error:
         raise Interrupted from error
-    finally:
-        status.pop(run.name, None)
+    except (TrainingError, EvaluationError) as error:
+        result = {**common, "error": str(error)}
+    files.write_json(result_file(results, run), result)
+    return result
 
 
 def _train(run: Run, folder: Path, say: Callable[[str], None]) -> Trainer:
@@ -153,17 +173,19 @@ def _train(run: Run, folder: Path, say: Callable[[str], None]) -> Trainer:
 def _evaluate(study: Study, run: Run, trainer: Trainer, folder: Path, say: Callable[[str], None]) -> dict[str, Any]:
     images, labels = data.load(study.data, run.seed).test.tensors(study.images)
     model = trainer.result.eval()
+    network = digest(trainer.checkpoint)
     found, seconds = {}, {}
     for label, text in study.attacks.items():
         place = folder / "evaluation" / f"{label}.json"
-        kept = files.read_json(place)
-        if kept is None or kept["attack"] != text:
+        made_by = {"attack": text, "eps": study.eps, "images": study.images, "network": network}
+        kept = _read_kept(place)
+        if kept is None or any(kept.get(name) != value for name, value in made_by.items()):
             say(label)
             start = time.perf_counter()
             attack = ATTACKS.create(text, study.eps)
             _, broken = attack.search(model, images, labels, torch.Generator().manual_seed(0))
             kept = {
-                "attack": text,
+                **made_by,
                 "found": "".join(str(int(f)) for f in broken),
                 "seconds": round(time.perf_counter() - start, 1),
             }
@@ -182,6 +204,14 @@ def _completed(settings: dict[str, Any]) -> dict[str, Any]:
     except ValueError:
         return settings
     return {**settings, **training.as_dict()}
+
+
+def _read_kept(place: Path) -> dict[str, Any] | None:
+    try:
+        kept = files.read_json(place)
+    except ValueError:
+        return None  # damaged: done again
+    return kept if isinstance(kept, dict) else None
 
 
 def _settings(study: Study, run: Run) -> dict[str, Any]:

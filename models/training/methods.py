@@ -28,7 +28,7 @@ class Step:
         bare: the same network as it is, to craft on, so that no hook for parameters' gradients runs.
         loss: mean cross-entropy of logits and labels.
         noise: where random starts come from.
-        scale: of losses whose gradients go through half precision; signs and directions do not depend on it.
+        scale: of mean losses whose gradients go through half precision; signs and directions do not depend on it.
     """
 
     model: nn.Module
@@ -97,7 +97,7 @@ class Adversarial(Method):
         """Return the perturbed images."""
         start = step.noise.around(x, self.attack.noise)
         with _mode_for_crafting(step.bare, self.mode):
-            return ascend(step.bare, x, start, y, self.attack, step.scale)
+            return ascend(step.bare, x, start, y, self.attack, step.scale / len(x))
 
 
 @METHODS.register("fgsm")
@@ -187,7 +187,7 @@ class Trades(Method):
             def divergence(logits: Tensor, labels: Tensor) -> Tensor:
                 return F.kl_div(logits.log_softmax(1), target, reduction="sum")
 
-            perturbed = ascend(step.bare, x, start, y, self.attack, step.scale, divergence)
+            perturbed = ascend(step.bare, x, start, y, self.attack, step.scale / len(x), divergence)
         logits, moved = step.model(x), step.model(perturbed)
         away = F.kl_div(exact(moved).log_softmax(1), exact(logits).softmax(1), reduction="batchmean")
         yield Update(step.loss(logits, y) + self.beta * away, logits)
@@ -235,7 +235,7 @@ class GradAlign(Method):
         # Under float16 a gradient can overflow; the loss must not become NaN for it, since the scaler then only skips.
         usable = _direction(at_image) & _direction(at_random.detach())
         if not usable.any():
-            return at_random.sum() * 0
+            return at_random[usable].sum()  # 0, and differentiable all the same
         return 1 - F.cosine_similarity(at_image[usable], at_random[usable], eps=0.0).mean()
 
 

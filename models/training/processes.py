@@ -43,19 +43,19 @@ class Processes:
         """
         cuda = torch.cuda.is_available()
         if "WORLD_SIZE" not in os.environ:
-            return cls(device=torch.device("cuda" if cuda else "cpu"))
+            return cls(device=device())
         missing = [name for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT") if name not in os.environ]
         if missing:
             raise ProcessError(
                 f"WORLD_SIZE is set but {', '.join(missing)} are not; start with "
                 "torchrun --nproc-per-node=N -m models ..."
             )
-        device = torch.device(f"cuda:{os.environ['LOCAL_RANK']}" if cuda else "cpu")
+        own = torch.device(f"cuda:{os.environ['LOCAL_RANK']}" if cuda else "cpu")
         if cuda:
-            torch.cuda.set_device(device)
+            torch.cuda.set_device(own)
         if not dist.is_initialized():
             dist.init_process_group("nccl" if cuda else "gloo")
-        return cls(dist.get_rank(), dist.get_world_size(), device)
+        return cls(dist.get_rank(), dist.get_world_size(), own)
 
     @property
     def first(self) -> bool:
@@ -66,13 +66,23 @@ class Processes:
         """Return the network wrapped so that gradients are averaged; as it is where this process is alone."""
         if self.world == 1:
             return model
-        return DistributedDataParallel(model, device_ids=[self.device.index] if self.device.type == "cuda" else None)
+        devices = [self.device.index] if self.device.type == "cuda" else None
+        # Broadcasting would overwrite each process's batch norm statistics with the first one's at every step.
+        return DistributedDataParallel(model, devices, broadcast_buffers=False)
 
     def sum(self, numbers: Tensor) -> Tensor:
         """Return the sum over processes."""
         if self.world > 1:
             dist.all_reduce(numbers)
         return numbers
+
+    def first_says(self, value: Any) -> Any:
+        """Return the first process's value, in all."""
+        if self.world == 1:
+            return value
+        values = [value]
+        dist.broadcast_object_list(values, device=self.device)
+        return values[0]
 
     def join(self, share: Tensor) -> Tensor:  # [n, *] -> [N, *]
         """Return the rows of all processes in the order of the whole batch; `cut` undoes it."""
@@ -102,6 +112,11 @@ class Processes:
         """Wait for all."""
         if self.world > 1:
             dist.barrier()
+
+
+def device() -> torch.device:
+    """Return the device of a process that is alone: a GPU where there is one."""
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def shard(model: nn.Module, units: Iterable[nn.Module]) -> None:

@@ -1,7 +1,6 @@
 """A learning rate that grows step by step: which ones are too small, which too large (Smith 2017)."""
 
 import math
-import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -9,9 +8,10 @@ from typing import Any
 
 import torch
 
-from models import data, networks
+from models import data, session
 from models.settings import Settings
 from models.training.optimizer import set_learning_rate
+from models.training.processes import Processes, device
 from models.training.trainer import Trainer, TrainingError
 
 _SMOOTHING = 0.9  # of the loss, an exponential average over steps
@@ -68,26 +68,26 @@ def run(
         TrainingError: the loss is not finite at the lowest learning rates already.
     """
     sets = data.load(settings.data, settings.seed, root)
-    model = networks.build(settings.network, settings.activation, sets.images, settings.seed)
+    model = session.build(settings, sets.images)
     batches = sets.train.batches(settings.training.batch_size)
     recipe = replace(settings.training, epochs=math.ceil(steps / batches), watch_steps=0, schedule="constant", ema=0.0)
     rates: list[float] = []
     losses: list[float] = []
     smoothed: list[float] = []
     diverged = False
-    with tempfile.TemporaryDirectory() as folder:
-        trainer = _Sweep(model, recipe, settings.seed, sets.train, None, Path(folder))
-        trainer.rates = [low * (high / low) ** (i / (steps - 1)) for i in range(steps)]
-        for loss in trainer.sweep():
-            rate = trainer.rates[len(losses)]
-            average = loss if not smoothed else _SMOOTHING * smoothed[-1] + (1 - _SMOOTHING) * loss
-            diverged = not math.isfinite(loss) or average > _DIVERGED * min(smoothed, default=math.inf)
-            if diverged:
-                break
-            rates.append(rate)
-            losses.append(loss)
-            smoothed.append(average)
-            on_step(rate, loss)
+    # A sweep saves nothing, so any folder will do.
+    trainer = _Sweep(model, recipe, settings.seed, sets.train, None, Path(), Processes(device=device()))
+    trainer.rates = [low * (high / low) ** (i / (steps - 1)) for i in range(steps)]
+    for loss in trainer.sweep():
+        rate = trainer.rates[len(losses)]
+        average = loss if not smoothed else _SMOOTHING * smoothed[-1] + (1 - _SMOOTHING) * loss
+        diverged = not math.isfinite(loss) or average > _DIVERGED * min(smoothed, default=math.inf)
+        if diverged:
+            break
+        rates.append(rate)
+        losses.append(loss)
+        smoothed.append(average)
+        on_step(rate, loss)
     if len(rates) < 3:
         raise TrainingError(f"the loss diverges at learning rate {low:g} already; begin lower, with --from")
     return _judge(rates, losses, smoothed, diverged)
@@ -105,6 +105,7 @@ class _Sweep(Trainer):
                 for x, y in self.source.shuffled(self.recipe.batch_size, epoch):
                     if self.steps_done >= len(self.rates):
                         return
+                    self._progress()
                     before = self.tally.loss
                     try:
                         self._step(self._here(x), self._here(y), False)

@@ -28,9 +28,10 @@ class Recipe:
         precision: "float32", or automatic mixed precision in "bfloat16" or "float16" (whose losses are scaled).
         ema: decay per step of an exponential moving average of the weights, which is then what is watched and
             evaluated; 0 for none.
-        watch_steps, watch_images, watch_drop: after each epoch PGD of so many steps attacks so many held-out images; if
-            robust accuracy is more than `watch_drop` below the best so far, training has collapsed (catastrophic
-            overfitting): the best state is restored and training stops. No steps or no drop: no watch or no stop.
+        watch_steps, watch_images, watch_drop: after each epoch PGD of so many steps attacks at most so many held-out
+            images; if robust accuracy is more than `watch_drop` below the best so far, training has collapsed
+            (catastrophic overfitting): the best state is restored and training stops. No steps or no drop: no watch or
+            no stop.
     """
 
     epochs: int

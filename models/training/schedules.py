@@ -37,6 +37,8 @@ def piecewise(epochs: int, *, at: str = "1/2;3/4", gamma: float = 0.1, warmup: f
     Places are epochs, such as 30;60;90, or parts of training below 1, such as 1/2;3/4.
     """
     places = [_place(text, epochs) for text in at.split(";")]
+    if not (0 <= warmup < epochs and 0 < gamma <= 1):
+        raise ValueError(f"warmup must be in [0, {epochs}) and gamma in (0, 1], got {warmup:g} and {gamma:g}")
     if places != sorted(places):
         raise ValueError(f"the places of a piecewise schedule must rise, got {at}")
 

@@ -8,7 +8,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, astuple, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from models.training.optimizer import make_optimizer, set_learning_rate
 from models.training.processes import Processes
 from models.training.recipe import Recipe
 from models.training.schedules import step_progress
-from models.training.watch import Watch
+from models.training.watch import Watch, Watched
 
 LATEST, BEST, METRICS = "latest.safetensors", "best.safetensors", "metrics.jsonl"
 _SAVE_SECONDS = 600.0  # within long epochs
@@ -102,7 +102,7 @@ class Trainer:
         _check_shares(len(source), recipe.batch_size, self.processes.world)
         self.model = model.to(self.device)
         if shard:
-            _check_shardable(recipe)
+            _check_shardable(recipe, self.processes)
             several.shard(self.model, _large_units(self.model))
         self.trained = self.model if shard else self.processes.ddp(self.model)
         self.method = recipe.make_method()
@@ -168,18 +168,20 @@ class Trainer:
                 )
                 for x, y in batches:
                     self._progress()
-                    stopping = self._step(self._here(x), self._here(y), stop.requested)
+                    stopping, saving = self._step(self._here(x), self._here(y), stop.requested)
                     self.tally.seconds += time.perf_counter() - start
                     on_step(self)
                     # A stop asked for in on_step is seen by this process at once, by others in the next step.
                     if stopping or (stop.requested and self.processes.world == 1):
                         self.save()
                         raise Interrupted
-                    if time.monotonic() - self._saved > _SAVE_SECONDS:
+                    if saving:
                         self.save()
                     start = time.perf_counter()
                 self._end_epoch()
                 on_epoch(self.history[-1])
+            if stop.requested:
+                raise Interrupted
 
     def _here(self, tensor: Tensor) -> Tensor:
         return tensor.to(self.device, non_blocking=True)
@@ -191,8 +193,9 @@ class Trainer:
             if callable(set_progress):
                 set_progress(progress)
 
-    def _step(self, x: Tensor, y: Tensor, stopping: bool) -> bool:
-        """Do a batch; return whether some process is asked to stop."""
+    def _step(self, x: Tensor, y: Tensor, stopping: bool) -> tuple[bool, bool]:
+        """Do a batch; return whether some process is asked to stop, and whether one finds it time to save."""
+        saving = time.monotonic() - self._saved > _SAVE_SECONDS
         torch.manual_seed(seeds.derived("layers", self.seed, self.steps_done, self.processes.rank))
         noise = seeds.generator(self.device, "noise", self.seed, self.steps_done)
         self.model.train()
@@ -211,8 +214,8 @@ class Trainer:
             with self._precision():
                 update = next(updates)
             sums = torch.stack([update.loss.detach().double() * len(y), (update.logits.argmax(1) == y).sum().double()])
-            sums = torch.cat([sums, sums.new_tensor([len(y), stopping])])
-            loss, correct, images, stops = self.processes.sum(sums).tolist()
+            sums = torch.cat([sums, sums.new_tensor([len(y), stopping, saving])])
+            loss, correct, images, stops, saves = self.processes.sum(sums).tolist()
             self._check_loss(loss / images, lr)
             self._descend(update.loss * share)
             self.tally.loss += loss / self.method.updates
@@ -221,7 +224,7 @@ class Trainer:
             next(updates, None)
         self.tally.images += int(images)
         self.batch += 1
-        return stops > 0
+        return stops > 0, saves > 0
 
     def _set_learning_rate(self, update: int) -> float:
         done = self.steps_done * self.method.updates + update
@@ -261,12 +264,15 @@ class Trainer:
         lr = self.recipe.lr * self.schedule(self.recipe.epochs * step_progress(self.steps_done - 1, self.steps))
         self.epoch, self.batch = self.epoch + 1, 0
         self.processes.mean_of_buffers(self.model)
+        if self.average is not None:
+            self.processes.mean_of_buffers(self.average)
         means = sums.loss / sums.images, sums.correct / sums.images, lr, round(sums.seconds, 3)
         if self.watch is None:
             self.history.append(EpochRecord(self.epoch, *means))
             self.save()
             return
-        seen = self.watch.look(self.result, self.device)
+        # The first process decides: where others saw something else, some would stop and some go on.
+        seen = Watched(*self.processes.first_says(astuple(self.watch.look(self.result, self.device))))
         self.collapsed = self.best is not None and self.watch.collapsed(self.best, seen)
         self.history.append(EpochRecord(self.epoch, *means, seen.clean, seen.robust, self.collapsed))
         if self.collapsed:
@@ -319,7 +325,10 @@ class Trainer:
         Raises:
             CheckpointError: the checkpoint is damaged, or of another network or recipe.
         """
-        if not self.checkpoint.exists():
+        exists = self.checkpoint.exists()
+        if self.processes.first_says(exists) != exists:
+            raise CheckpointError(f"{self.checkpoint} is not seen by all processes; give them a folder that they share")
+        if not exists:
             return False
         tensors, record = checkpoints.load(self.checkpoint)
         self._check_recipe(record)
@@ -336,7 +345,12 @@ class Trainer:
             self.average.load_state_dict(checkpoints.under("average", tensors))
 
     def _restore(self, tensors: dict[str, Tensor], record: dict[str, Any]) -> None:
-        checkpoints.restore_optimizer(self.optimizer, checkpoints.under("optimizer", tensors), record["optimizer"])
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        buffers = {
+            name: several.like(t, parameters[int(name.partition(".")[0])])
+            for name, t in checkpoints.under("optimizer", tensors).items()
+        }
+        checkpoints.restore_optimizer(self.optimizer, buffers, record["optimizer"])
         state = checkpoints.under("method", tensors).items()
         self.method.load_state({name: self.processes.cut(t).to(self.device) for name, t in state})
         self.scaler.load_state_dict(record["scaler"])
@@ -380,7 +394,12 @@ def _check_shares(images: int, batch_size: int, world: int) -> None:
         )
 
 
-def _check_shardable(recipe: Recipe) -> None:
+def _check_shardable(recipe: Recipe, processes: Processes) -> None:
+    if processes.world == 1:
+        raise TrainingError(
+            "parameters are sharded among several processes, and there is one; start with "
+            "torchrun --nproc-per-node=N -m models ..."
+        )
     if recipe.ema > 0:
         raise TrainingError("an average of the weights (ema) cannot be kept of sharded ones; use ema=0, or DDP")
 

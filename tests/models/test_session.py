@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from models import session, trained
+from models.errors import UserError
 from models.runs import RunError
 from models.settings import Settings
 from models.training import Recipe, range_test
@@ -57,6 +58,28 @@ def test_the_average_is_read_back_where_there_is_one(tmp_path: Path) -> None:
     assert not torch.equal(trainer.result(x), trainer.model.eval()(x))
 
 
+def test_a_restart_that_is_refused_costs_nothing(run: Path) -> None:
+    before = {p: p.read_bytes() for p in run.iterdir()}
+    (run / "mine.png").write_bytes(b"precious")
+    with pytest.raises(UserError, match=r"sharded among several processes, and there is one; start with torchrun"):
+        session.prepare(SETTINGS, run, restart=True, shard=True)
+    assert all(p.read_bytes() == content for p, content in before.items())
+    with pytest.raises(UserError, match="no light:patch=5 with kaf_silu for"):
+        session.prepare(dataclasses.replace(SETTINGS, network="light:patch=5"), run, restart=True)
+    assert all(p.read_bytes() == content for p, content in before.items())
+    (run / "mine.png").unlink()
+
+
+def test_a_restart_removes_what_such_a_run_writes_and_nothing_else(tmp_path: Path) -> None:
+    session.prepare(SETTINGS, tmp_path / "run").run()
+    for name in ("mine.png", "evaluation/notes.txt"):
+        (tmp_path / "run" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "run" / name).write_text("precious")
+    session.prepare(SETTINGS, tmp_path / "run", restart=True)
+    assert {p.name for p in (tmp_path / "run").iterdir()} == {"run.json", "mine.png", "evaluation"}
+    assert (tmp_path / "run/evaluation/notes.txt").exists()
+
+
 def test_a_folder_with_other_settings_or_things_is_refused(run: Path, tmp_path: Path) -> None:
     with pytest.raises(RunError, match="network is light:width=4,dense=8,patch=4 there and vgg here"):
         session.prepare(dataclasses.replace(SETTINGS, network="vgg"), run)
@@ -89,6 +112,9 @@ def test_settings_survive_json_and_refuse_what_they_do_not_know() -> None:
     assert Settings.from_dict(values) == SETTINGS
     with pytest.raises(ValueError, match=r"unknown setting 'epoch'.*did you mean epochs"):
         Settings.from_dict({**values, "training": {**values["training"], "epoch": 3}})
+    for wrong in ({"epochs": 1.5}, {"nesterov": "no"}, {"clip": "none"}, {"epochs": True}):
+        with pytest.raises(ValueError, match=f"setting '{next(iter(wrong))}' must be"):
+            Settings.from_dict({**values, "training": {**values["training"], **wrong}})
     with pytest.raises(ValueError, match="settings lack network"):
         Settings.from_dict({k: v for k, v in values.items() if k != "network"})
     with pytest.raises(ValueError, match=r"unknown activation 'kaff'.*did you mean kaf"):

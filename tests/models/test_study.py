@@ -16,7 +16,7 @@ from models import checkpoints
 from models.cli import main
 from models.study import plan, workers
 from models.study.plan import Study
-from models.study.statistics import estimate, noise_of_a_difference, paired, pooled_std, t_quantile
+from models.study.statistics import estimate, noise, paired, t_quantile
 from models.study.summary import accuracies, summarise
 
 ROOT = Path(__file__).parents[2]
@@ -72,9 +72,10 @@ def test_pairing_removes_what_seeds_have_in_common() -> None:
 
 def test_noise_between_seeds_is_pooled_by_degrees_of_freedom() -> None:
     """Variances 2 (1 degree) and 1 (2 degrees): (2 · 1 + 1 · 2) / 3."""
-    assert pooled_std([[0, 2], [1, 2, 3], [5]]) == pytest.approx((4 / 3) ** 0.5)
-    assert pooled_std([[1], [2]]) is None
-    assert noise_of_a_difference(1.0) == pytest.approx(2.772, abs=1e-3)
+    found = noise([[0, 2], [1, 2, 3], [5]])
+    assert (found.std, found.freedom) == (pytest.approx((4 / 3) ** 0.5), 3)
+    assert found.difference == pytest.approx(3.182 * (8 / 3) ** 0.5)
+    assert noise([[1], [2]]) is None
 
 
 def test_an_image_is_robust_in_the_worst_case_where_nothing_breaks_it() -> None:
@@ -143,6 +144,52 @@ def test_a_study_is_done_shown_and_not_done_twice(
     assert json.loads((out / "summary.json").read_text()) == summary
 
 
+def test_a_run_that_fails_is_reported_and_the_others_go_on(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "300")
+    file = write(tmp_path, seeds=[0], training={**TINY["training"], "lr": 1e30, "watch_steps": 0})
+    out = tmp_path / "results"
+    command = ["study", str(file), "--out", str(out), "--runs", str(tmp_path / "runs"), "--jobs", "1"]
+    assert main(command) == 0
+    assert "light-relu-0" in (printed := capsys.readouterr().out)
+    assert "failed: the loss became nan in epoch 1" in printed
+    assert "error" in json.loads((out / "runs/light-relu-0.json").read_text())
+    assert main(command) == 0
+    assert "2 of 2 runs are done, nothing is left" in capsys.readouterr().out
+
+
+def test_failed_runs_are_left_out_and_named() -> None:
+    results = {"light-relu-0": result("00", PGD="10", FGSM="00"), "light-kaf-0": {"error": "the loss became nan"}}
+    found = summarise(study(), results)
+    assert (found["runs"], found["activations"], found["failed"]) == (
+        1,
+        ["relu"],
+        {"light-kaf-0": "the loss became nan"},
+    )
+
+
+def test_attacks_of_another_network_or_other_images_are_not_reused(tmp_path: Path) -> None:
+    found = dataclasses.replace(study(), seeds=(0,), activations=("relu",))
+    run = found.runs()[0]
+    first = workers.do(found, run, tmp_path / "results", tmp_path / "runs")
+    more = workers.do(dataclasses.replace(found, images=20), run, tmp_path / "results", tmp_path / "runs")
+    assert [len(mask) for mask in (first["found"]["PGD"], more["found"]["PGD"], more["wrong"])] == [10, 20, 20]
+    (tmp_path / f"runs/{run.name}/evaluation/PGD.json").write_text("{")
+    again = workers.do(dataclasses.replace(found, images=20), run, tmp_path / "results", tmp_path / "runs")
+    assert again["found"] == more["found"]
+
+
+@pytest.mark.parametrize(("content", "message"), [("{", "is not valid JSON"), ("[]", "is no result of a study")])
+def test_damaged_results_are_named(
+    tmp_path: Path, content: str, message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "results/runs").mkdir(parents=True)
+    (tmp_path / "results/runs/light-relu-0.json").write_text(content)
+    assert main(["study", str(write(tmp_path)), "--out", str(tmp_path / "results"), "--plan"]) == 1
+    assert message in capsys.readouterr().err
+
+
 def test_results_of_other_settings_are_not_mixed_in(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "results"
     (out / "runs").mkdir(parents=True)
@@ -207,6 +254,8 @@ def test_a_result_from_before_a_setting_was_new_still_counts(tmp_path: Path) -> 
     [
         ({"activations": ["relu", "kfa"]}, "unknown activation 'kfa'"),
         ({"attacks": {"PGD": "pdg-50"}}, "unknown attack 'pdg-50'"),
+        ({"activations": ["relu", "relu"]}, "must not repeat"),
+        ({"attacks": {"PGD": "pgd-5:steps=3"}}, "option 'steps' of attack 'pgd' is given twice"),
         ({"eps": "2"}, r"wanted a value in \[0, 1\]"),
         ({"eps": "__import__('os')"}, "wanted a number such as 0.2 or a fraction"),
         ({"training": {"epochs": 1}}, "settings lack batch_size, lr"),

@@ -259,6 +259,30 @@ def test_mixed_precision_stays_near_float32(tmp_path: Path, precision: str) -> N
     assert run.scaler.is_enabled() is (precision == "float16")
 
 
+@pytest.mark.parametrize("method", ["fast", "pgd:steps=2", "trades:steps=2", "gradalign:weight=0.2"])
+def test_float16_attacks_work_at_the_scale_that_the_scaler_grows_to(method: str) -> None:
+    """The scaler doubles its scale as long as the mean loss's gradient is finite; the attack's must be so too."""
+    from torch.nn import functional as F
+
+    from models.training.methods import METHODS, Step
+    from models.training.noise import Noise
+
+    model, x = network(), torch.rand(128, 1, 6, 6, generator=torch.Generator().manual_seed(0))
+    y = torch.arange(128) % 2
+    losses = []
+    for scale in (1.0, 2.0**18):
+        step = Step(model, model, F.cross_entropy, Noise(torch.Generator().manual_seed(0)), scale)
+        torch.manual_seed(0)
+        with torch.autocast("cpu", torch.float16):
+            losses.append(next(METHODS.create(method, 0.2)(step, x, y)).loss.item())
+        with torch.no_grad(), torch.autocast("cpu", torch.float16):
+            torch.manual_seed(0)
+            start = F.cross_entropy(model(x).float(), y).item()
+    # At scale 1 some gradients round to 0, so the two attacks are alike but not the same.
+    assert losses[1] == pytest.approx(losses[0], rel=0.2)
+    assert losses[1] > start
+
+
 def test_set_progress_is_called_with_the_part_done(tmp_path: Path) -> None:
     class Anneal(nn.Module):
         def __init__(self) -> None:
@@ -371,6 +395,8 @@ def test_schedules(text: str, epochs: int, wanted: dict[float, float]) -> None:
         ("piecewise:at=3;2", "must rise, got 3;2"),
         ("piecewise:at=x", "got 'x'"),
         ("piecewise:at=9", "not inside its 8 epochs"),
+        ("piecewise:warmup=-2", r"warmup must be in \[0, 8\) and gamma in \(0, 1\], got -2 and 0\.1"),
+        ("piecewise:gamma=-1", "gamma in"),
         ("cosine:warmup=8", "less than the 8 epochs"),
     ],
 )
