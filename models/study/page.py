@@ -32,8 +32,8 @@ def markdown(study: Study, summary: dict[str, Any], results: dict[str, dict[str,
         "![differences](differences.png)",
         "Points of accuracy under the worst of all attacks, seed by seed (same starting weights, batches and test "
         "images), with the 95 % interval of Student's t over seeds. The grey band is what two *single* runs differ by "
-        "with 95 % probability when only their seeds differ. The intervals are for the choice of seeds; test images are "
-        "the same in all. One in twenty excludes 0 by chance.",
+        "with 95 % probability when only their seeds differ. The intervals are for the choice of seeds; test images "
+        "are the same in all. One in twenty excludes 0 by chance.",
     ]
     parts += [_differences(network, content) for network, content in summary["networks"].items()]
     parts += ["## What the numbers say", *_findings(summary, results)]

@@ -1,4 +1,5 @@
 import argparse
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -6,7 +7,11 @@ from pathlib import Path
 import pytest
 
 from models.arguments import fraction, integer, radius
-from models.cli import main
+from models import recipes
+from models.cli import main, parser
+from models.study import plan
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.mark.parametrize(
@@ -77,3 +82,25 @@ def test_missing_package_is_explained() -> None:
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=False)
     assert done.returncode == 1
     assert done.stderr.strip() == "error: python -m models needs the package rich; run `pip install 'kafops[models]'`"
+
+
+COMMANDS = [
+    pytest.param(line, id=f"{page.name}: {line}")
+    for page in (ROOT / "README.md", ROOT / "docs/robustness.md")
+    for line in page.read_text().splitlines()
+    if line.startswith("python -m models ")
+]
+
+
+def test_the_documents_show_commands() -> None:
+    assert len(COMMANDS) > 10
+
+
+@pytest.mark.parametrize("line", COMMANDS)
+def test_commands_of_the_documents_exist(line: str) -> None:
+    options = parser().parse_args(shlex.split(line, comments=True)[3:])
+    for name, load in (("recipe", recipes.load), ("study", plan.load)):
+        if isinstance(given := getattr(options, name, None), str):
+            load(given)
+    if options.run.__module__ == "models.commands.recipe" and options.name is not None:
+        recipes.load(options.name)
