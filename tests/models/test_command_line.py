@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from models.arguments import fraction, integer, radius
 from models import recipes
+from models.arguments import fraction, integer, radius
 from models.cli import main, parser
 from models.study import plan
 
