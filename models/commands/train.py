@@ -7,11 +7,11 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from models import arguments, files, session
+from models import arguments, files, lr_range, session
 from models.commands import settings as options_of
 from models.figures import learning_rate
 from models.settings import Settings
-from models.training import EpochRecord, Trainer, range_test
+from models.training import EpochRecord, Trainer
 from models.training.processes import Processes
 
 _TRAIN = """
@@ -132,7 +132,7 @@ def _find(options: argparse.Namespace, command: str) -> int:
     options_of.use_threads(options)
     with _progress(Console()) as progress:
         task = progress.add_task("learning rates", total=options.steps, status="")
-        found = range_test.run(
+        found = lr_range.run(
             settings, options.low, options.high, options.steps, options.data_root,
             on_step=lambda lr, loss: progress.update(task, advance=1, status=f"lr {lr:.2g}, loss {loss:.3f}"),
         )  # fmt: skip

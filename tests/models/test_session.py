@@ -5,11 +5,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from models import session, trained
+from models import lr_range, session, trained
 from models.errors import UserError
 from models.runs import RunError
 from models.settings import Settings
-from models.training import Recipe, range_test
+from models.training import Recipe
 from models.training.trainer import TrainingError
 
 SETTINGS = Settings(
@@ -136,7 +136,7 @@ def test_tensorboard_events_hold_the_history(tmp_path: Path) -> None:
 def test_range_test_finds_where_the_loss_falls_and_diverges() -> None:
     settings = dataclasses.replace(SETTINGS, training=dataclasses.replace(SETTINGS.training, method="standard"))
     seen: list[float] = []
-    found = range_test.run(settings, 1e-3, 1e3, 200, on_step=lambda rate, loss: seen.append(rate))
+    found = lr_range.run(settings, 1e-3, 1e3, 200, on_step=lambda rate, loss: seen.append(rate))
     assert found.rates == tuple(seen)
     assert found.rates[0] == pytest.approx(1e-3)
     assert found.rates[1] / found.rates[0] == pytest.approx(1e6 ** (1 / 199))
@@ -144,8 +144,8 @@ def test_range_test_finds_where_the_loss_falls_and_diverges() -> None:
     assert found.rates[-1] < 1e3
     assert found.low <= found.high < found.rates[-1]
     assert min(found.smoothed) == found.smoothed[found.rates.index(found.high)] < 0.97 * found.losses[0]
-    flat = range_test.run(settings, 1e-9, 1e-8, 10)
+    flat = lr_range.run(settings, 1e-9, 1e-8, 10)
     assert (flat.low, flat.high, flat.diverged) == (None, None, False)
     assert flat.verdict.startswith("The loss never fell in 10 steps, and it did not diverge. Give more --steps")
     with pytest.raises(TrainingError, match="diverges at learning rate 100000 already"):
-        range_test.run(settings, 1e5, 1e6, 10)
+        lr_range.run(settings, 1e5, 1e6, 10)
