@@ -18,7 +18,7 @@ from models.images import CIFAR10
 from models.networks import build
 from models.training import Recipe, Trainer
 
-IMAGES, BATCH, EPS = 512, 128, 8 / 255
+IMAGES, BATCH, EPS = 256, 128, 8 / 255
 RECIPE = Recipe(1, BATCH, 1e-3, method="fast", eps=EPS, watch_steps=0)
 
 
@@ -47,7 +47,7 @@ def source() -> Source:
 
 
 def epoch(activation: str, method: str = "fast", images: Callable[[], Source] = source) -> Call:
-    """Return the call that trains a ResNet20 of width 16 for an epoch of 4 batches, checkpoint included."""
+    """Return the call that trains a ResNet20 of width 16 for an epoch of 2 batches, checkpoint included."""
     recipe = dataclasses.replace(RECIPE, method=method)
     network = build("resnet20", activation, CIFAR10, seed=0)
     train = images()
