@@ -71,12 +71,7 @@ def _format(images: "str | _images.ImageFormat") -> _images.ImageFormat:
 def _load_weights(model: _nn.Module, path: _pathlib.Path) -> _nn.Module:
     from models import checkpoints
 
-    tensors, _ = checkpoints.load(path)
-    weights = checkpoints.under("average.module", tensors) or checkpoints.under("model", tensors)
-    try:
-        model.load_state_dict(weights)
-    except (RuntimeError, ValueError) as error:
-        raise checkpoints.CheckpointError(f"{path} is of another network: {error}") from error
+    checkpoints.load_weights(model, checkpoints.weights(checkpoints.load(path)[0]), path)
     return model.eval()
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import safetensors
 import safetensors.torch
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from models import files
 from models.errors import UserError
@@ -64,6 +64,23 @@ def prefixed(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
 def under(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Return the tensors whose names begin with `prefix.`, without it."""
     return {name.removeprefix(f"{prefix}."): t for name, t in tensors.items() if name.startswith(f"{prefix}.")}
+
+
+def weights(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the network's weights in a checkpoint of a training: their average, where one was kept."""
+    return under("average.module", tensors) or under("model", tensors)
+
+
+def load_weights(model: nn.Module, weights: dict[str, Tensor], origin: Path) -> None:
+    """Load weights that come from a checkpoint.
+
+    Raises:
+        CheckpointError: they are of another network; the message says what does not fit.
+    """
+    try:
+        model.load_state_dict(weights)
+    except (RuntimeError, ValueError) as error:
+        raise CheckpointError(f"{origin} is of another network: {error}") from error
 
 
 def flatten_optimizer(optimizer: torch.optim.Optimizer) -> tuple[dict[str, Tensor], dict[str, Any]]:

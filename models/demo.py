@@ -27,7 +27,7 @@ from models.figures import style
 from models.images import MNIST
 from models.networks import build
 from models.runs import RunFolder
-from models.training import Recipe, Trainer, load_model
+from models.training import Recipe, Trainer
 
 LABELS = {"relu": "ReLU", "silu": "SiLU", "kaf_isometric": "KAF"}
 KAF = "kaf_isometric"
@@ -197,7 +197,7 @@ class Demo:
     def _draw_curves(self) -> bytes:
         path = self.folder.path / KAF / _CHECKPOINT
         before, after = self._initial(KAF), self._initial(KAF)
-        load_model(after, checkpoints.load(path)[0], path)
+        checkpoints.load_weights(after, checkpoints.weights(checkpoints.load(path)[0]), path)
         return curves_figure.draw(curves_figure.collect(before, after, self.data.test_images[:256]))
 
     def _initial(self, name: str) -> nn.Module:

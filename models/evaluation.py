@@ -68,6 +68,11 @@ class Outcome:
         """The accuracy under the attack: of the images for which nothing was found."""
         return accuracy(self.found)
 
+    @property
+    def mask(self) -> str:
+        """`found` as text, a 0 or 1 for each image."""
+        return "".join("1" if f else "0" for f in self.found.tolist())
+
 
 def accuracy(found: Tensor) -> Accuracy:
     """Return the accuracy where `found` [N] bool says which images are misclassified, or broken."""

@@ -145,7 +145,7 @@ def _record(job: Job, settings: dict[str, Any], so_far: Outcome, where: dict[str
         "format": _FORMAT,
         "name": job.name,
         "settings": settings,
-        "found": "".join("1" if f else "0" for f in so_far.found.tolist()),
+        "found": so_far.mask,
         "seconds": round(so_far.seconds, 3),
         "environment": where,
     }

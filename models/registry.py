@@ -3,6 +3,7 @@
 import argparse
 import difflib
 import inspect
+import re
 import types
 import typing
 from collections.abc import Callable, Iterable
@@ -17,6 +18,11 @@ def near(word: str, words: Iterable[str]) -> str:
     """Return "; did you mean ...?" for the words that look like `word`, or nothing."""
     close = difflib.get_close_matches(word, list(words))
     return f"; did you mean {' or '.join(close)}?" if close else ""
+
+
+def split(text: str) -> tuple[str, ...]:
+    """Split names with options at the commas between them: `a:x=1,y=2,b` is `a:x=1,y=2` and `b`."""
+    return tuple(re.split(r",(?![^,:]*=)", text))
 
 
 class Registry(Generic[T]):

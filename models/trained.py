@@ -8,7 +8,7 @@ from torch import nn
 
 from models import checkpoints, data, networks, runs
 from models.data import DataSet
-from models.training.trainer import BEST, LATEST, load_model
+from models.training.trainer import BEST, LATEST
 
 WHICH = {"best": BEST, "latest": LATEST}
 
@@ -47,24 +47,10 @@ def load(run: Path, which: str = "best", root: Path | None = None) -> Trained:
         others = [name for name, file in WHICH.items() if (run / file).exists()]
         hint = f"; there is {' and '.join(others)}" if others else "; it has not finished an epoch"
         raise runs.RunError(f"{run} has no {path.name}{hint}")
-    sets = _data(run, settings, root)
     try:
+        sets = data.load(settings["data"], settings["seed"], root)
         model = networks.build(settings["network"], settings["activation"], sets.images, settings["seed"])
     except ValueError as error:
         raise runs.RunError(f"{run}/run.json is of another version: {error}") from error
-    tensors, _ = checkpoints.load(path)
-    load_model(model, average(tensors), path)
+    checkpoints.load_weights(model, checkpoints.weights(checkpoints.load(path)[0]), path)
     return Trained(model.eval(), settings, sets, path)
-
-
-def _data(run: Path, settings: dict[str, Any], root: Path | None) -> DataSet:
-    try:
-        return data.load(settings["data"], settings["seed"], root)
-    except ValueError as error:
-        raise runs.RunError(f"{run}/run.json is of another version: {error}") from error
-
-
-def average(tensors: dict[str, Any]) -> dict[str, Any]:
-    """Return the checkpoint with the average of the weights, where there is one, in the place of the weights."""
-    mean = checkpoints.under("average.module", tensors)
-    return {**tensors, **checkpoints.prefixed("model", mean)}

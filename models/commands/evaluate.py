@@ -21,6 +21,7 @@ from models.figures import evaluation as figures
 from models.figures import style
 from models.interrupts import Interrupted, StopRequest
 from models.outcomes import Job, Outcomes, digest
+from models.registry import split
 from models.sanity import Verdict
 
 _ABOUT = """
@@ -79,12 +80,7 @@ def attack_names(text: str) -> tuple[str, ...]:
     Raises:
         argparse.ArgumentTypeError: there is no such attack, or one is named twice.
     """
-    names: list[str] = []
-    for part in text.split(","):
-        if names and "=" in part.partition(":")[0]:
-            names[-1] += "," + part
-        else:
-            names.append(part)
+    names = split(text)
     try:
         for name in names:
             ATTACKS.parse(name)
@@ -92,7 +88,7 @@ def attack_names(text: str) -> tuple[str, ...]:
         raise argparse.ArgumentTypeError(str(error)) from error
     if len(set(names)) < len(names):
         raise argparse.ArgumentTypeError(f"wanted each attack once, got {text}")
-    return tuple(names)
+    return names
 
 
 def _radius(text: str) -> float:

@@ -54,11 +54,11 @@ class Source(Protocol):
         """
         raise NotImplementedError
 
-    def batches(self, batch_size: int, part: float = 1) -> int:
-        """Return the number of batches of an epoch, or of its first `part`, rounded up; part is in (0, 1]."""
-        if batch_size < 1 or not 0 < part <= 1:
-            raise ValueError(f"batch_size must be at least 1 and part in (0, 1], got {batch_size} and {part}")
-        return math.ceil(part * math.ceil(len(self) / batch_size))
+    def batches(self, batch_size: int) -> int:
+        """Return the number of batches of an epoch."""
+        if batch_size < 1:
+            raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+        return math.ceil(len(self) / batch_size)
 
     def tensors(self, count: int | None = None) -> Batch:
         """Return what `ordered` yields, as two tensors."""

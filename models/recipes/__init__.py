@@ -8,7 +8,6 @@ numbers, one row for each attack; accuracies are fractions.
 
 import argparse
 import json
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache
@@ -17,12 +16,10 @@ from typing import Any
 
 from models.activations import ACTIVATIONS
 from models.arguments import fraction
-from models.registry import near
+from models.registry import near, split
 from models.settings import Settings
 
 FOLDER = Path(__file__).parent
-
-_BETWEEN = r",(?![^,:]*=)"  # a comma that no option follows
 
 
 @dataclass(frozen=True)
@@ -50,7 +47,7 @@ class Recipe:
     @property
     def attacks(self) -> tuple[str, ...]:
         """The attacks of the source's evaluation, names with options."""
-        return tuple(re.split(_BETWEEN, self.evaluation["attacks"]))
+        return split(self.evaluation["attacks"])
 
     @property
     def evaluation_eps(self) -> float:

@@ -18,9 +18,9 @@ import torch
 from models import data, environment, files, session
 from models.attacks import ATTACKS
 from models.errors import UserError
-from models.evaluation import EvaluationError
+from models.evaluation import BATCH_SIZE, EvaluationError, Outcome, evaluate_clean
 from models.interrupts import Interrupted
-from models.outcomes import digest
+from models.outcomes import Job, Outcomes, digest
 from models.settings import Settings
 from models.study.plan import Run, Study
 from models.training import Trainer, TrainingError
@@ -173,27 +173,20 @@ def _train(run: Run, folder: Path, say: Callable[[str], None]) -> Trainer:
 def _evaluate(study: Study, run: Run, trainer: Trainer, folder: Path, say: Callable[[str], None]) -> dict[str, Any]:
     images, labels = data.load(study.data, run.seed).test.tensors(study.images)
     model = trainer.result.eval()
-    network = digest(trainer.checkpoint)
-    found, seconds = {}, {}
-    for label, text in study.attacks.items():
-        place = folder / "evaluation" / f"{label}.json"
-        made_by = {"attack": text, "eps": study.eps, "images": study.images, "network": network}
-        kept = _read_kept(place)
-        if kept is None or any(kept.get(name) != value for name, value in made_by.items()):
-            say(label)
-            start = time.perf_counter()
-            attack = ATTACKS.create(text, study.eps)
-            _, broken = attack.search(model, images, labels, torch.Generator().manual_seed(0))
-            kept = {
-                **made_by,
-                "found": "".join(str(int(f)) for f in broken),
-                "seconds": round(time.perf_counter() - start, 1),
-            }
-            files.write_json(place, kept)
-        found[label], seconds[label] = kept["found"], kept["seconds"]
-    with torch.no_grad():
-        wrong = model(images).argmax(1) != labels
-    return {"wrong": "".join(str(int(w)) for w in wrong), "found": found, "seconds": seconds}
+    clean = evaluate_clean(model, images, labels)
+    identity = {"network": digest(trainer.checkpoint), "data": study.data}
+    kept = Outcomes(folder / "evaluation", identity, model, images, labels, BATCH_SIZE)
+
+    def outcome(label: str, attack: str) -> Outcome:
+        say(label)
+        return kept.get(Job(label, ATTACKS.create(attack, study.eps), study.images, seed=0))
+
+    outcomes = {label: outcome(label, attack) for label, attack in study.attacks.items()}
+    return {
+        "wrong": clean.mask,
+        "found": {label: o.mask for label, o in outcomes.items()},
+        "seconds": {label: round(o.seconds, 1) for label, o in outcomes.items()},
+    }
 
 
 def _completed(settings: dict[str, Any]) -> dict[str, Any]:
@@ -204,14 +197,6 @@ def _completed(settings: dict[str, Any]) -> dict[str, Any]:
     except ValueError:
         return settings
     return {**settings, **training.as_dict()}
-
-
-def _read_kept(place: Path) -> dict[str, Any] | None:
-    try:
-        kept = files.read_json(place)
-    except ValueError:
-        return None  # damaged: done again
-    return kept if isinstance(kept, dict) else None
 
 
 def _settings(study: Study, run: Run) -> dict[str, Any]:

@@ -2,6 +2,6 @@
 
 from models.training.optimizer import parameter_groups
 from models.training.recipe import Recipe
-from models.training.trainer import EpochRecord, Trainer, TrainingError, load_model
+from models.training.trainer import EpochRecord, Trainer, TrainingError
 
-__all__ = ["EpochRecord", "Recipe", "Trainer", "TrainingError", "load_model", "parameter_groups"]
+__all__ = ["EpochRecord", "Recipe", "Trainer", "TrainingError", "parameter_groups"]

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.attacks.linf import LinfAttack, ascend, fast, fgsm, frozen, nfgsm, pgd
+from models.attacks.linf import LinfAttack, ascend, fgsm, frozen, nfgsm, pgd
 from models.evaluation import evaluation_mode
 from models.registry import Registry
 from models.training.noise import Noise
@@ -109,7 +109,7 @@ def make_fgsm(eps: float, *, mode: str = "train") -> Method:
 @METHODS.register("fast", "rs-fgsm")
 def make_fast(eps: float, *, step: float = 1.25, mode: str = "train") -> Method:
     """One step of `step` · eps from a random point of the ball, projected to it (Wong et al. 2020)."""
-    return Adversarial(LinfAttack(eps, step * eps, noise=fast(eps).noise), mode)
+    return Adversarial(LinfAttack(eps, step * eps, noise=eps), mode)
 
 
 @METHODS.register("nfgsm", "n-fgsm")

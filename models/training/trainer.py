@@ -261,7 +261,8 @@ class Trainer:
 
     def _end_epoch(self) -> None:
         sums, self.tally = self.tally, Tally()
-        lr = self.recipe.lr * self.schedule(self.recipe.epochs * step_progress(self.steps_done - 1, self.steps))
+        group = self.optimizer.param_groups[0]
+        lr = group["lr"] / group["scale"]
         self.epoch, self.batch = self.epoch + 1, 0
         self.processes.mean_of_buffers(self.model)
         if self.average is not None:
@@ -276,14 +277,12 @@ class Trainer:
         self.collapsed = self.best is not None and self.watch.collapsed(self.best, seen)
         self.history.append(EpochRecord(self.epoch, *means, seen.clean, seen.robust, self.collapsed))
         if self.collapsed:
-            self._roll_back()
+            best = self.folder / BEST
+            self._restore_weights(checkpoints.load(best)[0], best)
         elif self.best is None or seen.score > self.best:
             self.best = seen.score
             self._save(self.folder / BEST)
         self.save()
-
-    def _roll_back(self) -> None:
-        self._restore_weights(checkpoints.load(self.folder / BEST)[0], self.folder / BEST)
 
     def save(self) -> None:
         """Write latest.safetensors and metrics.jsonl."""
@@ -340,7 +339,9 @@ class Trainer:
         return True
 
     def _restore_weights(self, tensors: dict[str, Tensor], origin: Path) -> None:
-        load_model(self.model, tensors, origin)
+        wanted = self.model.state_dict()
+        weights = {n: several.like(t, wanted.get(n)) for n, t in checkpoints.under("model", tensors).items()}
+        checkpoints.load_weights(self.model, weights, origin)
         if self.average is not None:
             self.average.load_state_dict(checkpoints.under("average", tensors))
 
@@ -367,16 +368,6 @@ class Trainer:
         if names:
             differences = ", ".join(f"{name} is {theirs.get(name)} there and {ours.get(name)} here" for name in names)
             raise CheckpointError(f"{self.checkpoint} was trained by another recipe: {differences}")
-
-
-def load_model(model: nn.Module, tensors: dict[str, Tensor], origin: Path, prefix: str = "model") -> None:
-    """Load the model part of a checkpoint, or raise a CheckpointError that says what does not fit."""
-    found, wanted = checkpoints.under(prefix, tensors), model.state_dict()
-    found = {name: several.like(t, wanted.get(name)) for name, t in found.items()}
-    try:
-        model.load_state_dict(found)
-    except (RuntimeError, ValueError) as error:
-        raise CheckpointError(f"{origin} is of another network: {error}") from error
 
 
 def _average(model: nn.Module, decay: float) -> AveragedModel | None:
