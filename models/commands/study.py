@@ -3,6 +3,7 @@
 import argparse
 import datetime
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from models.figures import study as figures
 from models.study import page, plan, workers
 from models.study.plan import Run, Study
 from models.study.summary import accuracies, summarise
+from models.study.workers import Do
 
 _STUDY = """
 Trains and attacks every network, activation and seed of a study, and writes to the folder OUT: a result for each run,
@@ -20,6 +22,9 @@ summary.json, figures and README.md. Ctrl-C stops at any time; the same command 
 whose results are there are not done again. Checkpoints are kept in RUNS. Runs that fail are reported and left out; to
 try one again remove its result. Studies are for processors, a run for each core.
 """
+
+Report = Callable[[Study, dict[str, dict[str, Any]], Path, str], None]
+"""Writes what is known so far: (study, results by run, folder, command)."""
 
 
 def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
@@ -31,14 +36,19 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    option = study.add_argument
-    option("study", metavar="STUDY", help=f"one of {', '.join(plan.names())}, or a .json file like theirs")
+    study.add_argument("study", metavar="STUDY", help=f"one of {', '.join(plan.names())}, or a .json file like theirs")
+    add_options(study)
+    study.set_defaults(run=_run, refuse=study.error)
+
+
+def add_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that `carry_out` reads."""
+    option = parser.add_argument
     option("--out", type=Path, metavar="DIR", help="folder of the results (default: results/STUDY)")
     option("--runs", type=Path, metavar="DIR", help="folder of the checkpoints (default: runs/study/STUDY)")
     option("--jobs", type=arguments.integer(1, 4096), help="runs at a time (default: one for each core)")
     option("--threads", type=arguments.integer(1, 4096), default=1, help="threads of each run (default: 1)")
     option("--plan", action="store_true", help="show what is done, what is left and how long it may take, and stop")
-    study.set_defaults(run=_run, refuse=study.error)
 
 
 def _run(options: argparse.Namespace, command: str) -> int:
@@ -46,6 +56,11 @@ def _run(options: argparse.Namespace, command: str) -> int:
         study = plan.load(options.study)
     except ValueError as error:
         options.refuse(str(error))
+    return carry_out(study, options, command, report)
+
+
+def carry_out(study: Study, options: argparse.Namespace, command: str, report: Report, do: Do | None = None) -> int:
+    """Do what is left of a study, and report whenever a run is done."""
     results = options.out or Path("results") / study.name
     jobs = options.jobs or len(os.sched_getaffinity(0))
     console = Console(highlight=False)
@@ -70,7 +85,7 @@ def _run(options: argparse.Namespace, command: str) -> int:
         if len(data.load(study.data, 0).test) < study.images:
             options.refuse(f"{study.data} has fewer than the {study.images} test images that the study attacks")
         folder = options.runs or Path("runs/study") / study.name
-        workers.work(study, todo, results, folder, jobs, options.threads, on_change, on_result)
+        workers.work(study, todo, results, folder, jobs, options.threads, on_change, on_result, do)
     report(study, done, results, command)
     console.print(f"Results: {results / 'README.md'}")
     return 0

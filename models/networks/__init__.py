@@ -63,8 +63,9 @@ def _resnet(
     form: str = "pre",
     shortcut: str = "pad",
     patch: int = 1,
+    branch: float | None = None,
 ) -> nn.Module:
-    return cifar_resnet(activation, images, depth, width, form, shortcut, patch)
+    return cifar_resnet(activation, images, depth, width, form, shortcut, patch, branch)
 
 
 def _register_resnet(depth: int) -> None:
@@ -77,8 +78,9 @@ def _register_resnet(depth: int) -> None:
         form: str = "pre",
         shortcut: str = "pad",
         patch: int = 1,
+        branch: float | None = None,
     ) -> nn.Module:
-        return cifar_resnet(activation, images, depth, width, form, shortcut, patch)
+        return cifar_resnet(activation, images, depth, width, form, shortcut, patch, branch)
 
 
 for _depth in (20, 32, 44, 56, 110):

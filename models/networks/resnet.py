@@ -1,5 +1,6 @@
 """Residual networks for small images: one class for three forms of the block and any stages."""
 
+import math
 from collections.abc import Sequence
 
 from torch import Tensor, nn
@@ -98,10 +99,10 @@ class ResNet(nn.Module):
     Every stage but the first halves the map in its first block. In the pre-activation form a batch norm and an
     activation follow the last block, in the others they follow the first convolution.
 
-    The form matters for a KAF. Behind an activation on the trunk, the batch norm after it divides its scale out, and
-    the gradient changes by about sqrt(E[f'²] / Var f) per block: 1.2 for ReLU, but 1.9 for a KAF with random
-    coefficients, which makes the gradients of a deep post-activation KAF ResNet explode. The pre-activation form keeps
-    activations off the trunk.
+    The form matters for a KAF, see docs/exploding-gradients.md. In the post-activation form a bounded activation on the
+    trunk keeps the signal from growing, so that every branch, normalised to variance 1, drowns what came before it and
+    gradients grow geometrically with depth. There branches start at 1/sqrt(number of blocks), so that all of them
+    together double the variance of the trunk; the pre-activation form keeps activations off the trunk.
 
     Args:
         activation: factory, number of channels -> module.
@@ -112,6 +113,8 @@ class ResNet(nn.Module):
         form: "pre", "post" or "post_norm": `PreActivationBlock`, `PostActivationBlock`, `PostNormBlock`.
         shortcut: of the blocks that change the shape: "pad" (no parameters), "conv" (1 × 1) or "conv3x3".
         patch: pixels a side that the entry folds into one position (`Entry`).
+        branch: initial weight of the norm that ends each branch, form "post" only; default 1/sqrt(number of blocks).
+            He et al. 2015 have 1.
 
     Raises:
         ValueError: an argument is out of its range, or the images are too small.
@@ -127,6 +130,7 @@ class ResNet(nn.Module):
         form: str = "pre",
         shortcut: str = "pad",
         patch: int = 1,
+        branch: float | None = None,
     ) -> None:
         super().__init__()
         block = FORMS[one_of("form", form, tuple(FORMS))]
@@ -139,9 +143,22 @@ class ResNet(nn.Module):
             self.norm, self.activation = nn.BatchNorm2d(trunk), activation(trunk)
         shapes = _shapes(stem, widths, blocks)
         self.blocks = nn.Sequential(*(block(*shape, activation, shortcut) for shape in shapes))
+        self._start_branches(form, branch)
         if self.norm_last:
             self.norm, self.activation = nn.BatchNorm2d(trunk), activation(trunk)
         self.classifier = nn.Linear(widths[-1], images.classes)
+
+    def _start_branches(self, form: str, branch: float | None) -> None:
+        if form != "post":
+            if branch is not None:
+                raise ValueError(
+                    f"branch is of form=post, whose branches end in a norm; got branch={branch:g}, form={form}"
+                )
+            return
+        if branch is not None and not 0 <= branch < math.inf:
+            raise ValueError(f"branch must be a number of 0 or more, got {branch:g}")
+        for block in self.blocks:
+            nn.init.constant_(block.norm2.weight, 1 / math.sqrt(len(self.blocks)) if branch is None else branch)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map images [N, C, H, W] in [0, 1] to logits [N, classes]."""
@@ -158,6 +175,7 @@ def cifar_resnet(
     form: str = "pre",
     shortcut: str = "pad",
     patch: int = 1,
+    branch: float | None = None,
 ) -> ResNet:
     """Build the CIFAR ResNet of 6n + 2 layers (He et al. 2015): three stages of n blocks of 1, 2 and 4 times `width`.
 
@@ -168,7 +186,7 @@ def cifar_resnet(
     if blocks < 1 or remainder:
         raise ValueError(f"depth must be 6n + 2 with n at least 1 (20, 32, 44, 56, 110, ...), got {depth}")
     at_least_one("width", width)
-    return ResNet(activation, images, width, (width, 2 * width, 4 * width), blocks, form, shortcut, patch)
+    return ResNet(activation, images, width, (width, 2 * width, 4 * width), blocks, form, shortcut, patch, branch)
 
 
 def _shapes(stem: int, widths: Sequence[int], blocks: int) -> list[tuple[int, int, int]]:

@@ -26,6 +26,8 @@ from models.study.plan import Run, Study
 from models.training import Trainer, TrainingError
 
 Status = Mapping[str, str]  # run under way -> what it is doing
+Do = Callable[[Study, Run, Path, Path], dict[str, Any]]
+"""Does a run: (study, run, folder of results, folder of checkpoints) -> its result, which it has written too."""
 _POLL_SECONDS = 0.5
 _GRACE_SECONDS = 20.0
 
@@ -51,7 +53,7 @@ def read(results: Path, study: Study) -> dict[str, dict[str, Any]]:
         result = _read(path)
         if result is None:
             continue
-        theirs, wanted = _completed(result["settings"]), _settings(study, run)
+        theirs, wanted = _completed(result["settings"]), settings(study, run)
         names = [name for name in wanted if theirs.get(name) != wanted[name]]
         if names:
             raise StudyError(
@@ -80,6 +82,7 @@ def work(
     threads: int,
     on_change: Callable[[Status], None],
     on_result: Callable[[Run, dict[str, Any]], None],
+    do: Do | None = None,
 ) -> None:
     """Do the runs, `jobs` at a time, in processes of `threads` threads; results are files, and shown as they come.
 
@@ -89,6 +92,7 @@ def work(
         folder: of checkpoints, from which an interrupted run goes on.
         on_change: called about twice a second with what each run under way is doing.
         on_result: called with each result.
+        do: does one run; `train_and_attack` unless given.
 
     Raises:
         Interrupted: Ctrl-C; runs under way have saved their states.
@@ -97,7 +101,7 @@ def work(
     said = context.SimpleQueue()
     status: dict[str, str] = {}
     with concurrent.futures.ProcessPoolExecutor(jobs, context, _begin, (threads, said)) as pool:
-        futures = {pool.submit(do, study, run, results, folder): run for run in todo}
+        futures = {pool.submit(do or train_and_attack, study, run, results, folder): run for run in todo}
         try:
             waiting = set(futures)
             while waiting:
@@ -135,22 +139,23 @@ def _end_with_parent() -> None:
     os._exit(1)
 
 
-def do(study: Study, run: Run, results: Path, folder: Path) -> dict[str, Any]:
+def say(run: Run, text: str) -> None:
+    """Tell whoever shows progress what a run is doing."""
+    if _said is not None:
+        _said.put((run.name, text))
+
+
+def train_and_attack(study: Study, run: Run, results: Path, folder: Path) -> dict[str, Any]:
     """Train and evaluate one run, or go on with it, and write its result; of a run that fails, the reason."""
-
-    def say(text: str) -> None:
-        if _said is not None:
-            _said.put((run.name, text))
-
-    common = {"settings": _settings(study, run), "environment": environment.describe()}
+    common = {"settings": settings(study, run), "environment": environment.describe()}
     try:
-        trainer = _train(run, folder / run.name, say)
+        trainer = _train(run, folder / run.name)
         result = {
             **common,
             "history": [asdict(epoch) for epoch in trainer.history],
             "collapsed": trainer.collapsed,
             "parameters": sum(p.numel() for p in trainer.model.parameters()),
-            **_evaluate(study, run, trainer, folder / run.name, say),
+            **_evaluate(study, run, trainer, folder / run.name),
         }
     except KeyboardInterrupt as error:
         raise Interrupted from error
@@ -160,17 +165,13 @@ def do(study: Study, run: Run, results: Path, folder: Path) -> dict[str, Any]:
     return result
 
 
-def _train(run: Run, folder: Path, say: Callable[[str], None]) -> Trainer:
+def _train(run: Run, folder: Path) -> Trainer:
     trainer = session.prepare(run.settings, folder)
-
-    def on_step(trainer: Trainer) -> None:
-        say(f"training, {trainer.steps_done / trainer.steps:.0%}")
-
-    trainer.run(on_step)
+    trainer.run(lambda t: say(run, f"training, {t.steps_done / t.steps:.0%}"))
     return trainer
 
 
-def _evaluate(study: Study, run: Run, trainer: Trainer, folder: Path, say: Callable[[str], None]) -> dict[str, Any]:
+def _evaluate(study: Study, run: Run, trainer: Trainer, folder: Path) -> dict[str, Any]:
     images, labels = data.load(study.data, run.seed).test.tensors(study.images)
     model = trainer.result.eval()
     clean = evaluate_clean(model, images, labels)
@@ -178,7 +179,7 @@ def _evaluate(study: Study, run: Run, trainer: Trainer, folder: Path, say: Calla
     kept = Outcomes(folder / "evaluation", identity, model, images, labels, BATCH_SIZE)
 
     def outcome(label: str, attack: str) -> Outcome:
-        say(label)
+        say(run, label)
         return kept.get(Job(label, ATTACKS.create(attack, study.eps), study.images, seed=0))
 
     outcomes = {label: outcome(label, attack) for label, attack in study.attacks.items()}
@@ -189,15 +190,16 @@ def _evaluate(study: Study, run: Run, trainer: Trainer, folder: Path, say: Calla
     }
 
 
-def _completed(settings: dict[str, Any]) -> dict[str, Any]:
+def _completed(theirs: dict[str, Any]) -> dict[str, Any]:
     """Return the settings of a result with the defaults of those that are newer than it."""
     known = {field.name for field in dataclasses.fields(Settings)}
     try:
-        training = Settings.from_dict({name: value for name, value in settings.items() if name in known})
+        training = Settings.from_dict({name: value for name, value in theirs.items() if name in known})
     except ValueError:
-        return settings
-    return {**settings, **training.as_dict()}
+        return theirs
+    return {**theirs, **training.as_dict()}
 
 
-def _settings(study: Study, run: Run) -> dict[str, Any]:
+def settings(study: Study, run: Run) -> dict[str, Any]:
+    """Return everything that decides a run's result."""
     return {**run.settings.as_dict(), "attacks": study.attacks, "eps": study.eps, "images": study.images}

@@ -1,0 +1,1 @@
+"""Questions asked of trained networks: each file one, each answer plain numbers that models/figures draws."""

@@ -1,0 +1,108 @@
+"""Gradients along training: runs of a study without attacks, with the norms of `models.analysis.gradients` by epoch."""
+
+import math
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from models import data, environment, files, networks, session
+from models.analysis.gradients import measure
+from models.evaluation import EvaluationError, evaluate_clean
+from models.images import ImageFormat
+from models.interrupts import Interrupted
+from models.study import workers
+from models.study.plan import Run, Study
+from models.training import EpochRecord, Trainer, TrainingError
+
+DEPTH = Path(__file__).parent / "depth.json"
+IMAGES = 64
+"""Held-out images on which norms are measured."""
+_GRADIENTS = "gradients.json"
+
+
+def start(
+    network: str, activation: str, seed: int, form: ImageFormat, images: Tensor, labels: Tensor
+) -> dict[str, Any]:
+    """Measure a network as it starts: names and seed, and what `depth_page` shows of it.
+
+    "trunk_growth" is the gradient at the output of the first residual block over that at the output of the last one,
+    "predicted" what the theory makes of it, for post-activation ResNets. "factor" and "normal_factor" are root mean
+    squares over activations.
+    """
+    found = measure(networks.build(network, activation, form, seed), images, labels)
+    trunk = found.trunk
+    factors = [(a.factor, a.normal_factor) for a in found.activations]
+    return {
+        "network": network,
+        "activation": activation,
+        "seed": seed,
+        "ratio": found.ratio,
+        "trunk_growth": trunk[0] / trunk[-1] if trunk and trunk[0] is not None and trunk[-1] else None,
+        "predicted": math.prod(found.growth[1:]) if found.growth else None,
+        "factor": _rms([own for own, _ in factors]),
+        "normal_factor": _rms([normal for _, normal in factors]),
+        "weights": found.weights,
+    }
+
+
+def train(study: Study, run: Run, results: Path, folder: Path) -> dict[str, Any]:
+    """Do one run of a study, or go on with it, and write its result; of a run that fails, the reason.
+
+    A `workers.Do`: the result has what is wrong on test images, as that of `workers.train_and_attack`, and "gradients":
+    by epoch, from 0 on, the ratio of the first to the last gradient norm, and the norms.
+    """
+    place = folder / run.name
+    common = {"settings": workers.settings(study, run), "environment": environment.describe()}
+    try:
+        trainer = session.prepare(run.settings, place)
+        images, labels = data.load(study.data, run.seed).validation.tensors(IMAGES)
+        kept = _Kept(folder / f"{run.name}.{_GRADIENTS}", trainer, images, labels)
+        result = {**common, **_train(study, run, trainer, kept)}
+    except KeyboardInterrupt as error:
+        raise Interrupted from error
+    files.write_json(workers.result_file(results, run), result)
+    return result
+
+
+def _train(study: Study, run: Run, trainer: Trainer, kept: "_Kept") -> dict[str, Any]:
+    try:
+        trainer.run(lambda t: workers.say(run, f"training, {t.steps_done / t.steps:.0%}"), kept.add)
+        images, labels = data.load(study.data, run.seed).test.tensors(study.images)
+        clean = evaluate_clean(trainer.result.eval(), images, labels)
+    except (TrainingError, EvaluationError) as error:
+        return {"error": str(error), "gradients": kept.records}
+    return {
+        "history": [asdict(epoch) for epoch in trainer.history],
+        "parameters": sum(p.numel() for p in trainer.model.parameters()),
+        "wrong": clean.mask,
+        "found": {},
+        "seconds": {},
+        "gradients": kept.records,
+    }
+
+
+class _Kept:
+    """Norms by epoch, in a file, so that a run that goes on has those of before."""
+
+    def __init__(self, path: Path, trainer: Trainer, images: Tensor, labels: Tensor) -> None:
+        self.path, self.model, self.images, self.labels = path, trainer.model, images, labels
+        self.records: list[dict[str, Any]] = (files.read_json(path) or [])[: trainer.epoch + 1]
+        if not self.records:
+            self._add(0, trainer.model)
+
+    def add(self, record: EpochRecord) -> None:
+        """Measure after an epoch."""
+        self._add(record.epoch, self.model)
+
+    def _add(self, epoch: int, model: nn.Module) -> None:
+        found = measure(model, self.images, self.labels)
+        del self.records[epoch:]
+        self.records.append({"epoch": epoch, "ratio": found.ratio, "weights": found.weights, "trunk": found.trunk})
+        files.write_json(self.path, self.records)
+
+
+def _rms(values: list[float]) -> float | None:
+    mean = sum(v**2 for v in values) / len(values) if values else math.nan
+    return math.sqrt(mean) if math.isfinite(mean) else None

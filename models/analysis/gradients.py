@@ -1,0 +1,188 @@
+"""How large signals and gradients are layer by layer, and what each activation does to them."""
+
+import copy
+import math
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import kafops
+
+
+@dataclass(frozen=True)
+class ActivationGradients:
+    """One activation of a network: what it does to the gradient, behind a normalisation that divides its scale out.
+
+    Args:
+        name: of the module.
+        input_std, output_std: root of the mean variance of a channel, over images and positions.
+        factor: sqrt(Σ_c E[f_c′²] / Σ_c Var f_c) for the inputs that there are.
+        normal_factor: the same for inputs x ~ N(0, 1): in closed form for a Gaussian KAF, else by quadrature.
+    """
+
+    name: str
+    input_std: float
+    output_std: float
+    factor: float
+    normal_factor: float
+
+
+@dataclass(frozen=True)
+class NetworkGradients:
+    """Norms in one network for one batch; None where something is not finite.
+
+    Args:
+        weights: gradient norm of the weights of each convolution, from the images on.
+        trunk: root mean square of the gradient of the output of each residual block.
+        activations: what each activation does.
+        growth: for each block of a post-activation ResNet the factor by which, by the reading of
+            docs/exploding-gradients.md, it multiplies a gradient; empty for other networks.
+    """
+
+    weights: list[float | None]
+    trunk: list[float | None]
+    activations: list[ActivationGradients]
+    growth: list[float]
+
+    @property
+    def ratio(self) -> float | None:
+        """The gradient norm of the first convolution over that of the last one."""
+        first, last = self.weights[0], self.weights[-1]
+        return None if first is None or not last else first / last
+
+
+def measure(model: nn.Module, images: Tensor, labels: Tensor) -> NetworkGradients:
+    """Measure norms in the forward and backward pass of the cross-entropy, in training mode, on a copy of the model.
+
+    Args:
+        model: a network that calls its convolutions in the order of its modules.
+        images: [N, C, H, W] in [0, 1].
+        labels: [N].
+    """
+    model = copy.deepcopy(model).train()
+    convolutions = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
+    blocks = list(getattr(model, "blocks", ()))
+    activations = {name: m for name, m in model.named_modules() if _is_activation(m)}
+    with _kept([*activations.values(), *blocks]) as inputs, _outputs(blocks) as trunk:
+        loss = F.cross_entropy(model(images), labels)
+        wanted = [c.weight for c in convolutions] + trunk
+        gradients = torch.autograd.grad(loss, wanted)
+    norms = [_finite(g.double().norm()) for g in gradients[: len(convolutions)]]
+    sizes = [_finite(g.double().square().mean().sqrt()) for g in gradients[len(convolutions) :]]
+    moments = {m: moments_at(m, inputs[m]) for m in activations.values() if m in inputs}
+    described = [
+        ActivationGradients(name, *_describe(m, inputs[m], moments[m]))
+        for name, m in activations.items()
+        if m in inputs
+    ]
+    return NetworkGradients(norms, sizes, described, _growth(blocks, inputs, moments))
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Of one activation, means over channels: of Var f, and of E[f′²]."""
+
+    variance: float
+    slope: float
+
+    @property
+    def factor(self) -> float:
+        """sqrt(E[f′²] / Var f)."""
+        return math.sqrt(self.slope / self.variance) if self.variance > 0 else math.nan
+
+
+def moments_at(activation: nn.Module, x: Tensor, weights: Tensor | None = None) -> Moments:
+    """Return the moments of an activation that works on each element by itself, for inputs [N, C, *].
+
+    Args:
+        activation: the module.
+        x: inputs.
+        weights: of the inputs [N], such as those of a quadrature; equal ones unless given.
+    """
+    x = x.detach().requires_grad_()
+    with torch.enable_grad():
+        y = activation(x)
+        (slope,) = torch.autograd.grad(y.sum(), x)
+    y, slope = (t.detach().double().transpose(0, 1).flatten(1) for t in (y, slope))  # [C, n]
+    if weights is None:
+        weights = torch.full(y.shape[1:], 1 / y.shape[1], dtype=torch.float64)
+    mean = (y * weights).sum(1, keepdim=True)
+    variance = ((y - mean).square() * weights).sum(1)
+    return Moments(variance.mean().item(), (slope.square() * weights).sum(1).mean().item())
+
+
+def moments_normal(activation: nn.Module, channels: int) -> Moments:
+    """Return the moments for x ~ N(0, 1), by the trapezium rule on [-10, 10], which is exact to 1e-6 of a kink."""
+    x = torch.linspace(-10, 10, 20_001, dtype=torch.float64)
+    weights = torch.exp(-x.square() / 2)
+    activation = copy.deepcopy(activation).double()
+    return moments_at(activation, x[:, None].expand(-1, channels), weights / weights.sum())
+
+
+def _describe(module: nn.Module, x: Tensor, moments: Moments) -> tuple[float, float, float, float]:
+    variance = x.double().transpose(0, 1).flatten(1).var(1, correction=0).mean().item()
+    normal = moments_normal(module, x.shape[1])
+    return math.sqrt(variance), math.sqrt(moments.variance), moments.factor, normal.factor
+
+
+def _growth(blocks: list[nn.Module], inputs: dict[nn.Module, Tensor], moments: dict[nn.Module, Moments]) -> list[float]:
+    """Return sqrt(E[f₂′²] (1 + w² φ₁² / σ²)) of each block act₂(x + w · bn(conv(act₁(bn(conv(x)))))).
+
+    φ₁ is the factor of act₁, σ² the mean variance of a channel of x, and f₂ the activation of the trunk. A batch norm
+    makes a branch's gain independent of the scale of x, so it falls with σ.
+    """
+    grown = []
+    for block in blocks:
+        if type(block).__name__ != "PostActivationBlock":
+            return []
+        parts: Any = block
+        sigma2 = inputs[block].double().transpose(0, 1).flatten(1).var(1, correction=0).mean().item()
+        weight2 = parts.norm2.weight.detach().double().square().mean().item()
+        inner, trunk = moments[parts.activation1], moments[parts.activation2]
+        branch = weight2 * inner.factor**2 / sigma2 if sigma2 > 0 else math.inf
+        grown.append(math.sqrt(trunk.slope * (1 + branch)))
+    return grown
+
+
+def _is_activation(module: nn.Module) -> bool:
+    """Say whether a module is an activation of one of our networks: ours, or one of torch's that has no parts."""
+    if isinstance(module, kafops.KAF):
+        return True
+    origin = type(module).__module__
+    return origin.startswith(("torch.nn.modules.activation", "models.activations"))
+
+
+@contextmanager
+def _kept(modules: Iterable[nn.Module]) -> Iterator[dict[nn.Module, Tensor]]:
+    """Keep what goes into each of the modules, the last time it is called."""
+    inputs: dict[nn.Module, Tensor] = {}
+
+    def keep(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
+        inputs[module] = arguments[0].detach()
+
+    handles = [module.register_forward_pre_hook(keep) for module in modules]
+    try:
+        yield inputs
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _outputs(modules: list[nn.Module]) -> Iterator[list[Tensor]]:
+    outputs: list[Tensor] = []
+    handles = [module.register_forward_hook(lambda m, i, output: outputs.append(output)) for module in modules]
+    try:
+        yield outputs
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _finite(norm: Tensor) -> float | None:
+    return norm.item() if norm.isfinite() else None

@@ -1,0 +1,81 @@
+"""`python -m models gradients`."""
+
+import argparse
+import itertools
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import track
+
+from models import arguments, data, files, networks
+from models.activations import ACTIVATIONS
+from models.analysis import depth, depth_page
+from models.commands import study as studies
+from models.figures import gradients as figures
+from models.networks import NETWORKS
+from models.study import plan
+
+_ABOUT = """
+Measures norms of signals and gradients layer by layer: of networks as they start (default), and with --train along the
+training of a study of them, which also tells whether they learn.
+
+As they start: writes initial.md, initial.png and initial.json to OUT: for each network and activation the gradient norm
+of the first convolution over that of the last one, what the theory of docs/exploding-gradients.md says of it, and the
+factor by which activations grow a gradient, sqrt(E[f'^2] / Var f), for their own inputs and for standard normal ones.
+
+With --train: each run is trained, its norms are measured after every epoch, and OUT gets README.md, figures and a
+result for each run. Ctrl-C stops at any time; the same command goes on with what is left.
+"""
+
+_FORMS = ("post,branch=1", "post", "post_norm", "pre")
+_NETWORKS = [f"resnet{depth}:form={form},width=8,patch=2" for form in _FORMS for depth in (20, 56, 110)]
+_ACTIVATIONS = ["relu", "silu", "elu", "kaf:std=0.05", "kaf", "kaf_relu", "kaf_elu", "kaf_isometric"]
+
+
+def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add the command."""
+    parser = commands.add_parser(
+        "gradients",
+        help="measure exploding gradients, at the start and along training",
+        description=_ABOUT,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    option = parser.add_argument
+    option("--networks", nargs="+", default=_NETWORKS, metavar="NAME", help="default: ResNets of 20, 56 and 110 layers in 4 forms")
+    option("--activations", nargs="+", default=_ACTIVATIONS, metavar="NAME", help=f"default: {' '.join(_ACTIVATIONS)}")
+    option("--data", default="mnist5k", metavar="NAME", help="images to measure with (default: mnist5k)")
+    option("--seeds", type=arguments.integer(1), default=3, metavar="N", help="networks of each kind (default: 3)")
+    option(
+        "--train", nargs="?", const=str(depth.DEPTH), metavar="FILE",
+        help="train a study, a file as `python -m models study` takes, and measure along it (default: depth.json)",
+    )  # fmt: skip
+    studies.add_options(parser)
+    parser.set_defaults(run=_run, refuse=parser.error)
+
+
+def _run(options: argparse.Namespace, command: str) -> int:
+    try:
+        if options.train is not None:
+            return studies.carry_out(plan.load(options.train), options, command, depth_page.report, depth.train)
+        for network, activation in itertools.product(options.networks, options.activations):
+            NETWORKS.parse(network)
+            ACTIVATIONS.parse(activation)
+        sets = data.load(options.data, 0)
+        for network in options.networks:
+            networks.build(network, "relu", sets.images, 0)
+    except ValueError as error:
+        options.refuse(str(error))
+    out = options.out or Path("results/gradients")
+    images, labels = sets.validation.tensors(depth.IMAGES)
+    grid = list(itertools.product(options.networks, options.activations, range(options.seeds)))
+    console, starts = Console(highlight=False), []
+    for network, activation, seed in track(grid, "measuring", console=console):
+        starts.append(depth.start(network, activation, seed, sets.images, images, labels))
+    text = depth_page.starts(starts, command)
+    files.write_json(out / "initial.json", {"command": command, "data": options.data, "starts": starts})
+    files.write_bytes(out / "initial.png", figures.starts(starts))
+    files.write_text(out / "initial.md", text)
+    console.print(text, soft_wrap=True, markup=False)
+    console.print(f"Written: {out / 'initial.md'}")
+    return 0
