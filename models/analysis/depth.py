@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from models import data, environment, files, networks, session
 from models.analysis.gradients import measure
+from models.data import DataSet
 from models.evaluation import EvaluationError, evaluate_clean
 from models.images import ImageFormat
 from models.interrupts import Interrupted
@@ -17,9 +18,13 @@ from models.study.plan import Run, Study
 from models.training import EpochRecord, Trainer, TrainingError
 
 DEPTH = Path(__file__).parent / "depth.json"
-IMAGES = 64
-"""Held-out images on which norms are measured."""
+_IMAGES = 64
 _GRADIENTS = "gradients.json"
+
+
+def batch(sets: DataSet) -> tuple[Tensor, Tensor]:
+    """Return the held-out images on which norms are measured, 64 or as many as there are, and their labels."""
+    return sets.validation.tensors(min(_IMAGES, len(sets.validation)))
 
 
 def start(
@@ -57,7 +62,7 @@ def train(study: Study, run: Run, results: Path, folder: Path) -> dict[str, Any]
     common = {"settings": workers.settings(study, run), "environment": environment.describe()}
     try:
         trainer = session.prepare(run.settings, place)
-        images, labels = data.load(study.data, run.seed).validation.tensors(IMAGES)
+        images, labels = batch(data.load(study.data, run.seed))
         kept = _Kept(folder / f"{run.name}.{_GRADIENTS}", trainer, images, labels)
         result = {**common, **_train(study, run, trainer, kept)}
     except KeyboardInterrupt as error:

@@ -42,7 +42,13 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
         allow_abbrev=False,
     )
     option = parser.add_argument
-    option("--networks", nargs="+", default=_NETWORKS, metavar="NAME", help="default: ResNets of 20, 56 and 110 layers in 4 forms")
+    option(
+        "--networks",
+        nargs="+",
+        default=_NETWORKS,
+        metavar="NAME",
+        help="default: ResNets of 20, 56 and 110 layers in 4 forms",
+    )
     option("--activations", nargs="+", default=_ACTIVATIONS, metavar="NAME", help=f"default: {' '.join(_ACTIVATIONS)}")
     option("--data", default="mnist5k", metavar="NAME", help="images to measure with (default: mnist5k)")
     option("--seeds", type=arguments.integer(1), default=3, metavar="N", help="networks of each kind (default: 3)")
@@ -67,7 +73,7 @@ def _run(options: argparse.Namespace, command: str) -> int:
     except ValueError as error:
         options.refuse(str(error))
     out = options.out or Path("results/gradients")
-    images, labels = sets.validation.tensors(depth.IMAGES)
+    images, labels = depth.batch(sets)
     grid = list(itertools.product(options.networks, options.activations, range(options.seeds)))
     console, starts = Console(highlight=False), []
     for network, activation, seed in track(grid, "measuring", console=console):

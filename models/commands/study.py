@@ -13,7 +13,7 @@ from models import arguments, data, files
 from models.figures import study as figures
 from models.study import page, plan, workers
 from models.study.plan import Run, Study
-from models.study.summary import accuracies, summarise
+from models.study.summary import CLEAN, accuracies, summarise
 from models.study.workers import Do
 
 _STUDY = """
@@ -132,4 +132,5 @@ def _mean(numbers: list[float]) -> float:
 def _line(result: dict[str, Any]) -> str:
     if "error" in result:
         return f"failed: {result['error']}"
-    return ", ".join(f"{name} {value:.1%}" for name, value in accuracies(result).items())
+    shown = accuracies(result).items() if result["found"] else [(CLEAN, accuracies(result)[CLEAN])]
+    return ", ".join(f"{name} {value:.1%}" for name, value in shown)
