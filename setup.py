@@ -16,7 +16,7 @@ from pathlib import Path
 import setuptools
 
 ROOT = Path(__file__).parent
-CPU_SOURCES = [f"csrc/cpu/{name}.cpp" for name in ("ops", "portable", "avx2", "avx512")]
+CPU_SOURCES = [f"csrc/cpu/{name}.cpp" for name in ("ops", "portable", "avx2", "avx512", "kernels")]
 CUDA_SOURCES = ["csrc/cuda/ops.cpp"]
 CUDA_SOURCES += [f"csrc/cuda/{name}.cu" for name in ("launch", "float32", "float64", "bfloat16", "float16")]
 COMPILERS = ("c++", "g++", "clang++")

@@ -3,7 +3,7 @@
 from kafops import ops as ops  # defines the schemas before any backend registers kernels for them
 
 # isort: split
-from kafops import backends, init, reference
+from kafops import backends, bounds, init, kernels, reference
 from kafops.backends import backend
 from kafops.convert import Replacement, ReplacementReport, replace_activations
 from kafops.functional import kaf, kaf_free
@@ -23,9 +23,11 @@ __all__ = [
     "ReplacementReport",
     "backend",
     "backends",
+    "bounds",
     "init",
     "kaf",
     "kaf_free",
+    "kernels",
     "reference",
     "replace_activations",
 ]

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from kafops import autograd, backends, reference
+from kafops import autograd, backends, kernel_sums, kernels, reference
 
 __all__ = ["kaf", "kaf_free"]
 
@@ -20,6 +20,7 @@ def kaf(
     alpha: Tensor,  # [C, D] or [1, D]
     gamma: Tensor,  # [C] or [1]
     boundary: float = 3.0,
+    kernel: str = "gaussian",
 ) -> Tensor:  # [N, C, *]
     """Kernel activation function on a uniform dictionary.
 
@@ -34,13 +35,16 @@ def kaf(
         alpha: mixing coefficients [C, D] or [1, D], float32 or float64 whatever the dtype of x.
         gamma: bandwidths [C] or [1], float32 or float64. Must be positive; values are not checked here.
         boundary: half-width of the dictionary, a positive float in the units of x.
+        kernel: "gaussian" (default), or another κ(√γ (x - δ)) in its place: "rational_quadratic", "matern32" or
+            "bspline", defined in `kafops.kernels`. These are fused on the CPU, where they cost D kernel values for each
+            element; elsewhere, and under torch.func and forward mode, the plain reference computes them.
 
     Returns:
         Tensor with the shape, dtype and memory format of x. Half-precision x is computed in float32.
 
     Raises:
         TypeError: an argument has the wrong type or dtype.
-        ValueError: shapes do not fit, D = 0, devices differ, or boundary is not a positive number.
+        ValueError: shapes do not fit, D = 0, devices differ, boundary is not a positive number, or kernel unknown.
 
     NaN in x gives NaN in that element only; ±inf gives 0.
 
@@ -58,6 +62,9 @@ def kaf(
         )
     if not 0 < boundary < math.inf:
         raise ValueError(f"boundary must be a positive finite number, got boundary={boundary}")
+    if kernel != "gaussian":
+        points = alpha.new_empty(0, dtype=torch.float64)
+        return _other(x, alpha, gamma, reference.uniform_dictionary(alpha.shape[1], float(boundary), points), kernel)
     if backends.choose(x) == "reference":
         return reference.kaf(x, alpha, gamma, float(boundary))
     return autograd.apply(x, alpha, gamma, None, float(boundary))
@@ -68,13 +75,14 @@ def kaf_free(
     alpha: Tensor,  # [C, D] or [1, D]
     gamma: Tensor,  # [C] or [1]
     dictionary: Tensor,  # [C, D] or [1, D]
+    kernel: str = "gaussian",
 ) -> Tensor:  # [N, C, *]
     """Kernel activation function on a free dictionary: `kaf` with the points given, and trainable.
 
     .. math:: f_c(x) = \\sum_{d=1}^{D} \\alpha_{c,d} \\exp(-\\gamma_c (x - \\delta_{c,d})^2)
 
     Args:
-        x, alpha, gamma: as for `kaf`.
+        x, alpha, gamma, kernel: as for `kaf`.
         dictionary: points [C, D] or [1, D] in the units of x, any values in any order, float32 or float64.
 
     Returns:
@@ -96,9 +104,19 @@ def kaf_free(
             f"dictionary and alpha must have the same number of points D, got dictionary {_shape(dictionary)} "
             f"and alpha {_shape(alpha)}"
         )
+    if kernel != "gaussian":
+        return _other(x, alpha, gamma, dictionary, kernel)
     if backends.choose(x) == "reference":
         return reference.kaf_free(x, alpha, gamma, dictionary)
     return autograd.apply(x, alpha, gamma, dictionary, 0.0)
+
+
+def _other(x: Tensor, alpha: Tensor, gamma: Tensor, dictionary: Tensor, kernel: str) -> Tensor:
+    """Compute kaf_free of a kernel other than the Gaussian, its name not yet checked."""
+    kernels.named(kernel)
+    if backends.choose_for(kernel, x) == "reference":
+        return reference.kaf_free(x, alpha, gamma, dictionary, kernel)
+    return kernel_sums.apply(x, alpha, gamma, dictionary, kernel)
 
 
 def _check(x: Tensor, alpha: Tensor, gamma: Tensor) -> None:

@@ -9,12 +9,14 @@ import math
 import numbers
 from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from kafops import expectations, kernels
 
 __all__ = ["Initializer", "Isometric", "Normal", "Target", "gradient_factor", "resolve", "ridge"]
 
@@ -42,6 +44,10 @@ class Initializer(ABC):
         gamma: Tensor,  # [C], float64
     ) -> Tensor:  # [C, D]
         """Return the coefficients of C curves on one dictionary."""
+
+    def for_kernel(self, kernel: str) -> "Initializer":
+        """Return the rule for a layer with that kernel: itself, unless it depends on the kernel."""
+        return self
 
 
 @dataclass(frozen=True)
@@ -92,6 +98,7 @@ class Isometric(Initializer):
         ratio: upper bound of E[f′²] / Var f, default 1.1 (ELU has 1.08, tanh 1.18, SiLU 1.21, ReLU 1.47).
         std: standard deviation of f. The default sqrt(1/2) gives f the second moment of ReLU, so that He's weights, of
             variance 2/fan_in, keep both signal and gradient in scale; 1 does so for weights of variance 1/fan_in.
+        kernel: of the curves; a layer puts its own in place of it.
 
     Raises:
         TypeError, ValueError: ratio is not a number > 1, or std not a number > 0; when called, the dictionary cannot
@@ -107,15 +114,21 @@ class Isometric(Initializer):
 
     ratio: float = 1.1
     std: float = math.sqrt(0.5)
+    kernel: str = field(default="gaussian", repr=False)
+
+    def for_kernel(self, kernel: str) -> "Isometric":
+        """Return the rule for a layer with that kernel."""
+        return self if kernel == self.kernel else replace(self, kernel=kernel)
 
     def __post_init__(self) -> None:
         _check_number("ratio", self.ratio, above=1.0)
         _check_number("std", self.std, above=0.0)
+        kernels.named(self.kernel)
 
     def __call__(self, dictionary: Tensor, gamma: Tensor) -> Tensor:
         """Return the coefficients [C, D]."""
         distinct, channel = gamma.unique(return_inverse=True)
-        cost, basis = (t[channel] for t in _eigenfunctions(dictionary, distinct))  # [C, m], [C, D, m]
+        cost, basis = (t[channel] for t in _eigenfunctions(dictionary, distinct, self.kernel))  # [C, m], [C, D, m]
         least = cost[:, :1].amax().item() if cost.shape[1] else math.inf
         if least >= self.ratio:
             raise ValueError(
@@ -139,9 +152,13 @@ class _Fit(Initializer):
     """Ridge fit to a target's values on the dictionary; the callable itself, perhaps a lambda, need not be pickled."""
 
     values: tuple[float, ...]
+    kernel: str = "gaussian"
+
+    def for_kernel(self, kernel: str) -> "_Fit":
+        return self if kernel == self.kernel else replace(self, kernel=kernel)
 
     def __call__(self, dictionary: Tensor, gamma: Tensor) -> Tensor:
-        return _solve_ridge(torch.tensor(self.values, **_F64), dictionary, gamma, _RIDGE_EPS)
+        return _solve_ridge(torch.tensor(self.values, **_F64), dictionary, gamma, _RIDGE_EPS, self.kernel)
 
 
 _NAMED: dict[str, Initializer | Target] = {
@@ -155,8 +172,8 @@ _NAMED: dict[str, Initializer | Target] = {
 }
 
 
-def resolve(init: str | Initializer | Target, dictionary: Tensor) -> Initializer:
-    """Turn a layer's `init` argument into an `Initializer` for a dictionary [D].
+def resolve(init: str | Initializer | Target, dictionary: Tensor, kernel: str = "gaussian") -> Initializer:
+    """Turn a layer's `init` argument into an `Initializer` for a dictionary [D] and a kernel.
 
     Raises:
         TypeError: init is neither name nor callable, or a target returns no floating tensor.
@@ -169,10 +186,10 @@ def resolve(init: str | Initializer | Target, dictionary: Tensor) -> Initializer
             raise ValueError(f"init must be one of {', '.join(map(repr, _NAMED))} or a callable, got {init!r}{hint}")
         init = _NAMED[init]
     if isinstance(init, Initializer):
-        return init
+        return init.for_kernel(kernel)
     if not callable(init):
         raise TypeError(f"init must be a name, a kafops.init.Initializer or a callable, got {type(init).__name__}")
-    return _Fit(tuple(_sample(init, dictionary).tolist()))
+    return _Fit(tuple(_sample(init, dictionary).tolist()), kernel)
 
 
 def ridge(
@@ -180,18 +197,20 @@ def ridge(
     dictionary: Tensor,  # [D]
     gamma: Tensor,  # [C]
     eps: float = _RIDGE_EPS,
+    kernel: str = "gaussian",
 ) -> Tensor:  # [C, D]
     """Fit curves to a target function by kernel ridge regression on the dictionary: (K + eps I) α = target(δ).
 
-    K is the kernel matrix of the dictionary, K[i, j] = exp(-γ (δ_i - δ_j)²). The fit looks at the target on the points
-    only, and beyond them the curve returns to 0. Coefficients are large (72 for ReLU with the layers' defaults) and
-    cancel, so keep them in float32 at least.
+    K is the kernel matrix of the dictionary, K[i, j] = κ(√γ (δ_i - δ_j)); of the Gaussian, exp(-γ (δ_i - δ_j)²). The
+    fit looks at the target on the points only, and beyond them the curve returns to 0. Coefficients are large (72 for
+    ReLU with the layers' defaults) and cancel, so keep them in float32 at least.
 
     Args:
         target: callable from the points [D], float64, to values [D], finite and floating.
         dictionary: points [D].
         gamma: bandwidths [C].
         eps: strength of the regularisation.
+        kernel: κ, a name in `kafops.kernels.KERNELS`.
 
     Returns:
         Coefficients [C, D] in float64 on the CPU.
@@ -205,30 +224,36 @@ def ridge(
         >>> alpha = kafops.init.ridge(torch.nn.functional.gelu, torch.linspace(-3, 3, 20), torch.tensor([1.67]))
     """
     dictionary, gamma = dictionary.detach().to(**_F64), gamma.detach().to(**_F64)
-    return _solve_ridge(_sample(target, dictionary), dictionary, gamma, eps)
+    kernels.named(kernel)
+    return _solve_ridge(_sample(target, dictionary), dictionary, gamma, eps, kernel)
 
 
 def gradient_factor(
     alpha: Tensor,  # [C, D]
     gamma: Tensor,  # [C]
     dictionary: Tensor,  # [C, D] or [1, D]
+    kernel: str = "gaussian",
 ) -> Tensor:  # [C]
-    """Return sqrt(E[f′²] / Var f) of each curve for x ~ N(0, 1), in closed form.
+    """Return sqrt(E[f′²] / Var f) of each curve for x ~ N(0, 1): in closed form, or by quadrature for other kernels.
 
     It is about the factor by which an activation, followed by a normalisation, grows a gradient. At least 1; exactly 1
     for straight lines; unchanged when alpha is scaled; NaN for a curve that is 0.
 
     Args:
-        alpha, gamma, dictionary: as for `kafops.kaf_free`.
+        alpha, gamma, dictionary, kernel: as for `kafops.kaf_free`.
 
     Returns:
         Tensor [C], float64 on the CPU, without gradient.
+
+    Raises:
+        TypeError, ValueError: there is no such kernel.
 
     Example:
         >>> kafops.init.gradient_factor(layer.alpha, layer.bandwidths(), layer.points())
     """
     alpha, gamma, dictionary = (t.detach().to(**_F64) for t in (alpha, gamma, dictionary))
-    mean, second, slope = _moments(dictionary, gamma)
+    kernels.named(kernel)
+    mean, second, slope = _moments(dictionary, gamma, kernel)
     variance = torch.einsum("cd,cde,ce->c", alpha, second, alpha) - (alpha * mean).sum(1) ** 2
     return (torch.einsum("cd,cde,ce->c", alpha, slope, alpha) / variance).sqrt()
 
@@ -236,12 +261,15 @@ def gradient_factor(
 def _moments(
     dictionary: Tensor,  # [C, D] or [1, D]
     gamma: Tensor,  # [C]
+    kernel: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # [C, D], [C, D, D], [C, D, D]
-    """Return E[k_i], E[k_i k_j] and E[k_i′ k_j′] of the kernels k_i(x) = exp(-γ (x - δ_i)²) for x ~ N(0, 1).
+    """Return E[k_i], E[k_i k_j] and E[k_i′ k_j′] of the kernels k_i(x) = κ(√γ (x - δ_i)) for x ~ N(0, 1).
 
-    k_i k_j is itself a Gaussian, of centre m = (δ_i + δ_j)/2. Its product with the density is one more, of variance
-    s² = 1/(1 + 4γ) and mean μ = 4γ s² m.
+    Of Gaussians in closed form: k_i k_j is itself a Gaussian, of centre m = (δ_i + δ_j)/2. Its product with the density
+    is one more, of variance s² = 1/(1 + 4γ) and mean μ = 4γ s² m.
     """
+    if kernel != "gaussian":
+        return expectations.moments(dictionary, gamma, kernel)
     gamma = gamma[:, None]
     mean = torch.exp(-gamma * dictionary**2 / (1 + 2 * gamma)) / (1 + 2 * gamma).sqrt()
     gamma = gamma[:, None]
@@ -255,6 +283,7 @@ def _moments(
 def _eigenfunctions(
     dictionary: Tensor,  # [D]
     gamma: Tensor,  # [C]
+    kernel: str,
     most: int = 5,
     penalty: float = 1e-4,
 ) -> tuple[Tensor, Tensor]:  # [C, m], [C, D, m]
@@ -262,7 +291,7 @@ def _eigenfunctions(
 
     The curves are uncorrelated and so are their slopes (up to the penalty): costs add up like squared weights.
     """
-    mean, second, slope = _moments(dictionary[None], gamma)
+    mean, second, slope = _moments(dictionary[None], gamma, kernel)
     centred = torch.linalg.svd(mean[:, None, :]).Vh[:, 1:].mT  # [C, D, D - 1], spans all α with E f = 0
     eye = torch.eye(len(dictionary), **_F64)
     # A = cost, B = variance: B v = λ⁻¹ A v, solved as a standard symmetric problem in L⊤v where A = L L⊤.
@@ -272,17 +301,18 @@ def _eigenfunctions(
     inverse_cost, vectors = inverse_cost.flip(1)[:, :most], vectors.flip(2)[:, :, :most]
     basis = centred @ torch.linalg.solve_triangular(lower.mT, vectors, upper=True) / inverse_cost.sqrt()[:, None]
     # An eigenvector's sign is the library's whim; positive at the last point makes φ_1 rise, and a seed reproducible.
-    at_end = _kernel(dictionary, gamma)[:, -1:] @ basis  # [C, 1, m]
+    at_end = _kernel(dictionary, gamma, kernel)[:, -1:] @ basis  # [C, 1, m]
     return 1 / inverse_cost, torch.where(at_end < 0, -basis, basis)
 
 
-def _kernel(dictionary: Tensor, gamma: Tensor) -> Tensor:  # [D], [C] -> [C, D, D]
-    return torch.exp(-gamma[:, None, None] * (dictionary[:, None] - dictionary) ** 2)
+def _kernel(dictionary: Tensor, gamma: Tensor, kernel: str) -> Tensor:  # [D], [C] -> [C, D, D]
+    apart, gamma = dictionary[:, None] - dictionary, gamma[:, None, None]
+    return torch.exp(-gamma * apart**2) if kernel == "gaussian" else kernels.value(kernel, gamma.sqrt() * apart)
 
 
-def _solve_ridge(values: Tensor, dictionary: Tensor, gamma: Tensor, eps: float) -> Tensor:
+def _solve_ridge(values: Tensor, dictionary: Tensor, gamma: Tensor, eps: float, kernel: str) -> Tensor:
     distinct, channel = gamma.unique(return_inverse=True)
-    system = _kernel(dictionary, distinct) + eps * torch.eye(len(dictionary), **_F64)
+    system = _kernel(dictionary, distinct, kernel) + eps * torch.eye(len(dictionary), **_F64)
     return torch.linalg.solve(system, values.expand(len(distinct), -1))[channel]
 
 

@@ -10,8 +10,9 @@ from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import Parameter, UninitializedParameter, is_lazy
 
+from kafops import bounds as certified
 from kafops import init as initial
-from kafops import reference
+from kafops import kernels, reference
 from kafops.functional import kaf, kaf_free
 
 __all__ = ["KAF", "KAF1d", "KAF2d", "KAF3d", "LazyKAF1d", "LazyKAF2d", "LazyKAF3d"]
@@ -32,11 +33,15 @@ class KAF(nn.Module):
         init: the curves to start from. "normal" (default): random coefficients of std 0.3; "isometric": random curves
             that keep gradients in scale in deep networks; "relu", "elu", "silu", "tanh", "identity" or any callable
             Tensor → Tensor: a ridge fit to that function; or an object of `kafops.init`, such as `Normal(std=0.8)`.
-        gamma: bandwidth in units of 1/x², a number or a tensor [C] or [1]; default 1/(6Δ²). Required for D = 1.
+        gamma: bandwidth in units of 1/x², a number or a tensor [C] or [1]; default 1/(6Δ²) (but see kernel). Required
+            for D = 1.
         learn_gamma: train the bandwidth of each channel, as its logarithm, so that it stays positive.
         learn_dictionary: train the points of each channel, from the even spacing on. Costs little more.
         device, dtype: of the parameters; float32 or float64. The default is torch's default dtype, or float32 where
             that is a half type.
+        kernel: "gaussian" (default), or another κ(√γ (x - δ)) in its place: "rational_quadratic", "matern32" or
+            "bspline", defined in `kafops.kernels`. They cost more (docs/other-kernels.md). The default of gamma is
+            1/(6Δ²) for all but "bspline", which has 3/(2Δ²): its knots are the points then.
 
     Shape:
         Input [N, C, *] in float32, float64, bfloat16 or float16 (any shape where num_parameters is 1); output alike.
@@ -44,7 +49,8 @@ class KAF(nn.Module):
     State:
         Parameter `alpha` [C, D]; `gamma` [C], a buffer, or where learned the parameter `log_gamma` [C]; parameter
         `dictionary` [C, D] where learned. Absent ones are None; `bandwidths()` and `points()` serve both cases. A
-        state_dict also holds the boundary, as extra state: loading into a layer of another boundary raises.
+        state_dict also holds the boundary, as extra state, and the kernel if it is not the Gaussian: loading into a
+        layer of another boundary or kernel raises.
 
     All state stays float32 or float64: `.half()`, `.bfloat16()` and the like leave it in float32, because coefficients
     in half precision cost 1e-2 in the output. After `.to_empty()` call `reset_parameters()`, which restores gamma too.
@@ -67,6 +73,7 @@ class KAF(nn.Module):
     gamma: Tensor | None
     log_gamma: Tensor | None
     dictionary: Tensor | None
+    kernel: str = "gaussian"  # of layers that were pickled when there was no other
 
     def __init__(
         self,
@@ -79,12 +86,14 @@ class KAF(nn.Module):
         learn_dictionary: bool = False,
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
+        kernel: str = "gaussian",
     ) -> None:
         super().__init__()
         lazy = isinstance(self, LazyModuleMixin)
         self.num_parameters = 0 if lazy else _positive_int("num_parameters", num_parameters)
         self.dictionary_size = _positive_int("dictionary_size", dictionary_size)
         self.boundary = _positive_number("boundary", boundary)
+        self.kernel = kernels.named(kernel).name
         if dtype is None:
             dtype = torch.promote_types(torch.get_default_dtype(), torch.float32)
         elif dtype not in (torch.float32, torch.float64):
@@ -95,7 +104,7 @@ class KAF(nn.Module):
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.learn_gamma, self.learn_dictionary = learn_gamma, learn_dictionary
         self._start_gamma = self._check_gamma(gamma, dtype)
-        self._init = initial.resolve(init, self._grid())
+        self._init = initial.resolve(init, self._grid(), self.kernel)
         self._init_name = init if isinstance(init, str) else getattr(init, "__name__", None) or repr(init)
 
         def empty(*columns: int) -> Any:
@@ -128,12 +137,33 @@ class KAF(nn.Module):
             return self.dictionary
         return reference.uniform_dictionary(self.dictionary_size, self.boundary, like=self.alpha)
 
+    def bounds(
+        self, lower: float | Tensor | None = None, upper: float | Tensor | None = None
+    ) -> certified.CurveBounds:  # of [C]
+        """Return certified bounds of each curve and of its slope on [lower, upper], and its Lipschitz constant there.
+
+        Args:
+            lower, upper: ends of the interval, numbers or tensors [C] or [1]; None for no end.
+
+        Returns:
+            Named tuple of `value` (minimum, maximum), `slope` (minimum, maximum) and `lipschitz`, the bound of |f′|:
+            tensors [C], or [1] where the curve is shared, float64 on the CPU, without gradient.
+
+        Raises:
+            TypeError, ValueError: from `kafops.bounds.value_bounds`, which says how close they are.
+
+        Example:
+            >>> kafops.KAF(16).bounds(-1.0, 1.0).lipschitz
+        """
+        points = self.boundary if self.dictionary is None else self.dictionary
+        return certified.curve_bounds(self.alpha, self.bandwidths(), points, lower, upper, self.kernel)
+
     def forward(self, x: Tensor) -> Tensor:  # [N, C, *] -> [N, C, *]
         """Apply each channel's curve; shape, dtype and memory format are those of x."""
         self._check_rank(x)
         if self.dictionary is not None:
-            return kaf_free(x, self.alpha, self.bandwidths(), self.dictionary)
-        return kaf(x, self.alpha, self.bandwidths(), self.boundary)
+            return kaf_free(x, self.alpha, self.bandwidths(), self.dictionary, self.kernel)
+        return kaf(x, self.alpha, self.bandwidths(), self.boundary, self.kernel)
 
     def extra_repr(self) -> str:
         """Return the arguments that the layer was built with; of gamma, not what it was trained to."""
@@ -142,21 +172,35 @@ class KAF(nn.Module):
         gamma = self._start_gamma
         parts.append(f"gamma={gamma.item():.4g}" if len(gamma) == 1 else f"gamma={len(gamma)} values")
         parts += [f"{name}=True" for name in ("learn_gamma", "learn_dictionary") if getattr(self, name)]
+        parts += [f"kernel={self.kernel}"] * (self.kernel != "gaussian")
         return ", ".join(parts)
 
     def get_extra_state(self) -> Tensor:
-        """Return the boundary, a tensor so that formats which hold only tensors can save it."""
-        return torch.tensor(self.boundary, dtype=torch.float64, device="cpu")
+        """Return the boundary, and the kernel's code if it is not the Gaussian's 0.
+
+        A tensor, so that formats which hold only tensors can save it: [], or [2] with a code.
+        """
+        code = kernels.KERNELS[self.kernel].code
+        return torch.tensor([self.boundary, code] if code else self.boundary, dtype=torch.float64, device="cpu")
 
     def set_extra_state(self, state: Tensor) -> None:
-        """Raise unless the boundary in a state_dict is this layer's: the same alpha would be another curve."""
-        if self.dictionary is not None or state.is_meta:
+        """Raise unless boundary and kernel in a state_dict are this layer's: the same alpha would be another curve."""
+        if state.is_meta:
             return
-        # Whoever casts or averages whole state_dicts rounds it.
-        if not math.isclose(state.item(), self.boundary, rel_tol=4 * torch.finfo(state.dtype).eps):
+        boundary, code = state.tolist() if state.dim() else (state.item(), 0)
+        names = {k.code: k.name for k in kernels.KERNELS.values()}
+        saved = names.get(round(code), f"number {code:g}, which this version of kafops does not know")
+        if saved != self.kernel:
             raise ValueError(
-                f"boundary in the state_dict is {state.item():g} but this layer was built with "
-                f"boundary={self.boundary:g}; build it with boundary={state.item():g}"
+                f"kernel in the state_dict is {saved} but this layer was built with kernel={self.kernel!r}; build it "
+                "with the kernel in the state_dict"
+            )
+        # Whoever casts or averages whole state_dicts rounds it.
+        close = math.isclose(boundary, self.boundary, rel_tol=4 * torch.finfo(state.dtype).eps)
+        if self.dictionary is None and not close:
+            raise ValueError(
+                f"boundary in the state_dict is {boundary:g} but this layer was built with "
+                f"boundary={self.boundary:g}; build it with boundary={boundary:g}"
             )
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "KAF":
@@ -191,11 +235,12 @@ class KAF(nn.Module):
 
     def _check_gamma(self, gamma: float | Tensor | None, dtype: torch.dtype) -> Tensor:  # [C] or [1], float64
         wanted = "gamma must be a positive finite number, or a floating tensor [C] or [1] of such"
+        over, under = kernels.KERNELS[self.kernel].spacing
         if gamma is None:
             if self.dictionary_size == 1:
                 raise ValueError("gamma must be given for dictionary_size=1, where no spacing sets it; got gamma=None")
             step = torch.tensor(2 * self.boundary / (self.dictionary_size - 1), dtype=torch.float64, device="cpu")
-            value = 1 / (6 * step**2).reshape(1)
+            value = over / (under * step**2).reshape(1)
         elif isinstance(gamma, Tensor):
             if not gamma.is_floating_point():
                 raise TypeError(f"{wanted}, got gamma.dtype={gamma.dtype}")
@@ -211,7 +256,7 @@ class KAF(nn.Module):
         stored = value.to(dtype)  # float32 turns 1e-60 into 0 and 1e60 into inf
         if not ((stored > 0) & stored.isfinite()).all():
             bad = value[~((stored > 0) & stored.isfinite())][0].item()
-            origin = "1/(6Δ²) = " if gamma is None else ""
+            origin = f"{over}/({under}Δ²) = " if gamma is None else ""
             raise ValueError(f"{wanted} in {dtype}, got {origin}{bad}")
         return value
 
@@ -271,8 +316,11 @@ class _LazyKAF(LazyModuleMixin, KAF):
         learn_dictionary: bool = False,
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
+        kernel: str = "gaussian",
     ) -> None:
-        super().__init__(0, dictionary_size, boundary, init, gamma, learn_gamma, learn_dictionary, device, dtype)
+        super().__init__(
+            0, dictionary_size, boundary, init, gamma, learn_gamma, learn_dictionary, device, dtype, kernel
+        )
 
     def reset_parameters(self) -> None:
         """Draw new curves; before the first call there are none, and nothing happens."""

@@ -7,6 +7,8 @@ build the tensor of all N x D kernel values, so they cost D times the memory of 
 import torch
 from torch import Tensor
 
+from kafops import kernels
+
 # Beyond this |x| every kernel value is 0, unless gamma is below 1e-33; its square is still finite in float32. Without
 # the clamp the derivatives at ±inf would be inf · 0 = nan.
 _FAR = 1e18
@@ -17,9 +19,13 @@ def kaf(
     alpha: Tensor,  # [C, D] or [1, D]
     gamma: Tensor,  # [C] or [1]
     boundary: float,
+    kernel: str = "gaussian",
 ) -> Tensor:  # [N, C, *]
-    """f_c(x) = Σ_d alpha[c, d] exp(-gamma[c] (x - δ_d)²) with D points δ evenly spaced on [-boundary, boundary]."""
-    return kaf_free(x, alpha, gamma, uniform_dictionary(alpha.shape[1], boundary, like=_arithmetic(alpha, x)))
+    """f_c(x) = Σ_d alpha[c, d] exp(-gamma[c] (x - δ_d)²) with D points δ evenly spaced on [-boundary, boundary].
+
+    With a kernel κ of `kafops.kernels`, κ(√gamma[c] (x - δ_d)) in place of the Gaussian.
+    """
+    return kaf_free(x, alpha, gamma, uniform_dictionary(alpha.shape[1], boundary, like=_arithmetic(alpha, x)), kernel)
 
 
 def kaf_free(
@@ -27,16 +33,25 @@ def kaf_free(
     alpha: Tensor,  # [C, D] or [1, D]
     gamma: Tensor,  # [C] or [1]
     dictionary: Tensor,  # [C, D] or [1, D]
+    kernel: str = "gaussian",
 ) -> Tensor:  # [N, C, *]
-    """f_c(x) = Σ_d alpha[c, d] exp(-gamma[c] (x - dictionary[c, d])²), any points in any order."""
+    """f_c(x) = Σ_d alpha[c, d] exp(-gamma[c] (x - dictionary[c, d])²), any points in any order.
+
+    With a kernel κ of `kafops.kernels`, κ(√gamma[c] (x - dictionary[c, d])) in place of the Gaussian.
+    """
     ones = (1,) * (x.dim() - 2)
     alpha, dictionary = (_arithmetic(p, x).reshape(len(p), *ones, p.shape[1]) for p in (alpha, dictionary))
     gamma = _arithmetic(gamma, x).reshape(len(gamma), *ones, 1)  # all [C or 1, 1..., D or 1]
     if x.dim() < 2:
         alpha, gamma, dictionary = alpha[0], gamma[0], dictionary[0]
     z = _arithmetic(x, x).clamp(-_FAR, _FAR).unsqueeze(-1)  # [N, C, *, 1]
-    kernel = torch.exp(-gamma * (z - dictionary) ** 2)  # [N, C, *, D]
-    return _memory_format_of(x, (alpha * kernel).sum(-1).to(x.dtype))
+    if kernel == "gaussian":
+        values = torch.exp(-gamma * (z - dictionary) ** 2)  # [N, C, *, D]
+    else:
+        z = torch.where(x.isnan().unsqueeze(-1), x.unsqueeze(-1), z)  # whose derivative is NaN too
+        values = kernels.value(kernel, gamma.sqrt() * (z - dictionary))
+        values = torch.where(x.isinf().unsqueeze(-1), 0, values)  # slow tails have not ended where z is clamped
+    return _memory_format_of(x, (alpha * values).sum(-1).to(x.dtype))
 
 
 def uniform_dictionary(dictionary_size: int, boundary: float, like: Tensor) -> Tensor:  # [1, D]

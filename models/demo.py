@@ -17,7 +17,7 @@ from rich.table import Table
 from torch import nn
 
 import kafops
-from models import attacks, checkpoints, environment, files, report, step_cost
+from models import attacks, checkpoints, demo_report, environment, files, step_cost
 from models.data import Split, TensorSource, mnist5k
 from models.evaluation import Accuracy, clean_accuracy, robust_accuracy
 from models.figures import accuracy as accuracy_figure
@@ -28,6 +28,7 @@ from models.images import MNIST
 from models.networks import build
 from models.runs import RunFolder
 from models.training import Recipe, Trainer
+from models.training import curves as curve_files
 
 LABELS = {"relu": "ReLU", "silu": "SiLU", "kaf_isometric": "KAF"}
 KAF = "kaf_isometric"
@@ -37,7 +38,7 @@ _OUTPUTS = (
     "step_cost.json",
     "*.png",
     "report.html",
-    *(f"{name}/{file}" for name in LABELS for file in (_CHECKPOINT, "metrics.jsonl", _RESULT)),
+    *(f"{name}/{file}" for name in LABELS for file in (_CHECKPOINT, "metrics.jsonl", _RESULT, curve_files.PATTERN)),
 )
 
 
@@ -181,7 +182,7 @@ class Demo:
         }
         for name, png in drawings.items():
             files.write_bytes(self.folder.path / f"{name}.png", png)
-        files.write_text(self.folder.path / "report.html", report.page(metrics, LABELS, drawings))
+        files.write_text(self.folder.path / "report.html", demo_report.page(metrics, LABELS, drawings))
 
     def _draw_accuracy(self, results: dict[str, Any]) -> bytes:
         rows = [

@@ -1,5 +1,6 @@
 """A run folder: one set of settings and what came of it, so that a command can go on where it stopped."""
 
+from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,14 @@ class RunFolder:
         self.path, self._record = path, record
 
     @classmethod
-    def open(cls, path: Path, settings: dict[str, Any], restart: bool, outputs: tuple[str, ...]) -> "RunFolder":
+    def open(
+        cls,
+        path: Path,
+        settings: dict[str, Any],
+        restart: bool,
+        outputs: tuple[str, ...],
+        completed: Callable[[dict[str, Any]], dict[str, Any]] = lambda older: older,
+    ) -> "RunFolder":
         """Open a folder to start or continue the run with these settings.
 
         Args:
@@ -29,6 +37,7 @@ class RunFolder:
             settings: everything that decides the results, as JSON values.
             restart: throw away the `outputs` of an earlier run in the folder, and nothing else there.
             outputs: patterns, relative to the folder, of the files that such a run writes.
+            completed: gives the settings of an older run in the folder the defaults of newer ones.
 
         Raises:
             RunError: the folder holds a run with other settings, or files of something else.
@@ -37,7 +46,7 @@ class RunFolder:
             raise RunError(f"{path} is a file, not a folder; choose another --out")
         record = _read(path)
         if record is not None and not restart:
-            _check_settings(path, record["settings"], settings)
+            _check_settings(path, completed(record["settings"]), settings)
             return cls(path, record)
         if record is None and path.exists() and any(not p.name.startswith(".") for p in path.iterdir()):
             raise RunError(f"{path} holds files of something else; choose another --out, or empty it yourself")

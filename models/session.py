@@ -11,8 +11,9 @@ from models import data, environment, networks
 from models.errors import UserError
 from models.images import ImageFormat
 from models.runs import RunFolder
-from models.settings import Settings
+from models.settings import Settings, completed
 from models.training import EpochRecord, Trainer
+from models.training import curves as curve_files
 from models.training.processes import Processes
 from models.training.trainer import BEST, LATEST, METRICS
 
@@ -22,6 +23,10 @@ OUTPUTS = (
     METRICS,
     *(f"evaluation/*.{end}" for end in ("json", "png")),
     *(f"comparison/comparison.{end}" for end in ("json", "md", "png")),
+    curve_files.PATTERN,
+    *(f"curves/*.{end}" for end in ("json", "png", "gif")),
+    *(f"bounds/*.{end}" for end in ("json", "png")),
+    *(f"distributions/*.{end}" for end in ("json", "png", "safetensors")),
     "tensorboard/events.out.tfevents.*",
 )
 
@@ -51,7 +56,8 @@ def prepare(
     # The trainer before the folder: what it refuses must not cost the run that the folder holds.
     trainer = Trainer(model, recipe, settings.seed, sets.train, held_out, out, processes, shard)
     if processes.first:
-        RunFolder.open(out, settings.as_dict(), restart, OUTPUTS).note_environment(environment.describe())
+        folder = RunFolder.open(out, settings.as_dict(), restart, OUTPUTS, completed)
+        folder.note_environment(environment.describe())
     processes.wait()
     trainer.resume()
     return trainer
@@ -88,6 +94,7 @@ def tensorboard(folder: Path, done: int) -> tuple[Callable[[EpochRecord], None],
             "train/learning rate": record.lr,
             "held out/clean accuracy": record.clean,
             "held out/robust accuracy": record.robust,
+            "held out/largest share of inputs outside a dictionary": record.outside,
         }
         for name, value in values.items():
             if value is not None:

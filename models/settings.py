@@ -48,6 +48,15 @@ class Settings:
         return _from(cls, {**values, "training": _from(Recipe, values.get("training", {}))})
 
 
+def completed(values: dict[str, Any]) -> dict[str, Any]:
+    """Return a run's settings with the defaults of those that are newer than the run; what is no settings, as it is."""
+    known = {field.name for field in dataclasses.fields(Settings)}
+    try:
+        return {**values, **Settings.from_dict({n: v for n, v in values.items() if n in known}).as_dict()}
+    except ValueError:
+        return values
+
+
 def _from(kind: Any, values: dict[str, Any]) -> Any:
     fields = {field.name: field for field in dataclasses.fields(kind)}
     for name in values:

@@ -10,6 +10,7 @@
 #include <string>
 #include <tuple>
 
+#include "kernels.h"
 #include "plan.h"
 
 namespace kaf {
@@ -405,6 +406,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> double_backward(
 }
 
 }  // namespace
+
+const char* instruction_set() { return loops().name; }
+
 }  // namespace kaf
 
 STABLE_TORCH_LIBRARY_IMPL(kafops, CPU, m) {

@@ -43,6 +43,20 @@ def choose(x: Tensor) -> str:
     return name
 
 
+def choose_for(kernel: str, x: Tensor) -> str:
+    """Return "cpu" or "reference", whichever computes a kernel other than the Gaussian on x's device.
+
+    Raises:
+        RuntimeError: the backend that is forced cannot serve x.
+    """
+    name = choose(x)
+    if name in ("cpu", "reference"):
+        return name
+    if not torch.compiler.is_compiling():
+        _warn_of_kernel(kernel, name)
+    return "reference"
+
+
 def explain(x: Tensor) -> str:
     """Say in a few sentences which backend would serve x, and why not each of the faster ones."""
     device_type = x.device.type
@@ -189,6 +203,15 @@ def _warn_once(device_type: str) -> None:
         f"kafops computes through the plain PyTorch reference, which is slow and keeps D times the memory of x: "
         f"{explain(torch.empty(0, device=device_type)).partition('because ')[2]}",
         stacklevel=4,
+    )
+
+
+@functools.cache
+def _warn_of_kernel(kernel: str, name: str) -> None:
+    warnings.warn(
+        f"kafops computes kernel {kernel!r} through the plain PyTorch reference, which is slow and keeps D times the "
+        f"memory of x, because backend {name!r} has the kernel 'gaussian' only",
+        stacklevel=5,
     )
 
 

@@ -130,6 +130,24 @@ def _kaf_isometric(*, dictionary_size: int = 20, boundary: float = 3.0) -> Activ
     return _kaf_factory(dictionary_size, boundary, "isometric")
 
 
+@ACTIVATIONS.register("kaf_rq")
+def _kaf_rq(*, dictionary_size: int = 20, boundary: float = 3.0) -> ActivationFactory:
+    """Curves of the rational quadratic kernel, isometric at the start."""
+    return _kaf_factory(dictionary_size, boundary, "isometric", kernel="rational_quadratic")
+
+
+@ACTIVATIONS.register("kaf_matern")
+def _kaf_matern(*, dictionary_size: int = 20, boundary: float = 3.0) -> ActivationFactory:
+    """Curves of the Matérn kernel with ν = 3/2, isometric at the start."""
+    return _kaf_factory(dictionary_size, boundary, "isometric", kernel="matern32")
+
+
+@ACTIVATIONS.register("kaf_bspline")
+def _kaf_bspline(*, dictionary_size: int = 20, boundary: float = 3.0) -> ActivationFactory:
+    """Cubic splines with knots at the points of the dictionary, isometric at the start."""
+    return _kaf_factory(dictionary_size, boundary, "isometric", kernel="bspline")
+
+
 @ACTIVATIONS.register("kaf_free")
 def _kaf_free(*, dictionary_size: int = 20, boundary: float = 3.0, std: float = 0.3) -> ActivationFactory:
     """Random normal coefficients; dictionary and bandwidth of each channel are trained too."""
@@ -137,13 +155,19 @@ def _kaf_free(*, dictionary_size: int = 20, boundary: float = 3.0, std: float = 
 
 
 def _kaf_factory(
-    dictionary_size: int, boundary: float, init: str | kafops.init.Initializer, free: bool = False
+    dictionary_size: int,
+    boundary: float,
+    init: str | kafops.init.Initializer,
+    free: bool = False,
+    kernel: str = "gaussian",
 ) -> ActivationFactory:
     if dictionary_size < 2:
         raise ValueError(f"option 'dictionary_size' of a KAF must be at least 2, got {dictionary_size}")
 
     def make(channels: int) -> nn.Module:
-        return kafops.KAF(channels, dictionary_size, boundary, init, learn_gamma=free, learn_dictionary=free)
+        return kafops.KAF(
+            channels, dictionary_size, boundary, init, learn_gamma=free, learn_dictionary=free, kernel=kernel
+        )
 
     with torch.random.fork_rng(devices=[]):
         make(1)  # an option out of range is an error now, not at the first layer

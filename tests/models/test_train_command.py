@@ -38,7 +38,7 @@ def test_trains_and_says_what_to_do_next(tmp_path: Path, capsys: pytest.CaptureF
     assert settings(run)["training"]["nesterov"] is True
     assert settings(run)["training"]["method"] == "nfgsm:k=1"  # from the recipe
     names = {p.name for p in run.iterdir()}
-    assert names == {"run.json", "latest.safetensors", "best.safetensors", "metrics.jsonl", "tensorboard"}
+    assert names == {"run.json", "latest.safetensors", "best.safetensors", "metrics.jsonl", "tensorboard", "curves"}
     assert len((run / "metrics.jsonl").read_text().splitlines()) == 2
     # Once more there is nothing to do.
     before = (run / "latest.safetensors").read_bytes()

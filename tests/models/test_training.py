@@ -186,7 +186,7 @@ def test_failed_save_keeps_the_previous_checkpoint(tmp_path: Path, monkeypatch: 
     with pytest.raises(CheckpointError, match=r"No space left on device.*previous checkpoint there is intact"):
         run.save()
     assert run.checkpoint.read_bytes() == before
-    assert {p.name for p in tmp_path.iterdir()} == {"latest.safetensors", "best.safetensors", "metrics.jsonl"}
+    assert {p.name for p in tmp_path.iterdir()} == {"latest.safetensors", "best.safetensors", "metrics.jsonl", "curves"}
 
 
 def test_checkpoint_of_another_recipe_or_network_is_refused(tmp_path: Path) -> None:

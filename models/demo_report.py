@@ -1,39 +1,10 @@
 """The demo's report: one HTML page that needs no other file, readable on a desktop and on a phone."""
 
-import base64
-from collections.abc import Iterable
 from html import escape
 from typing import Any
 
+from models import html
 from models.evaluation import Accuracy
-
-_STYLE = """
-:root { color-scheme: light; --ink: #222; --soft: #666; --line: #ddd; --accent: #d55e00; }
-* { box-sizing: border-box; }
-body { margin: 0 auto; padding: 1.5rem 1rem 4rem; max-width: 52rem; color: var(--ink); background: #fff;
-       font: 1rem/1.55 system-ui, "Segoe UI", Roboto, "Helvetica Neue", sans-serif; }
-h1 { margin: 0; font-size: 1.7rem; line-height: 1.2; }
-h2 { margin: 2.5rem 0 .5rem; font-size: 1.2rem; }
-p.lead { margin: .4rem 0 1.5rem; color: var(--soft); }
-figure { margin: 1rem 0; }
-img { display: block; width: 100%; height: auto; }
-figcaption, .note { color: var(--soft); font-size: .9rem; }
-.scroll { overflow-x: auto; }
-table { border-collapse: collapse; width: 100%; font-size: .92rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .35rem .75rem .35rem 0; border-bottom: 1px solid var(--line); text-align: right; }
-th:first-child, td:first-child { text-align: left; }
-table.pairs td { text-align: left; overflow-wrap: anywhere; }
-table.pairs td:first-child { width: 12rem; color: var(--soft); }
-.scroll td:not(:first-child) { white-space: nowrap; }
-thead th { color: var(--soft); font-weight: 600; vertical-align: bottom; }
-small { color: var(--soft); white-space: nowrap; }
-pre { padding: .7rem 1rem; overflow-x: auto; background: #f5f5f5; border-left: 3px solid var(--accent); }
-@media (max-width: 30rem) {
-  body { padding-top: 1rem; }
-  table { font-size: .85rem; }
-  table.pairs td:first-child { width: 8rem; }
-}
-"""
 
 _RESUMED = '<p class="note">Then the run was resumed with:</p>'
 
@@ -59,15 +30,15 @@ def page(metrics: dict[str, Any], labels: dict[str, str], figures: dict[str, byt
 images and tested on {settings["test"]:,} others.</p>
 <pre>{escape(metrics["command"])}</pre>
 <h2>Accuracy, clean and under attack</h2>
-{_figure("accuracy", figures, "Clean and robust accuracy of each network, with 95 % Wilson intervals.")}
+{html.figure(figures["accuracy"], "Clean and robust accuracy of each network, with 95 % Wilson intervals.")}
 {_accuracy_table(metrics, labels)}
 <p class="note">The attack is PGD with {settings["pgd_steps"]} steps and ε = {settings["eps"]:.4g}, one random start. An
 image counts as robust when the network classifies it correctly and no point on the attack's path is misclassified. One
 seed, one training each: the intervals cover the choice of test images, not the luck of training.</p>
 <h2>Learned curves</h2>
-{_figure("curves", figures, _CURVES_CAPTION)}
+{html.figure(figures["curves"], _CURVES_CAPTION)}
 <h2>What a training step costs</h2>
-{_figure("cost", figures, "Forward, backward and optimizer on one clean batch; in brackets, relative to ReLU.")}
+{html.figure(figures["cost"], "Forward, backward and optimizer on one clean batch; in brackets, relative to ReLU.")}
 {_cost_table(metrics["step_cost"])}
 <h2>Training</h2>
 <p class="note">Fast adversarial training (Wong et al. 2020): each batch is moved by noise from U(−ε, ε) and one signed
@@ -77,29 +48,11 @@ weights and see the same batches. The residual blocks are in pre-activation form
 keep gradients in scale (<code>init="isometric"</code>).</p>
 {_history_table(metrics, labels)}
 <h2>Settings</h2>
-{_pairs(settings)}
+{html.pairs(settings)}
 <h2>Machine and versions</h2>
-{_RESUMED.join(_pairs(_flat(environment)) for environment in metrics["environments"])}
+{_RESUMED.join(html.pairs(html.flat(environment)) for environment in metrics["environments"])}
 """
-    return f"""<!doctype html>
-<html lang="en">
-<head>
-<meta charset="utf-8">
-<meta name="viewport" content="width=device-width, initial-scale=1">
-<title>kafops demo</title>
-<style>{_STYLE}</style>
-</head>
-<body>{body}</body>
-</html>
-"""
-
-
-def _figure(name: str, figures: dict[str, bytes], caption: str) -> str:
-    data = base64.b64encode(figures[name]).decode()
-    return (
-        f'<figure><img src="data:image/png;base64,{data}" alt="{escape(caption)}">'
-        f"<figcaption>{escape(caption)}</figcaption></figure>"
-    )
+    return html.page("kafops demo", body)
 
 
 def _accuracy_table(metrics: dict[str, Any], labels: dict[str, str]) -> str:
@@ -115,7 +68,7 @@ def _accuracy_table(metrics: dict[str, Any], labels: dict[str, str]) -> str:
         )
         for name, result in metrics["results"].items()
     ]
-    return _table(head, rows)
+    return html.table(head, rows)
 
 
 def _cost_table(cost: dict[str, Any]) -> str:
@@ -147,7 +100,7 @@ def _cost_table(cost: dict[str, Any]) -> str:
         "median and range, implementations taking turns. Memory is the bytes of the distinct tensors that autograd "
         "keeps from the forward to the backward pass, parameters left out.</p>"
     )
-    table = _table(("activation", "time", "to ReLU", "memory", "to ReLU"), rows)
+    table = html.table(("activation", "time", "to ReLU", "memory", "to ReLU"), rows)
     return table + "".join(failures) + note + _busy_note(done)
 
 
@@ -177,7 +130,7 @@ def _history_table(metrics: dict[str, Any], labels: dict[str, str]) -> str:
         for epoch, seconds in zip(result["history"], metrics["timings"][name]["epoch_seconds"], strict=True)
     ]
     head = ("network", "epoch", "loss", "accuracy on perturbed batches", "last learning rate", "time")
-    return f"<details><summary>Epoch by epoch</summary>{_table(head, rows)}</details>"
+    return f"<details><summary>Epoch by epoch</summary>{html.table(head, rows)}</details>"
 
 
 def _percent(accuracy: dict[str, Any]) -> str:
@@ -187,29 +140,3 @@ def _percent(accuracy: dict[str, Any]) -> str:
 
 def _ratio(result: dict[str, Any], key: str) -> str:
     return f"{result[key]:.3g}×" if key in result else "–"
-
-
-def _pairs(values: dict[str, Any]) -> str:
-    rows = "".join(f"<tr><td>{escape(str(k))}</td><td>{escape(_plain(v))}</td></tr>" for k, v in values.items())
-    return f'<table class="pairs"><tbody>{rows}</tbody></table>'
-
-
-def _plain(value: Any) -> str:
-    if value is None:
-        return "–"
-    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
-
-
-def _flat(values: dict[str, Any]) -> dict[str, Any]:
-    """Lift nested values to the top level."""
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        flat.update(value if isinstance(value, dict) else {key: value})
-    return flat
-
-
-def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    """Return a table of cells that are already HTML."""
-    header = "".join(f"<th>{escape(cell)}</th>" for cell in head)
-    lines = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
-    return f'<div class="scroll"><table><thead><tr>{header}</tr></thead><tbody>{lines}</tbody></table></div>'

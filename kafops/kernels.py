@@ -1,0 +1,234 @@
+"""Kernels κ(u) that a kernel activation function can be made of, with their first two derivatives.
+
+A curve is f(x) = Σ_d α_d κ(u_d) with u_d = √γ (x − δ_d). All kernels have κ(0) = 1 and the curvature of the Gaussian,
+κ″(0) = −2, so that γ means the same for each: near its point each is 1 − γ (x − δ)². They differ in their tails:
+
+- `"gaussian"`: exp(−u²). Analytic. The default, and the only one with kernels that do not pay for D.
+- `"rational_quadratic"`: 1 / (1 + u²). Analytic, with tails that fall as 1/u².
+- `"matern32"`: (1 + s) exp(−s), s = √2 |u|. Twice continuously differentiable, exponential tails.
+- `"bspline"`: the cubic B-spline whose knots are √(3/2) apart in u. Twice continuously differentiable, 0 from two knots
+  away on. With γ = 3/(2Δ²), the default for it, its knots are the points of the dictionary: curves are cubic splines.
+
+Source: Scardapane et al., "Kafnets", 2017, for the rational quadratic, there 1 − d²/(d² + c) with c = 1/γ; Rasmussen
+and Williams, "Gaussian Processes for Machine Learning", 2006, section 4.2, for the Matérn class, here ν = 3/2; de Boor,
+"A Practical Guide to Splines", 1978, for B-splines.
+"""
+
+import difflib
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kafops.autograd import _sum
+
+__all__ = ["KERNELS", "Kernel", "named", "value"]
+
+_KNOT = math.sqrt(1.5)  # of the B-spline, in u
+_FAR = 1e18  # beyond which a kernel is 0 to rounding; its square is finite in float32
+THIRD = "kafops computes first and second derivatives only; a third derivative of a kernel was asked for"
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """One kernel.
+
+    Attributes:
+        name: as the argument `kernel` of layers and functions has it.
+        code: the number that stands for it in operators and state_dicts. Never changes.
+        derivatives: κ, κ′ and κ″, each for a tensor of finite u.
+        spacing: the default of γΔ², as a fraction.
+        kinks: the u at which a derivative of some order jumps.
+    """
+
+    name: str
+    code: int
+    derivatives: tuple[Callable[[Tensor], Tensor], ...]
+    spacing: tuple[int, int] = (1, 6)
+    kinks: tuple[float, ...] = ()
+
+
+def named(kernel: str) -> Kernel:
+    """Return the kernel of that name.
+
+    Raises:
+        TypeError: kernel is not a string.
+        ValueError: there is no such kernel.
+    """
+    if not isinstance(kernel, str):
+        raise TypeError(f"kernel must be one of {', '.join(map(repr, KERNELS))}, got {type(kernel).__name__}")
+    if kernel not in KERNELS:
+        near = difflib.get_close_matches(kernel.lower(), KERNELS, cutoff=0.5)
+        hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
+        raise ValueError(f"kernel must be one of {', '.join(map(repr, KERNELS))}, got {kernel!r}{hint}")
+    return KERNELS[kernel]
+
+
+def value(
+    kernel: str,
+    u: Tensor,  # any shape
+    order: int = 0,
+) -> Tensor:  # as u
+    """Return κ(u), or its first or second derivative, at every element of u.
+
+    May be differentiated as long as the order stays at most 2. At the knots of a B-spline and in the middle of a Matérn
+    kernel there is no third derivative, and for the others it is not offered.
+
+    Args:
+        kernel: a name in `KERNELS`.
+        u: floating tensor, in units of 1/√γ.
+        order: 0, 1 or 2.
+
+    Raises:
+        TypeError, ValueError: no such kernel; order out of range.
+        RuntimeError: on differentiation, an order above 2 is asked for.
+
+    Example:
+        >>> kafops.kernels.value("matern32", torch.zeros(()), order=2)  # -2
+    """
+    chosen = named(kernel)
+    if order not in (0, 1, 2):
+        raise ValueError(f"order must be 0, 1 or 2, got {order!r}")
+    if torch.compiler.is_compiling():  # which cannot trace a rule for forward mode, and differentiates once only
+        return chosen.derivatives[order](u)
+    return _Value.apply(u, order, kernel)
+
+
+def _gaussian(u: Tensor) -> Tensor:
+    return torch.exp(-u * u)
+
+
+def _gaussian_1(u: Tensor) -> Tensor:
+    return -2 * u * torch.exp(-u * u)
+
+
+def _gaussian_2(u: Tensor) -> Tensor:
+    u = u.clamp(-1e4, 1e4)  # where the square is finite and the exponential 0
+    return (4 * u * u - 2) * torch.exp(-u * u)
+
+
+def _rational_quadratic(u: Tensor) -> Tensor:
+    return 1 / (1 + u * u)
+
+
+def _rational_quadratic_1(u: Tensor) -> Tensor:
+    k = _rational_quadratic(u)
+    return -2 * u * k * k
+
+
+def _rational_quadratic_2(u: Tensor) -> Tensor:
+    k = _rational_quadratic(u)
+    return k * k * (6 - 8 * k)  # (6u² − 2) κ³ without u², which overflows
+
+
+def _size(u: Tensor) -> Tensor:  # |u|, but 1 for its derivative at 0, where torch.abs has 0
+    return torch.where(u < 0, -u, u)
+
+
+def _distance(u: Tensor) -> Tensor:  # s of "matern32"
+    return math.sqrt(2) * _size(u).clamp(max=1e4)  # where exp(−s) is 0
+
+
+def _matern32(u: Tensor) -> Tensor:
+    s = _distance(u)
+    return (1 + s) * torch.exp(-s)
+
+
+def _matern32_1(u: Tensor) -> Tensor:
+    return -2 * u * torch.exp(-_distance(u))
+
+
+def _matern32_2(u: Tensor) -> Tensor:
+    s = _distance(u)
+    return 2 * (s - 1) * torch.exp(-s)
+
+
+def _knots(u: Tensor) -> Tensor:  # how many knots away, up to 2
+    return (_size(u) / _KNOT).clamp(max=2)
+
+
+def _bspline(u: Tensor) -> Tensor:
+    w = _knots(u)
+    return torch.where(w < 1, 1 + w * w * (0.75 * w - 1.5), (2 - w) ** 3 / 4)
+
+
+def _bspline_1(u: Tensor) -> Tensor:
+    w = _knots(u)
+    return torch.where(w < 1, w * (2.25 * w - 3), -0.75 * (2 - w) ** 2) * (u.sign() / _KNOT)
+
+
+def _bspline_2(u: Tensor) -> Tensor:
+    w = _knots(u)
+    return torch.where(w < 1, 3 * w - 2, 2 - w)
+
+
+KERNELS: dict[str, Kernel] = {
+    k.name: k
+    for k in (
+        Kernel("gaussian", 0, (_gaussian, _gaussian_1, _gaussian_2)),
+        Kernel("rational_quadratic", 1, (_rational_quadratic, _rational_quadratic_1, _rational_quadratic_2)),
+        Kernel("matern32", 2, (_matern32, _matern32_1, _matern32_2), kinks=(0.0,)),
+        Kernel("bspline", 3, (_bspline, _bspline_1, _bspline_2), (3, 2), tuple(i * _KNOT for i in (-2, -1, 0, 1, 2))),
+    )
+}
+
+
+class _Value(torch.autograd.Function):
+    """(u, order, kernel) -> κ^(order)(u). PyTorch's own rules would be wrong at u = 0, where |u| has no derivative."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(u: Tensor, order: int, kernel: str) -> Tensor:
+        return KERNELS[kernel].derivatives[order](u.clamp(-_FAR, _FAR))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        u, ctx.order, ctx.kernel = inputs
+        ctx.save_for_backward(u)
+        ctx.save_for_forward(u)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return grad * _next(ctx), None, None
+
+    @staticmethod
+    def jvp(ctx: Any, v: Tensor, *_: None) -> Tensor:
+        return _Product.apply(v, _next(ctx))
+
+
+def _next(ctx: Any) -> Tensor:
+    if ctx.order == 2:
+        raise RuntimeError(THIRD)
+    return _Value.apply(ctx.saved_tensors[0], ctx.order + 1, ctx.kernel)
+
+
+class _Product(torch.autograd.Function):
+    """a · b for use inside a jvp, where PyTorch silently drops the tangents of its own operators."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(a: Tensor, b: Tensor) -> Tensor:
+        return a * b
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+        ctx.save_for_forward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        a, b = ctx.saved_tensors
+        return grad * b, grad * a
+
+    @staticmethod
+    def jvp(ctx: Any, v_a: Tensor | None, v_b: Tensor | None) -> Tensor | None:
+        a, b = ctx.saved_tensors
+        return _sum(
+            None if v_a is None else _Product.apply(v_a, b),
+            None if v_b is None else _Product.apply(a, v_b),
+        )

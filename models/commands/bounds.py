@@ -1,0 +1,389 @@
+"""`python -m models bounds`."""
+
+import argparse
+import copy
+import json
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from torch import Tensor, nn
+
+from models import environment, files, seeds, trained
+from models.analysis.certificates import accuracy_at, certify
+from models.analysis.expansion import jacobian_norm, largest_ratio
+from models.analysis.lipschitz import Bound, upper_bound
+from models.analysis.operations import Step
+from models.analysis.traced import steps
+from models.attacks import ATTACKS
+from models.commands import looking
+from models.errors import UserError
+from models.evaluation import Outcome, evaluate_clean
+from models.figures import bounds as figures
+from models.interrupts import Interrupted, StopRequest
+from models.outcomes import Job, Outcomes, described, digest
+from models.settings import completed
+from models.trained import Trained
+
+_ABOUT = """
+Bounds the Lipschitz constants of the networks of runs, from images in [0, 1] to logits in L2: from above, for all
+images, by the norms of their linear maps and the slopes of their activations, and around each image; from below by the
+largest stretch found. And proves, image by image, within what radius no image gets another answer, by these constants
+and by interval propagation; beside it, what an attack finds. All of it is computed in float64.
+
+Writes to RUN/bounds: bounds.json and bounds.png, and images.json, numbers of each image. Of several runs, bounds.json
+and bounds.png in OUT show all; runs that differ in their seed alone are one row.
+
+Ctrl-C stops at any time and loses at most the batch under way: the same command goes on where it stopped.
+"""
+
+FORMAT = 1
+DEFAULT_IMAGES = 100
+DEFAULT_ATTACK = "pgd-50"
+AT = (1e-5, 1e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
+"""Radii in L-infinity at which certified accuracies are written down."""
+_ATTACKED = (0.125, 0.25, 0.5, 0.75, 1.0, 1.5)  # of eps
+_LEGEND = """
+found: largest stretch of a change of an image, in L2; local: median over images of what is proved around each; bound:
+proved for all images; attacked: accuracy under {attack} at {eps:.3g}; radius: median of the radii proved in L-infinity
+"""
+_METHODS = ("intervals", "lipschitz", "local", "linf")
+_PERCENTILES = (5, 50, 95)
+
+
+def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add the command."""
+    parser = commands.add_parser(
+        "bounds",
+        help="bound Lipschitz constants, and certify accuracy",
+        description=_ABOUT,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    looking.add(parser, DEFAULT_IMAGES, "test", DEFAULT_ATTACK)
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/bounds"), metavar="OUT",
+        help="folder for what compares several runs (default: runs/bounds)",
+    )  # fmt: skip
+    parser.set_defaults(run=_run, refuse=parser.error)
+
+
+def _run(options: argparse.Namespace, command: str) -> int:
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    console = Console()
+    labels = looking.labels(options.folders)
+    results = []
+    with StopRequest() as stop, looking.progress(console) as progress:
+        for folder, label in zip(options.folders, labels, strict=True):
+            results.append(_Look(folder, label, options, command).result(progress, stop))
+    if len(results) == 1:
+        console.print(_layers(results[0]))
+        console.print()
+    console.print(_networks(labels, results))
+    console.print(_LEGEND.format(attack=options.attack, eps=results[0]["identity"]["eps"]), highlight=False)
+    if len(results) > 1:
+        rows = figure_rows(labels, results)
+        summary = {"format": FORMAT, "command": command, "runs": _summaries(labels, options.folders, results)}
+        files.write_json(options.out / "bounds.json", summary)
+        files.write_bytes(options.out / "bounds.png", figures.networks(rows, results[0]["identity"]["eps"]))
+    folders = [str(folder / "bounds") for folder in options.folders]
+    console.print(f"Written to {', '.join(folders + [str(options.out)] * (len(folders) > 1))}", highlight=False)
+    return 0
+
+
+class _Look:
+    """What is to be computed for one run, as the options say."""
+
+    def __init__(self, run: Path, label: str, options: argparse.Namespace, command: str) -> None:
+        self.label, self.options, self.command = label, options, command
+        self.folder = run / "bounds"
+        self.network: Trained = trained.load(run, options.which, options.data_root)
+        self.device = looking.device(options.device)
+        self.attack, self.eps = looking.attack_on(self.network, options.attack, options.eps)
+        if self.attack.norm != "Linf":
+            raise UserError(f"--attack {options.attack} is an attack in {self.attack.norm}; give one in L-infinity")
+        source = self.network.data.test
+        self.count = looking.count(options.images, DEFAULT_IMAGES, len(source), f"test images of {run}")
+        self.checkpoint = {"checkpoint": digest(self.network.checkpoint), "data": self.network.settings["data"]}
+        self.identity = json.loads(
+            json.dumps(
+                {
+                    "format": FORMAT,
+                    **self.checkpoint,
+                    "eps": self.eps,
+                    "images": self.count,
+                    "batch_size": options.batch_size,
+                    "seed": options.seed,
+                    "device": self.device.type,
+                }
+            )
+        )
+
+    def result(self, progress: Progress, stop: StopRequest) -> dict[str, Any]:
+        """Do what is left to do, write bounds.json and its figure, and return the content of the former.
+
+        Raises:
+            BoundError: the network holds something that cannot be bounded.
+            Interrupted: a stop was requested; what is done is kept.
+        """
+        form = self.network.data.images
+        task = progress.add_task(self.label, total=self.count, status="upper bound")
+        start = time.perf_counter()
+        network = steps(self.network.model, (form.channels, form.size, form.size))
+        bound = upper_bound(network)
+        seconds = time.perf_counter() - start
+        images, labels = self.network.data.test.tensors(self.count)
+
+        def show(done: int) -> None:
+            progress.update(task, completed=done, status="radii and stretch, images")
+            if stop.requested:
+                raise Interrupted
+
+        of_images = self._images(network, bound, images, labels, show)
+        attacked = self._attacked(images, labels, progress, stop)
+        found = self._results(bound, seconds, of_images, attacked)
+        files.write_json(self.folder / "bounds.json", found)
+        files.write_bytes(self.folder / "bounds.png", figures.network(*figure_of(found, of_images)))
+        return found
+
+    def _images(
+        self, network: Sequence[Step], bound: Bound, images: Tensor, labels: Tensor, show: Callable[[int], None]
+    ) -> list[dict[str, Any]]:
+        """Return the numbers of each image; they are kept after every batch."""
+        path, size = self.folder / "images.json", self.options.batch_size
+        found = (looking.kept(path, self.identity, _check_images) or {"images": []})["images"]
+        exact = copy.deepcopy(self.network.model).to(self.device, torch.float64).eval()
+        show(len(found))
+        for first in range(len(found), self.count, size):
+            x, y = images[first : first + size], labels[first : first + size]
+            proved = certify(network, bound, x, y)
+            fields = {
+                "intervals": proved.intervals,
+                "lipschitz": proved.lipschitz,
+                "local": proved.local,
+                "linf": proved.linf,
+                "l2": proved.l2,
+                "local_bound": proved.local_bound,
+                **self._stretch(exact, x.to(self.device), first // size),
+            }
+            lists = {name: values.tolist() for name, values in fields.items()}
+            found += [
+                {name: value if math.isfinite(value) else None for name, value in zip(lists, row, strict=True)}
+                for row in zip(*lists.values(), strict=True)
+            ]
+            files.write_json(path, {"identity": self.identity, "images": found})
+            show(len(found))
+        return found
+
+    def _stretch(self, model: nn.Module, images: Tensor, batch: int) -> dict[str, Tensor]:
+        x = images.double()
+        singular = jacobian_norm(model, x, seeds.generator(self.device, self.options.seed, "stretch", batch))
+        ratios = {
+            f"ratio_{norm.lower()}": largest_ratio(model, x, self.eps, singular.direction, norm).ratio
+            for norm in ("L2", "Linf")
+        }
+        return {"singular": singular.ratio, **ratios}
+
+    def _attacked(self, images: Tensor, labels: Tensor, progress: Progress, stop: StopRequest) -> list[dict[str, Any]]:
+        """Return the accuracy under the attack over radii, the first one 0."""
+        model, size = self.network.model.to(self.device), self.options.batch_size
+        images, labels = images.to(self.device), labels.to(self.device)
+        outcomes = Outcomes(self.folder, self.checkpoint, model, images, labels, size)
+        found = [_point(0.0, evaluate_clean(model, images, labels, size))]
+        for radius in (share * self.eps for share in _ATTACKED if share * self.eps <= 1):
+            attack = ATTACKS.create(self.options.attack, radius)
+            task = progress.add_task(f"{attack.name} at ε = {radius:.3g}", total=self.count, status="")
+
+            def on_batch(so_far: Outcome, task: Any = task) -> None:
+                progress.update(task, completed=len(so_far.found), status=f"accuracy {so_far.accuracy.value:.1%}")
+                if stop.requested:
+                    raise Interrupted
+
+            job = Job(f"{attack.name} at {radius:.3g}", attack, self.count, self.options.seed)
+            found.append(_point(radius, outcomes.get(job, on_batch)))
+        return found
+
+    def _results(
+        self, bound: Bound, seconds: float, images: list[dict[str, Any]], attacked: list[dict[str, Any]]
+    ) -> dict[str, Any]:
+        def radii(name: str) -> Tensor:
+            return torch.tensor([image[name] for image in images], dtype=torch.float64)
+
+        lower = {name: max(image[name] for image in images) for name in ("singular", "ratio_l2", "ratio_linf")}
+        constants = [image["local_bound"] for image in images]
+        return {
+            "format": FORMAT,
+            "command": self.command,
+            "settings": self.network.settings,
+            "which": self.options.which,
+            "identity": self.identity,
+            "attack": {"name": self.attack.name, "settings": described(self.attack)},
+            "pixels": self._pixels,
+            "upper": _finite(bound.upper.item()),
+            "upper_seconds": round(seconds, 2),
+            "lower": max(lower.values()),
+            "lower_by": lower,
+            "local": None if None in constants else _percentiles(torch.tensor(constants, dtype=torch.float64)),
+            "layers": [{n: _finite(v) for n, v in asdict(layer).items()} for layer in bound.layers],
+            "radii": {name: _percentiles(radii(name)) for name in (*_METHODS, "l2")},
+            "certified": [
+                {"eps": eps, **{name: self._accuracy(name, radii(name), eps) for name in _METHODS}} for eps in AT
+            ],
+            "attacked": attacked,
+            "environment": environment.describe(),
+        }
+
+    def _accuracy(self, method: str, radii: Tensor, eps: float) -> float:
+        """Return the accuracy certified in L-infinity; `lipschitz` and `local` are radii in L2."""
+        wide = self._pixels**0.5 if method in ("lipschitz", "local") else 1.0
+        return accuracy_at(radii, [wide * eps])[0]
+
+    @property
+    def _pixels(self) -> int:
+        form = self.network.data.images
+        return form.channels * form.size**2
+
+
+def _check_images(content: Mapping[str, Any]) -> None:
+    for image in content["images"]:
+        float(image["linf"])
+
+
+def _point(eps: float, outcome: Outcome) -> dict[str, Any]:
+    accuracy = outcome.accuracy
+    return {"eps": eps, "accuracy": accuracy.value, "interval": list(accuracy.interval)}
+
+
+def _finite(value: Any) -> Any:
+    """Return a value as JSON has it: None for an infinite one."""
+    return value if not isinstance(value, float) or math.isfinite(value) else None
+
+
+def _percentiles(values: Tensor) -> dict[str, float]:
+    return {f"p{p}": values.quantile(p / 100).item() for p in _PERCENTILES}
+
+
+def figure_of(
+    result: Mapping[str, Any], images: Sequence[Mapping[str, float]]
+) -> tuple[list[figures.Place], figures.Bounds, figures.Certified]:
+    """Return what the figure of a run shows, from the contents of its bounds.json and images.json."""
+    places, jumped = [], False
+    for layer in result["layers"]:
+        jumped = jumped or layer["kind"] == "winners"
+        if jumped or layer["bound"] is not None:
+            places.append(figures.Place(layer["name"], layer["bound"]))
+    wide = math.sqrt(result["pixels"])
+    radii = {
+        "interval propagation": [image["intervals"] for image in images],
+        "global Lipschitz": [image["lipschitz"] / wide for image in images],
+        "local Lipschitz": [image["local"] / wide for image in images],
+    }
+    attacked = [figures.Attacked(p["eps"], p["accuracy"], *p["interval"]) for p in result["attacked"]]
+    return places, _bounds(result), figures.Certified(radii, result["attack"]["name"], attacked)
+
+
+def figure_rows(labels: Sequence[str], results: Sequence[Mapping[str, Any]]) -> list[figures.Row]:
+    """Return what the figure of several runs shows: runs that differ in their seed alone make one row."""
+    settings = [_flat(result["settings"]) for result in results]
+    names = [n for n in settings[0] if n != "seed" and any(s.get(n) != settings[0][n] for s in settings)]
+    groups: dict[str, list[int]] = {}
+    for number, one in enumerate(settings):
+        values = [one.get(name) for name in names]
+        short = [str(v) if n in _PLAIN else f"{n} {v:g}" for n, v in zip(names, values, strict=True) if v]
+        label = ", ".join(short) if names else labels[number]
+        groups.setdefault(label, []).append(number)
+    at = _telling(results)
+    return [
+        figures.Row(
+            label,
+            str(settings[chosen[0]]["activation"]),
+            [_bounds(results[n]) for n in chosen],
+            [results[n]["attacked"][0]["accuracy"] for n in chosen],
+            [_at_eps(results[n])["accuracy"] for n in chosen],
+            [_certified(results[n], at) for n in chosen],
+            at,
+        )
+        for label, chosen in groups.items()
+    ]
+
+
+_PLAIN = ("data", "network", "activation", "method", "schedule", "precision", "decay")
+
+
+def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
+    whole = completed(dict(settings))
+    return {**{n: v for n, v in whole.items() if n != "training"}, **whole.get("training", {})}
+
+
+def _telling(results: Sequence[Mapping[str, Any]]) -> float:
+    """Return the largest of the radii at which some network is certified for a tenth of the images, or the least."""
+    telling = [at for at in AT if any(_certified(result, at) >= 0.1 for result in results)]
+    return max(telling, default=AT[0])
+
+
+def _certified(result: Mapping[str, Any], at: float) -> float:
+    return next(point["linf"] for point in result["certified"] if point["eps"] == at)
+
+
+def _at_eps(result: Mapping[str, Any]) -> Mapping[str, Any]:
+    return next(point for point in result["attacked"] if point["eps"] == result["identity"]["eps"])
+
+
+def _bounds(result: Mapping[str, Any]) -> figures.Bounds:
+    local = result["local"]
+    return figures.Bounds(result["lower"], result["upper"], None if local is None else local["p50"])
+
+
+def _summaries(
+    labels: Sequence[str], folders: Sequence[Path], results: Sequence[Mapping[str, Any]]
+) -> list[dict[str, Any]]:
+    left_out = ("format", "command", "layers", "environment")
+    return [
+        {"run": label, "folder": str(folder), **{n: v for n, v in result.items() if n not in left_out}}
+        for label, folder, result in zip(labels, folders, results, strict=True)
+    ]
+
+
+def _layers(result: Mapping[str, Any]) -> Table:
+    table = Table("layer", "kind", box=None, header_style="bold")
+    for column in ("norm", "largest slope", "bound so far"):
+        table.add_column(column, justify="right")
+    endless = ""
+    for layer in result["layers"]:
+        jumps = layer["kind"] == "winners"
+        endless = "∞" if jumps else endless
+        slope = "∞" if jumps else _number(layer["slope"])
+        table.add_row(layer["name"], layer["kind"], _number(layer["norm"]), slope, _number(layer["bound"], endless))
+    return table
+
+
+def _networks(labels: Sequence[str], results: Sequence[Mapping[str, Any]]) -> Table:
+    at = _telling(results)
+    table = Table("run", box=None, header_style="bold")
+    for column in ("found", "local", "bound", "clean", "attacked", f"proved at {at:g}", "radius"):
+        table.add_column(column, justify="right")
+    for label, result in zip(labels, results, strict=True):
+        bounds, attacked = _bounds(result), _at_eps(result)
+        table.add_row(
+            label,
+            _number(bounds.lower),
+            _number(bounds.local),
+            _number(bounds.upper, "∞"),
+            f"{result['attacked'][0]['accuracy']:.1%}",
+            f"{attacked['accuracy']:.1%}",
+            f"{_certified(result, at):.1%}",
+            _number(result["radii"]["linf"]["p50"]),
+        )
+    return table
+
+
+def _number(value: float | None, otherwise: str = "") -> str:
+    return otherwise if value is None else f"{value:.3g}"

@@ -1,0 +1,218 @@
+"""`python -m models distributions`."""
+
+import argparse
+import json
+import time
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from models import checkpoints, environment, files, seeds, trained
+from models.analysis.distributions import SIDES, Density, Layer, Moved, Panel, Recorder
+from models.commands import looking
+from models.figures import distributions as figures
+from models.interrupts import Interrupted, StopRequest
+from models.outcomes import described, digest
+from models.trained import Trained
+
+_ABOUT = """
+Attacks the networks of runs and compares their activations on clean and on adversarial images, of each layer and
+channel, the inputs of the activations and their outputs. Writes to RUN/distributions: distributions.json (relative L2
+distances of the pairs, Wasserstein-1 distances of the distributions), distributions.png (densities of the inputs of
+some channels, with the learned curves over them), outputs.png (of the outputs) and layers.png (distances over depth).
+
+Of several runs, distributions.json and layers.png in OUT show all.
+
+Ctrl-C stops at any time and loses at most the batch under way: the same command goes on where it stopped.
+"""
+
+FORMAT = 1
+DEFAULT_IMAGES = 500
+DEFAULT_ATTACK = "pgd-20"
+_PARTIAL, _SAVE_SECONDS = "partial.safetensors", 60.0
+
+
+def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add the command."""
+    parser = commands.add_parser(
+        "distributions",
+        help="compare activations on clean and adversarial images",
+        description=_ABOUT,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    looking.add(parser, DEFAULT_IMAGES, "test", DEFAULT_ATTACK)
+    parser.add_argument(
+        "--out", type=Path, default=Path("runs/distributions"), metavar="OUT",
+        help="folder for what compares several runs (default: runs/distributions)",
+    )  # fmt: skip
+    parser.set_defaults(run=_run, refuse=parser.error)
+
+
+def _run(options: argparse.Namespace, command: str) -> int:
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    console = Console()
+    labels = looking.labels(options.folders)
+    results = []
+    with StopRequest() as stop, looking.progress(console) as progress:
+        for folder, label in zip(options.folders, labels, strict=True):
+            results.append(_Look(folder, label, options, command).result(progress, stop))
+    networks = [
+        figures.Network(label, result["settings"]["activation"], layers_of(result))
+        for label, result in zip(labels, results, strict=True)
+    ]
+    for folder, network in zip(options.folders, networks, strict=True):
+        files.write_bytes(folder / "distributions/layers.png", figures.depth([network]))
+    if len(networks) > 1:
+        summary = {"format": FORMAT, "command": command, "runs": _summaries(labels, options.folders, results)}
+        files.write_json(options.out / "distributions.json", summary)
+        files.write_bytes(options.out / "layers.png", figures.depth(networks))
+    _show(networks, console)
+    folders = [str(folder / "distributions") for folder in options.folders]
+    console.print(f"Written to {', '.join(folders + [str(options.out)] * (len(folders) > 1))}", highlight=False)
+    return 0
+
+
+def layers_of(result: dict[str, Any]) -> list[Layer]:
+    """Return the layers in the content of a distributions.json."""
+    return [Layer(entry["name"], *(Moved(**entry[side]) for side in SIDES)) for entry in result["layers"]]
+
+
+def panels_of(result: dict[str, Any]) -> list[Panel]:
+    """Return what figures show of single channels, in the content of a distributions.json."""
+    panels = []
+    for entry in result["panels"]:
+        densities = {side: Density(**entry[side]) for side in SIDES}
+        ends = entry["dictionary"]
+        panels.append(Panel(**{**entry, **densities, "dictionary": None if ends is None else (ends[0], ends[1])}))
+    return panels
+
+
+class _Look:
+    """What is to be looked at in one run, as the options say."""
+
+    def __init__(self, run: Path, label: str, options: argparse.Namespace, command: str) -> None:
+        self.label, self.options, self.command = label, options, command
+        self.folder = run / "distributions"
+        self.network: Trained = trained.load(run, options.which, options.data_root)
+        self.device = looking.device(options.device)
+        self.model = self.network.model.to(self.device)
+        self.attack, self.eps = looking.attack_on(self.network, options.attack, options.eps)
+        source = self.network.data.test
+        self.images = looking.count(options.images, DEFAULT_IMAGES, len(source), f"test images of {run}")
+        self.identity = json.loads(
+            json.dumps(
+                {
+                    "format": FORMAT,
+                    "checkpoint": digest(self.network.checkpoint),
+                    "data": self.network.settings["data"],
+                    "attack": described(self.attack),
+                    "eps": self.eps,
+                    "images": self.images,
+                    "batch_size": options.batch_size,
+                    "seed": options.seed,
+                    "device": self.device.type,
+                }
+            )
+        )
+
+    def result(self, progress: Progress, stop: StopRequest) -> dict[str, Any]:
+        """Do what is left to do, and return the content of distributions.json.
+
+        Raises:
+            Interrupted: a stop was requested; what is done is kept.
+        """
+        path = self.folder / "distributions.json"
+        task = progress.add_task(self.label, total=self.images, status="")
+        found = looking.kept(path, self.identity, lambda content: (layers_of(content), panels_of(content)))
+        if found is None:
+            found = self._measure(lambda images: progress.update(task, completed=images), stop)
+            files.write_json(path, found)
+            (self.folder / _PARTIAL).unlink(missing_ok=True)
+        progress.update(task, completed=self.images)
+        panels = panels_of(found)
+        count = len(found["layers"])
+        files.write_bytes(self.folder / "distributions.png", figures.inputs(panels, count))
+        files.write_bytes(self.folder / "outputs.png", figures.outputs(panels, count))
+        return found
+
+    def _measure(self, on_images: Callable[[int], None], stop: StopRequest) -> dict[str, Any]:
+        recorder, size = Recorder(self.model), self.options.batch_size
+        self._take_up(recorder)
+        on_images(recorder.images)
+        saved = time.monotonic()
+        for number, (x, y) in enumerate(self.network.data.test.ordered(size, self.images)):
+            if number * size < recorder.images:
+                continue
+            x, y = x.to(self.device), y.to(self.device)
+            generator = seeds.generator(self.device, self.options.seed, "attack", number)
+            recorder.add(x, looking.adversarial(self.model, self.attack, x, y, generator))
+            on_images(recorder.images)
+            if stop.requested or time.monotonic() - saved > _SAVE_SECONDS:
+                tensors, record = recorder.state()
+                checkpoints.save(self.folder / _PARTIAL, tensors, {**record, "identity": self.identity})
+                saved = time.monotonic()
+            if stop.requested:
+                raise Interrupted
+        return {
+            "format": FORMAT,
+            "command": self.command,
+            "identity": self.identity,
+            "settings": self.network.settings,
+            "which": self.options.which,
+            "layers": [asdict(layer) for layer in recorder.layers()],
+            "panels": [asdict(panel) for panel in recorder.panels()],
+            "environment": environment.describe(),
+        }
+
+    def _take_up(self, recorder: Recorder) -> None:
+        """Give the recorder what an interrupted call with the same options has seen."""
+        path = self.folder / _PARTIAL
+        if path.exists():
+            tensors, record = checkpoints.load(path)
+            if record.get("identity") == self.identity:
+                recorder.load_state(tensors, record)
+
+
+def _summaries(labels: list[str], folders: list[Path], results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return for each run its distances over depth, without those of single channels."""
+    kept = ("l2", "l2_std", "w1", "w1_low", "w1_high", "scale")
+    return [
+        {
+            "run": label,
+            "folder": str(folder),
+            "activation": result["settings"]["activation"],
+            "identity": result["identity"],
+            "layers": [
+                {"name": entry["name"], **{side: {key: entry[side][key] for key in kept} for side in SIDES}}
+                for entry in result["layers"]
+            ],
+        }
+        for label, folder, result in zip(labels, folders, results, strict=True)
+    ]
+
+
+def _show(networks: list[figures.Network], console: Console) -> None:
+    table = Table(box=None, header_style="bold")
+    for column in ("run", "distance", "of the", "first layer", "middle", "last", "mean"):
+        table.add_column(column)
+    for network in networks:
+        for key, name in (("l2", "relative L2"), ("w1", "W1 / std")):
+            for side in SIDES:
+                values = [getattr(getattr(layer, side), key) for layer in network.layers]
+                seen = [value for value in values if value is not None]
+                mean = sum(seen) / len(seen) if seen else None
+                cells = (values[0], values[len(values) // 2], values[-1], mean)
+                table.add_row(network.label, name, side, *map(_percent, cells))
+    console.print(table)
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{share:.1%}"

@@ -1,0 +1,147 @@
+"""Command-line options of the commands that look at trained networks."""
+
+import argparse
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from models import files, trained
+from models.arguments import integer, radius
+from models.attacks import ATTACKS, Attack, LinfAttack, perturb
+from models.errors import UserError
+from models.trained import Trained
+
+
+def add(parser: argparse.ArgumentParser, images: int, source: str, attack: str | None) -> None:
+    """Add the folders of the runs, and the options they share.
+
+    Args:
+        parser: of the command.
+        images: default of --images.
+        source: which images these are: "test" or "validation".
+        attack: default of --attack, None for none.
+    """
+    option = parser.add_argument
+    option("folders", type=Path, nargs="+", metavar="RUN", help="folder of a trained network")
+    option("--which", choices=tuple(trained.WHICH), default="best", help="state of the network (default: best)")
+    option("--attack", type=_attack, default=attack, metavar="NAME", help=f"attack (default: {attack or 'none'})")
+    option("--eps", type=_radius, metavar="X", help="its radius, such as 8/255 (default: that of the training)")
+    option("--images", type=integer(1), metavar="N", help=f"{source} images (default: {images}, or all)")
+    option("--batch-size", type=integer(1), default=100, metavar="N", help="images at once (default: 100)")
+    option("--seed", type=integer(0), default=0, help="of the attack (default: 0)")
+    option("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
+    option("--threads", type=integer(1, 4096), help="processor threads (default: PyTorch's choice)")
+    option("--data-root", type=Path, metavar="DIR", help="folder of the data set (default: $KAFOPS_DATA, then ./data)")
+
+
+def labels(folders: list[Path]) -> list[str]:
+    """Return a name for each run: that of its folder, or its whole path where two folders have one name.
+
+    Raises:
+        UserError: a folder is given twice.
+    """
+    resolved = [folder.resolve() for folder in folders]
+    for folder in folders:
+        if resolved.count(folder.resolve()) > 1:
+            raise UserError(f"{folder} is given twice; give each run once")
+    names = [path.name for path in resolved]
+    return [name if names.count(name) == 1 else str(folder) for name, folder in zip(names, folders, strict=True)]
+
+
+def device(name: str) -> torch.device:
+    """Return a device.
+
+    Raises:
+        UserError: it cannot be used here.
+    """
+    try:
+        found = torch.device(name)
+        torch.empty(0, device=found)
+    except (RuntimeError, AssertionError) as error:  # PyTorch without CUDA asserts
+        raise UserError(f"--device {name} cannot be used: {str(error).splitlines()[0]}") from error
+    return found
+
+
+def attack_on(network: Trained, name: str, eps: float | None) -> tuple[Attack, float]:
+    """Return the attack by this name on a network, and its radius: eps, or where that is None the training's.
+
+    Raises:
+        UserError: there is no radius, or the attack cannot be made.
+    """
+    eps = eps or network.settings.get("training", {}).get("eps")
+    if not eps:
+        raise UserError("the network was not trained for a radius; give --eps, such as --eps 8/255")
+    try:
+        return ATTACKS.create(name, eps), eps
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def adversarial(
+    model: torch.nn.Module, attack: Attack, x: torch.Tensor, y: torch.Tensor, generator: torch.Generator
+) -> torch.Tensor:  # [N, C, H, W] in [0, 1]
+    """Return an adversarial image for each image.
+
+    Attacks of the gradient-sign family with one start take all their steps on every image. Others stop where an image
+    is misclassified, and leave those alone that are misclassified as they are.
+    """
+    if isinstance(attack, LinfAttack) and attack.restarts == 1:
+        return perturb(model, x, y, attack, generator)
+    return attack.search(model, x, y, generator)[0]
+
+
+def kept(path: Path, identity: dict[str, Any], check: Callable[[dict[str, Any]], object]) -> dict[str, Any] | None:
+    """Return what an earlier call with the same identity has written; None where there is nothing of the kind.
+
+    Args:
+        path: a JSON file.
+        identity: all that decides its content, as JSON values; the file has it too, under this name.
+        check: reads the content, and raises a KeyError, TypeError or ValueError where it is not what was written.
+
+    Raises:
+        UserError: the file is damaged.
+    """
+    try:
+        content = files.read_json(path)
+        if content is None or content["identity"] != identity:
+            return None
+        check(content)
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path} is damaged ({error}); remove it, and the same command makes it anew") from error
+    return content
+
+
+def count(wanted: int | None, default: int, there: int, what: str) -> int:
+    """Return how many images to look at.
+
+    Raises:
+        UserError: there are not so many.
+    """
+    if wanted is not None and wanted > there:
+        raise UserError(f"--images {wanted} is more than the {there} images there are: {what}")
+    return min(default, there) if wanted is None else wanted
+
+
+def progress(console: Console) -> Progress:
+    """Return the progress bars, one for each run."""
+    texts: Any = TextColumn("{task.description}"), TextColumn("{task.fields[status]}")
+    return Progress(texts[0], BarColumn(), TimeElapsedColumn(), texts[1], console=console, transient=True)
+
+
+def _attack(name: str) -> str:
+    try:
+        ATTACKS.parse(name)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return name
+
+
+def _radius(text: str) -> float:
+    value = radius(text)
+    if value == 0:
+        raise argparse.ArgumentTypeError("wanted a radius above 0, got 0: nothing would be attacked")
+    return value

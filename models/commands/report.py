@@ -1,0 +1,44 @@
+"""`python -m models report`."""
+
+import argparse
+import shlex
+from pathlib import Path
+
+from rich.console import Console
+
+from models import files, run_report
+from models.commands import looking
+from models.runs import RunError
+
+_ABOUT = """
+Writes one HTML page about runs that needs no other file: settings, training, attacks and the verdicts on them, bounds,
+distributions, learned curves, machine and versions, all that other commands have left in the folders of the runs. What
+is not there yet is named with the command that makes it.
+"""
+
+
+def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+    """Add the command."""
+    parser = commands.add_parser(
+        "report",
+        help="write one HTML page about runs",
+        description=_ABOUT,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("folders", type=Path, nargs="+", metavar="RUN", help="folder of a training run")
+    parser.add_argument(
+        "--out", type=Path, metavar="FILE", help="page to write (default: RUN/report.html, of the first)"
+    )
+    parser.set_defaults(run=_run, refuse=parser.error)
+
+
+def _run(options: argparse.Namespace, command: str) -> int:
+    out: Path = options.out or options.folders[0] / "report.html"
+    if out.is_dir():
+        raise RunError(f"--out {out} is a folder; give a file, such as {shlex.quote(str(out / 'report.html'))}")
+    labels = looking.labels(options.folders)
+    reports = [run_report.read(folder, label) for folder, label in zip(options.folders, labels, strict=True)]
+    files.write_text(out, run_report.page(reports, command))
+    Console().print(f"Report: {out}", highlight=False, markup=False, soft_wrap=True)
+    return 0

@@ -1,0 +1,238 @@
+"""Lipschitz constants from below and from above, and accuracies that are proved beside those that attacks leave."""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.lines import Line2D
+from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
+
+from models.figures import style
+
+_GREEN = "#009e73"
+_METHODS = {"interval propagation": _GREEN, "global Lipschitz": style.GREY, "local Lipschitz": style.VERMILLION}
+_LEAST_RADIUS = 1e-7  # where the axis of radii begins, at the latest
+
+
+@dataclass(frozen=True)
+class Place:
+    """The bound up to a layer; None where it is infinite."""
+
+    name: str
+    bound: float | None
+
+
+@dataclass(frozen=True)
+class Bounds:
+    """Of one network's Lipschitz constant: found, proved (None where infinite), and proved around the median image."""
+
+    lower: float
+    upper: float | None
+    local: float | None
+
+
+@dataclass(frozen=True)
+class Attacked:
+    """Accuracy under attack at a radius, with its interval; shares in [0, 1]."""
+
+    eps: float
+    accuracy: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class Certified:
+    """Radii in L-infinity that are proved, one for each image, by method; and what an attack leaves."""
+
+    radii: Mapping[str, Sequence[float]]
+    attack: str
+    attacked: Sequence[Attacked]  # the first at radius 0
+
+
+@dataclass(frozen=True)
+class Row:
+    """Networks that differ in their seed alone; accuracies are shares in [0, 1].
+
+    Args:
+        label: what they are.
+        activation: for the colour.
+        bounds, clean, attacked, certified: one for each.
+        at: the radius of `certified`.
+    """
+
+    label: str
+    activation: str
+    bounds: Sequence[Bounds]
+    clean: Sequence[float]
+    attacked: Sequence[float]
+    certified: Sequence[float]
+    at: float
+
+
+def network(places: Sequence[Place], bounds: Bounds, certified: Certified) -> bytes:
+    """Draw how the bound of one network grows over its layers, above what is found, and its accuracies over radii."""
+    with style.context():
+        figure = style.figure(height=5.2)
+        upper, lower = figure.subplots(2, 1)
+        _growth(upper, places, bounds)
+        _accuracies(lower, certified)
+        return style.png(figure)
+
+
+def networks(rows: Sequence[Row], eps: float) -> bytes:
+    """Draw for each row what is found and proved of the Lipschitz constant, and accuracy: clean, attacked, proved.
+
+    Args:
+        rows: from top to bottom; a thin mark for each network, lines between the geometric or arithmetic means.
+        eps: of the attack.
+    """
+    with style.context():
+        figure = style.figure(height=1.25 + 0.34 * len(rows))
+        left, right = figure.subplots(1, 2, sharey=True, width_ratios=(3, 2))
+        _constants(left, rows)
+        for place, row in enumerate(rows):
+            _shares(right, place, row)
+        right.set_xlim(-4, 104)
+        right.set_xlabel("accuracy, %")
+        for axes in (left, right):
+            axes.set_yticks(range(len(rows)), [row.label for row in rows])
+            axes.set_ylim(len(rows) - 0.5, -0.5)
+            axes.grid(axis="x", color=style.PALE_GREY, lw=0.6)
+            axes.set_axisbelow(True)
+            style.bare(axes)
+        left.legend(handles=[
+            _handle("o", style.BLUE, "found"),
+            _handle("D", style.VERMILLION, "proved around the median image"),
+            _handle("|", style.GREY, "proved for all images", size=9),
+        ], loc="lower left", bbox_to_anchor=(-0.02, 1), fontsize=7, handletextpad=0.1, borderaxespad=0)  # fmt: skip
+        right.legend(handles=[
+            _handle("o", style.GREY, "clean", hollow=True),
+            _handle("o", style.BLUE, f"attacked at ε = {eps:.3g}"),
+            _handle("D", style.VERMILLION, f"proved at ε = {rows[0].at:.3g}"),
+        ], loc="lower left", bbox_to_anchor=(-0.02, 1), fontsize=7, handletextpad=0.1, borderaxespad=0)  # fmt: skip
+        return style.png(figure)
+
+
+def _growth(axes: Axes, places: Sequence[Place], bounds: Bounds) -> None:
+    finite = [(number, place.bound) for number, place in enumerate(places, 1) if place.bound]
+    last = len(places)
+    axes.plot([0.5, last], [bounds.lower] * 2, color=style.BLUE, lw=1, ls=(0, (3, 2)))
+    axes.plot([x for x, _ in finite], [y for _, y in finite], "o-", color=style.GREY, ms=2.5, lw=1.2)
+    axes.set_yscale("log")
+    axes.set_xlim(0.5, 1.32 * last)
+    if bounds.upper is None:
+        first = next((p.name for p in places if p.bound is None), "")
+        axes.set_title(f"Lipschitz constant: no bound from {first} on, which jumps")
+    else:
+        axes.set_title("Lipschitz constant: bound up to each layer")
+        _tell(axes, last, bounds.upper, f"proved: {bounds.upper:.3g}", style.GREY)
+    if bounds.local is not None:
+        axes.plot([last], [bounds.local], "D", ms=5, color=style.VERMILLION)
+        _tell(axes, last, bounds.local, f"around the median\nimage: {bounds.local:.3g}", style.VERMILLION)
+    _tell(axes, last, bounds.lower, f"found: {bounds.lower:.3g}", style.BLUE)
+    ticks = MaxNLocator(8, integer=True, steps=[1, 2, 5, 10]).tick_values(1, last)
+    axes.set_xticks([tick for tick in ticks if 1 <= tick <= last])
+    axes.set_xlabel("activation, sum, pooling, last layer")
+    axes.set_ylabel("logits per image, L2")
+    axes.yaxis.set_minor_locator(NullLocator())
+
+
+def _tell(axes: Axes, x: float, y: float, text: str, colour: str) -> None:
+    axes.annotate(text, (x, y), (8, 0), textcoords="offset points", va="center", fontsize=8, color=colour)
+
+
+def _accuracies(axes: Axes, certified: Certified) -> None:
+    clean, *attacked = certified.attacked
+    proved = [radius for radii in certified.radii.values() for radius in radii if radius > 0]
+    first = max(min(proved, default=1e-3), _LEAST_RADIUS) / 2
+    axes.axhline(100 * clean.accuracy, color=style.GREY, lw=0.8, ls=(0, (1, 2)), label="clean")
+    for name, radii in certified.radii.items():
+        _stairs(axes, radii, first, name)
+    x = [point.eps for point in attacked]
+    axes.fill_between(
+        x, [100 * p.low for p in attacked], [100 * p.high for p in attacked], color=style.BLUE, alpha=0.15, lw=0
+    )
+    axes.plot(
+        x,
+        [100 * point.accuracy for point in attacked],
+        "o-",
+        ms=3,
+        lw=1.4,
+        color=style.BLUE,
+        label=f"under {certified.attack}",
+    )
+    axes.set_xscale("log")
+    axes.set_xlim(first, max(x))
+    axes.set_ylim(0, 105)
+    axes.set_xlabel("radius ε in L∞")
+    axes.set_ylabel("accuracy, %")
+    axes.set_title("Accuracy: proved by three methods, and under attack (band: 95 % interval)", pad=32)
+    axes.legend(
+        loc="lower left", bbox_to_anchor=(-0.01, 0.98), ncols=3, fontsize=7.5, borderaxespad=0, columnspacing=1,
+        handlelength=1.4, handletextpad=0.4,
+    )  # fmt: skip
+    axes.grid(axis="y", color=style.PALE_GREY, lw=0.6)
+
+
+def _stairs(axes: Axes, radii: Sequence[float], first: float, name: str) -> None:
+    """Draw the share of images whose radius is at least x."""
+    steps = np.sort([radius for radius in radii if radius > first])
+    if len(steps) == 0:
+        axes.plot([], [], color=_METHODS[name], lw=1.6, label=f"{name}: none")
+        return
+    shares = 100 * (len(steps) - np.arange(len(steps))) / len(radii)
+    x = np.concatenate([[first], steps])
+    y = np.concatenate([shares, [0.0]])
+    axes.step(x, y, where="post", color=_METHODS[name], lw=1.6, label=name)
+
+
+def _constants(axes: Axes, rows: Sequence[Row]) -> None:
+    axes.set_xscale("log")
+    values = [v for row in rows for b in row.bounds for v in (b.lower, b.local, b.upper) if v]
+    low, high = min(values), max(values)
+    end = high * (high / low) ** 0.12
+    for place, row in enumerate(rows):
+        spread = np.linspace(-0.16, 0.16, len(row.bounds)) if len(row.bounds) > 1 else [0.0]
+        for bounds, shift in zip(row.bounds, spread, strict=True):
+            y = place + shift
+            to = end if bounds.upper is None else bounds.upper
+            axes.plot([bounds.lower, to], [y, y], color=style.PALE_GREY, lw=1.5, zorder=1)
+            axes.plot(bounds.lower, y, "o", ms=4, color=style.BLUE)
+            if bounds.local is not None:
+                axes.plot(bounds.local, y, "D", ms=3.5, color=style.VERMILLION)
+            axes.plot(
+                to, y, ">" if bounds.upper is None else "|", ms=5 if bounds.upper is None else 8, color=style.GREY
+            )
+        uppers = [b.upper for b in row.bounds]
+        mean = None if None in uppers else _mean([u for u in uppers if u])
+        text = "∞" if mean is None else f"{mean:.2g}"
+        axes.annotate(text, (end if mean is None else max(u for u in uppers if u), place), (6, 0),
+                      textcoords="offset points", va="center", fontsize=7, color=style.GREY)  # fmt: skip
+        found = _mean([b.lower for b in row.bounds])
+        axes.annotate(f"{found:.2g}", (min(b.lower for b in row.bounds), place), (-6, 0), textcoords="offset points",
+                      va="center", ha="right", fontsize=7, color=style.BLUE)  # fmt: skip
+    axes.set_xlim(low / (high / low) ** 0.14, end * (high / low) ** 0.14)
+    axes.xaxis.set_major_locator(LogLocator(numticks=6))
+    axes.xaxis.set_minor_locator(NullLocator())
+    axes.set_xlabel("Lipschitz constant, image to logits in L2")
+
+
+def _mean(values: Sequence[float]) -> float:
+    """Return the geometric mean."""
+    return math.exp(sum(math.log(value) for value in values) / len(values))
+
+
+def _shares(axes: Axes, place: int, row: Row) -> None:
+    kinds = ((row.clean, "o", style.GREY, "white"), (row.attacked, "o", style.BLUE, style.BLUE),
+             (row.certified, "D", style.VERMILLION, style.VERMILLION))  # fmt: skip
+    spread = np.linspace(-0.16, 0.16, len(row.clean)) if len(row.clean) > 1 else [0.0]
+    for values, mark, colour, fill in kinds:
+        for value, shift in zip(values, spread, strict=True):
+            axes.plot(100 * value, place + shift, mark, ms=4 if mark == "o" else 3.5, color=colour, mfc=fill)
+
+
+def _handle(mark: str, colour: str, label: str, size: float = 4, hollow: bool = False) -> Line2D:
+    return Line2D([], [], ls="", marker=mark, ms=size, color=colour, mfc="white" if hollow else colour, label=label)

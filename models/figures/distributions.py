@@ -1,0 +1,209 @@
+"""Activations clean against adversarial: densities channel by channel, and distances along the depth of networks."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
+from matplotlib.ticker import MaxNLocator
+
+from models.analysis.distributions import SIDES, Density, Layer, Moved, Panel
+from models.figures import style
+
+_COLUMNS = 4
+_SPIKE = 4.0  # times the second highest column, above which the highest one is cut off and its share written down
+_PALETTE = (style.VERMILLION, style.BLUE, style.GREY, "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+_BANDS = 3  # networks, above which their spreads would only hide each other
+
+
+@dataclass(frozen=True)
+class Network:
+    """One network's line in `depth`."""
+
+    label: str
+    activation: str
+    layers: Sequence[Layer]
+
+
+def inputs(panels: Sequence[Panel], layers: int) -> bytes:
+    """Draw the densities of what goes into the activations, with the learned curves over them on the right axis.
+
+    Args:
+        panels: channel after channel, layer after layer; a layer is a row.
+        layers: how many activations the network has.
+    """
+    handles = _handles()
+    if any(panel.x for panel in panels):
+        handles.append(Line2D([], [], color=style.VERMILLION, lw=1.4, label="f, right axis"))
+    if any(panel.dictionary for panel in panels):
+        handles.append(Line2D([], [], color=style.VERMILLION, lw=0.8, ls=(0, (2, 2)), label="ends of the dictionary"))
+    with style.context():
+        figure, rows = _small_multiples(panels, layers, "inputs", handles)
+        for row in rows:
+            values = [y for panel, _ in row for y in panel.y]
+            for panel, axes in row:
+                if values:
+                    _curve(axes, panel, min(values), max(values), labelled=panel is row[-1][0])
+        return style.png(figure)
+
+
+def outputs(panels: Sequence[Panel], layers: int) -> bytes:
+    """Draw the densities of what comes out of the activations; arguments are those of `inputs`."""
+    handles = [*_handles(), Line2D([], [], ls="", label="a → b %: share in a column that is cut off")]
+    with style.context():
+        return style.png(_small_multiples(panels, layers, "outputs", handles)[0])
+
+
+def depth(networks: Sequence[Network]) -> bytes:
+    """Draw paired and Wasserstein distances over the depth of networks, of the inputs and the outputs of activations.
+
+    Where all have as many activations the axis counts these, else it is the share of the depth. With up to three
+    networks bands show the spread: a standard deviation over images, and 80 % of the channels.
+    """
+    counts, colours = {len(network.layers) for network in networks}, _colours(networks)
+    shares = len(counts) > 1
+    with style.context():
+        figure = style.figure(height=4.3)
+        grid = figure.subplots(2, 2, sharex=True, sharey="row")
+        for axes, side in zip(grid[0], SIDES, strict=True):
+            axes.set_title(f"{side} of the activations")
+        for network, colour in zip(networks, colours, strict=True):
+            count = len(network.layers)
+            x = np.arange(1, count + 1) / (count if shares else 1)
+            for column, side in enumerate(SIDES):
+                moved = [getattr(layer, side) for layer in network.layers]
+                for axes, lines in zip(grid[:, column], (_paired(moved), _distributions(moved)), strict=True):
+                    _line(axes, x, lines, colour, len(networks) <= _BANDS, count)
+        for axes in grid.flat:
+            axes.grid(axis="y", color=style.PALE_GREY, lw=0.6)
+            axes.set_axisbelow(True)
+            axes.set_ylim(bottom=0)
+            if not shares:
+                axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
+        grid[0, 0].set_ylabel("‖a(x′) − a(x)‖ / ‖a(x)‖, %")
+        grid[1, 0].set_ylabel("Wasserstein-1, % of std")
+        for axes in grid[1]:
+            axes.set_xlabel("share of the depth" if shares else "activation, from image to logits")
+        handles: list[Line2D | Patch] = [
+            Line2D([], [], color=colour, lw=1.6, label=f"{network.label} ({network.activation})")
+            for network, colour in zip(networks, colours, strict=True)
+        ]
+        if len(networks) <= _BANDS:
+            spread = "bands: ± std of images, 80 % of channels"
+            handles.append(Patch(color=style.PALE_GREY, lw=0, label=spread))
+        figure.legend(handles=handles, loc="outside upper left", ncols=2, fontsize=8)
+        return style.png(figure)
+
+
+def _colours(networks: Sequence[Network]) -> list[str]:
+    """Return a colour for each network: the house's for its activation, where no other network has it."""
+    colours: list[str] = []
+    for network in networks:
+        name = network.activation.partition(":")[0]
+        own = style.COLOURS.get(name, style.VERMILLION if name.startswith("kaf") else style.BLUE)
+        free = [colour for colour in (own, *_PALETTE) if colour not in colours]
+        colours.append(free[0] if free else _PALETTE[len(colours) % len(_PALETTE)])
+    return colours
+
+
+Lines = tuple[list[float], list[float], list[float]]
+"""A line, and the lower and upper edge of the band around it, in %; NaN where there is nothing."""
+
+
+def _paired(moved: Sequence[Moved]) -> Lines:
+    middle = [_percent(m.l2) for m in moved]
+    spread = [_percent(m.l2_std) for m in moved]
+    edges = [(a - b, a + b) for a, b in zip(middle, spread, strict=True)]
+    return middle, [low for low, _ in edges], [high for _, high in edges]
+
+
+def _distributions(moved: Sequence[Moved]) -> Lines:
+    return [_percent(m.w1) for m in moved], [_percent(m.w1_low) for m in moved], [_percent(m.w1_high) for m in moved]
+
+
+def _percent(share: float | None) -> float:
+    return np.nan if share is None else 100 * share
+
+
+def _line(axes: Axes, x: np.ndarray, lines: Lines, colour: str, band: bool, count: int) -> None:
+    middle, low, high = lines
+    if band:
+        axes.fill_between(x, np.maximum(low, 0), high, color=colour, alpha=0.13, lw=0)
+    axes.plot(x, middle, "o-" if count <= 30 else "-", color=colour, ms=3, lw=1.5)
+
+
+def _small_multiples(
+    panels: Sequence[Panel], layers: int, side: str, handles: list[Line2D | Patch]
+) -> tuple[Figure, list[list[tuple[Panel, Axes]]]]:
+    """Draw the densities of one side; return the figure, and its panels with their axes, row by row."""
+    places = list(dict.fromkeys(panel.layer for panel in panels))
+    figure = style.figure(height=1.1 * len(places) + 0.9)
+    grid = figure.subplots(len(places), _COLUMNS, squeeze=False)
+    rows = []
+    for place, its_axes in zip(places, grid, strict=True):
+        row = list(zip([panel for panel in panels if panel.layer == place], its_axes, strict=False))
+        for axes in its_axes[len(row) :]:
+            axes.set_visible(False)
+        for panel, axes in row:
+            _densities(axes, getattr(panel, side))
+            axes.set_title(f"channel {panel.channel}", fontsize=8)
+        row[0][1].set_ylabel(f"activation\n{place + 1} of {layers}\ndensity", fontsize=8)
+        rows.append(row)
+    figure.supxlabel(f"{side[:-1]} of the activation", fontsize=9, color=style.GREY)
+    figure.legend(handles=handles, loc="outside upper left", ncols=4, fontsize=7.5, handlelength=1.3, columnspacing=1)
+    return figure, rows
+
+
+def _densities(axes: Axes, density: Density) -> None:
+    axes.stairs(density.clean, density.edges, fill=True, color=style.BLUE, alpha=0.3, lw=0)
+    axes.stairs(density.adversarial, density.edges, color=style.GREY, lw=1)
+    axes.set_xlim(density.edges[0], density.edges[-1])
+    axes.set_ylim(0, _top(axes, density))
+    axes.tick_params(labelsize=7)
+    axes.xaxis.set_major_locator(MaxNLocator(3, min_n_ticks=2))
+    axes.yaxis.set_major_locator(MaxNLocator(2, min_n_ticks=2))
+
+
+def _top(axes: Axes, density: Density) -> float:
+    """Return how high the axis goes, and write down the share in a column that it cuts off."""
+    columns = np.maximum(density.clean, density.adversarial)
+    order = np.sort(columns)
+    if len(columns) < 3 or order[-1] <= _SPIKE * order[-2] or order[-2] == 0:
+        return 1.1 * float(order[-1])
+    top, place = 1.6 * float(order[-2]), int(np.argmax(columns))
+    width = density.edges[place + 1] - density.edges[place]
+    shares = (100 * width * values[place] for values in (density.clean, density.adversarial))
+    left = place < len(columns) / 2
+    text = "{:.0f} → {:.0f} %".format(*shares)
+    axes.annotate(
+        text, (density.edges[place + 1 if left else place], top), (3 if left else -3, -2),
+        textcoords="offset points", ha="left" if left else "right", va="top", fontsize=6.5, color=style.GREY,
+    )  # fmt: skip
+    return top
+
+
+def _curve(axes: Axes, panel: Panel, low: float, high: float, labelled: bool) -> None:
+    front = axes.twinx()
+    margin = 0.08 * max(high - low, 1e-6)
+    front.set_ylim(low - margin, high + margin)
+    front.plot(panel.x, panel.y, color=style.VERMILLION, lw=1.4)
+    axes.set_xlim(min(panel.x[0], panel.inputs.edges[0]), max(panel.x[-1], panel.inputs.edges[-1]))
+    for end in panel.dictionary or ():
+        axes.axvline(end, color=style.VERMILLION, lw=0.8, ls=(0, (2, 2)), alpha=0.7)
+    front.tick_params(axis="y", labelsize=7, colors=style.VERMILLION)
+    front.spines["right"].set(visible=True, color=style.VERMILLION)
+    front.yaxis.set_major_locator(MaxNLocator(3, min_n_ticks=2))
+    if labelled:
+        front.set_ylabel("f", color=style.VERMILLION, rotation=0, va="center")
+    else:
+        front.set_yticklabels([])
+
+
+def _handles() -> list[Line2D | Patch]:
+    return [
+        Patch(color=style.BLUE, alpha=0.3, lw=0, label="clean"),
+        Line2D([], [], color=style.GREY, lw=1, label="adversarial"),
+    ]

@@ -1,0 +1,150 @@
+"""What a network is taken apart into, and what is refused."""
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from models import images, networks
+from models.analysis.intervals import logits
+from models.analysis.traced import BoundError, steps
+from models.evaluation import evaluation_mode
+
+NETWORKS = [
+    ("vgg:width=2,dense=4,patch=2", "kaf_silu"),
+    ("vgg:width=2,dense=4,pool=average,patch=2", "elu"),
+    ("light:width=2,dense=4,pool=stride,patch=2", "pssilu"),
+    ("resnet20:width=2,patch=4", "kaf_free"),
+    ("resnet20:width=2,patch=4,form=post,shortcut=conv", "prelu"),
+    ("resnet20:width=2,patch=4,form=post_norm,shortcut=conv3x3", "gelu"),
+    ("preactresnet18:width=2,patch=2", "smoothrelu"),
+    ("wideresnet:depth=10,width=1,patch=4", "softplus"),
+    ("vgg:width=2,dense=4,patch=2", "kwta:ratio=0.3"),
+    ("vgg:width=2,dense=4,patch=2", "kwta:ratio=0.3,per=channel"),
+]
+
+
+def trained_like(model: nn.Module) -> nn.Module:
+    """Give every norm statistics and weights that it could have after training."""
+    generator = torch.Generator().manual_seed(0)
+    for module in model.modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            for tensor, low, high in (
+                (module.running_mean, -0.5, 0.5),
+                (module.running_var, 0.5, 2.0),
+                (module.weight.data, 0.5, 1.5),
+                (module.bias.data, -0.3, 0.3),
+            ):
+                tensor.copy_(torch.empty(tensor.shape).uniform_(low, high, generator=generator))
+    return model.eval()
+
+
+@pytest.mark.parametrize(("network", "activation"), NETWORKS)
+def test_the_steps_compute_what_the_network_does(network: str, activation: str) -> None:
+    """In float64, where both are right to some 1e-12; softplus leaves out what is below 2.1e-9 of its values."""
+    model = trained_like(networks.build(network, activation, images.MNIST, seed=0)).double()
+    x = torch.rand(3, 1, 28, 28, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    with torch.no_grad():
+        wanted = model(x)
+    close = 1e-6 if activation == "softplus" else 1e-9
+    torch.testing.assert_close(logits(steps(model, (1, 28, 28)), x), wanted, rtol=close, atol=close)
+
+
+def test_torchvisions_resnet50() -> None:
+    model = trained_like(networks.build("resnet50", "silu", images.IMAGENET, seed=0))
+    network = steps(model, (3, 64, 64))
+    kinds = [step.operation.kind for step in network]
+    assert kinds.count("convolution") == 53
+    assert kinds.count("add") == 16
+    assert kinds.count("activation") == 49
+    assert (kinds.count("maxpool"), kinds.count("mean"), kinds[-1]) == (1, 1, "linear")
+    x = torch.rand(1, 3, 64, 64, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        wanted = model.double()(x.double())
+    torch.testing.assert_close(logits(network, x), wanted, rtol=1e-7, atol=1e-7)
+
+
+class Functions(nn.Module):
+    """What others write without modules."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(1, 4, 3, padding="same")
+        self.last = nn.Linear(4, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.max_pool2d(F.relu(self.conv(x), inplace=True), 2)
+        x = F.dropout(torch.tanh(x + x), 0.5, self.training)
+        x = F.adaptive_avg_pool2d(F.avg_pool2d(x, 2), 1)
+        return self.last(x.view(x.size(0), -1))
+
+
+def test_functions_are_known_as_well_as_modules() -> None:
+    model = Functions().eval().double()
+    x = torch.rand(2, 1, 8, 8, dtype=torch.float64)
+    torch.testing.assert_close(logits(steps(model, (1, 8, 8)), x), model(x).detach())
+
+
+def test_the_network_is_left_as_it_was() -> None:
+    model = networks.build("light:width=2,dense=4,patch=7", "relu", images.MNIST, seed=0).train()
+    before = {name: t.clone() for name, t in model.state_dict().items()}
+    network = steps(model, (1, 28, 28))
+    assert all(module.training for module in model.modules())
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+    with evaluation_mode(model), torch.no_grad():
+        x = torch.rand(1, 1, 28, 28)
+        wanted = model(x)
+    torch.testing.assert_close(logits(network, x).float(), wanted)
+
+
+class Wrapped(nn.Module):
+    def __init__(self, part: nn.Module) -> None:
+        super().__init__()
+        self.part = part
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.part(x)
+
+
+class Branching(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x if x.sum() > 0 else -x
+
+
+class Product(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x * x
+
+
+class Mean(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean(1)
+
+
+class Shifted(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + 1
+
+
+@pytest.mark.parametrize(
+    ("part", "message"),
+    [
+        (nn.LayerNorm(8), r"part of the network cannot be bounded: torch\.nn\.modules\.normalization\.LayerNorm is not"),
+        (nn.BatchNorm2d(1, track_running_stats=False), "part .* is a function of the batch"),
+        (nn.Conv2d(1, 1, 3, padding=1, padding_mode="reflect"), "only those padded with zeros, not transposed"),
+        (nn.ConvTranspose2d(1, 1, 3), "only those padded with zeros, not transposed"),
+        (nn.Linear(8, 8), "a linear layer is known on .N, features., got 4 dimensions; flatten before it"),
+        (nn.AvgPool2d(3, ceil_mode=True), "average pooling is known without ceil_mode"),
+        (nn.AvgPool2d(3, padding=1, count_include_pad=False), "with padding counted"),
+        (nn.AdaptiveAvgPool2d(3), r"where it divides the size, got \[8, 8\] -> \[3, 3\]"),
+        (nn.Flatten(2), r"only nn\.Flatten\(1, -1\) is known, got \(2, -1\)"),
+        (nn.GELU(approximate="tanh"), "part of the network cannot be bounded: bounds are known for GELU with"),
+        (Branching(), "torch.fx cannot trace it .* must not depend on the values of its input"),
+        (Product(), "mul of the network cannot be bounded: the function mul is not known"),
+        (Mean(), r"only that over all positions is known, got dim=1 of shape \[1, 1, 8, 8\]"),
+        (Shifted(), "add of the network cannot be bounded: only the sum of two tensors of one shape is known"),
+    ],
+)
+def test_what_is_not_known_is_named(part: nn.Module, message: str) -> None:
+    with pytest.raises(BoundError, match=message):
+        steps(Wrapped(part), (1, 8, 8))
