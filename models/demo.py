@@ -17,28 +17,27 @@ from rich.table import Table
 from torch import nn
 
 import kafops
-from models import attacks, checkpoints, demo_report, environment, files, step_cost
-from models.data import Split, TensorSource, mnist5k
+from models import attacks, checkpoints, data, demo_report, environment, files, session, step_cost
+from models.data import DataSet
 from models.evaluation import Accuracy, clean_accuracy, robust_accuracy
 from models.figures import accuracy as accuracy_figure
 from models.figures import cost as cost_figure
 from models.figures import curves as curves_figure
 from models.figures import style
-from models.images import MNIST
-from models.networks import build
 from models.runs import RunFolder
+from models.settings import Settings as RunSettings
 from models.training import Recipe, Trainer
-from models.training import curves as curve_files
+from models.training.trainer import LATEST
 
 LABELS = {"relu": "ReLU", "silu": "SiLU", "kaf_isometric": "KAF"}
 KAF = "kaf_isometric"
-_CHECKPOINT, _RESULT = "latest.safetensors", "result.json"
+_RESULT = "result.json"
 _OUTPUTS = (
     "metrics.json",
     "step_cost.json",
     "*.png",
     "report.html",
-    *(f"{name}/{file}" for name in LABELS for file in (_CHECKPOINT, "metrics.jsonl", _RESULT, curve_files.PATTERN)),
+    *(f"{name}/{file}" for name in LABELS for file in ("run.json", *session.OUTPUTS, _RESULT)),
 )
 
 
@@ -59,7 +58,13 @@ class Settings:
     @property
     def recipe(self) -> Recipe:
         """How each network is trained."""
-        return Recipe(self.epochs, self.batch_size, self.lr, "fast", self.eps, nesterov=True, watch_steps=0)
+        return Recipe(self.epochs, self.batch_size, self.lr, "fast", self.eps, nesterov=True, watch_steps=5)
+
+    def of(self, activation: str) -> RunSettings:
+        """Return the settings of one network's run."""
+        validation = min(128, max(1, self.train // 5))
+        images = f"mnist5k:train={self.train},validation={validation},test={self.test}"
+        return RunSettings(images, f"resnet20:width={self.width}", activation, self.recipe, self.seed)
 
 
 class Demo:
@@ -67,7 +72,7 @@ class Demo:
 
     def __init__(self, out: Path, settings: Settings, restart: bool, compiled: bool, command: str) -> None:
         self.settings, self.command = settings, command
-        self.data: Split = mnist5k(settings.train, settings.test, settings.seed)
+        self.data: DataSet = data.load(settings.of(KAF).data, settings.seed)
         self.folder = RunFolder.open(out, asdict(settings), restart, _OUTPUTS)
         self.implementations = tuple(n for n in step_cost.IMPLEMENTATIONS if compiled or n != "compiled")
         self.console = Console()
@@ -100,11 +105,7 @@ class Demo:
         return result
 
     def _train(self, name: str, progress: Progress, task: TaskID) -> Trainer:
-        network = self._initial(name)
-        source = TensorSource(self.data.train_images, self.data.train_labels, self.settings.seed)
-        recipe, seed = self.settings.recipe, self.settings.seed
-        trainer = Trainer(network, recipe, seed, source, None, self.folder.path / name)
-        trainer.resume()
+        trainer = session.prepare(self.settings.of(name), self.folder.path / name)
 
         def on_step(trainer: Trainer) -> None:
             sums = trainer.tally
@@ -116,17 +117,18 @@ class Demo:
         return trainer
 
     def _evaluate(self, trainer: Trainer, progress: Progress, task: TaskID) -> dict[str, Any]:
-        settings, data = self.settings, self.data
+        settings = self.settings
+        images, labels = self.data.test.tensors(settings.test)
         progress.update(task, total=settings.test, completed=0, status=f"PGD-{settings.pgd_steps}")
         start = time.perf_counter()
-        clean = clean_accuracy(trainer.model, data.test_images, data.test_labels)
+        clean = clean_accuracy(trainer.model, images, labels)
         robust = robust_accuracy(
             trainer.model,
-            data.test_images,
-            data.test_labels,
+            images,
+            labels,
             attacks.pgd(settings.eps, settings.pgd_steps),
             settings.seed,
-            on_batch=lambda images: progress.update(task, completed=images),
+            on_batch=lambda done: progress.update(task, completed=done),
         )
         return {
             "parameters": sum(p.numel() for p in trainer.model.parameters()),
@@ -196,13 +198,15 @@ class Demo:
         return accuracy_figure.draw(rows, f"PGD-{self.settings.pgd_steps}, ε = {self.settings.eps:.3g}")
 
     def _draw_curves(self) -> bytes:
-        path = self.folder.path / KAF / _CHECKPOINT
+        path = self.folder.path / KAF / LATEST
         before, after = self._initial(KAF), self._initial(KAF)
         checkpoints.load_weights(after, checkpoints.weights(checkpoints.load(path)[0]), path)
-        return curves_figure.draw(curves_figure.collect(before, after, self.data.test_images[:256]))
+        return curves_figure.draw(
+            curves_figure.collect(before, after, self.data.test.tensors(min(256, self.settings.test))[0])
+        )
 
     def _initial(self, name: str) -> nn.Module:
-        return build(f"resnet20:width={self.settings.width}", name, MNIST, self.settings.seed)
+        return session.build(self.settings.of(name), self.data.images)
 
     def _show(self, metrics: dict[str, Any]) -> None:
         table = Table("network", "clean", f"PGD-{self.settings.pgd_steps}", box=None, header_style="bold")

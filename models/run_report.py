@@ -85,19 +85,15 @@ def page(reports: Sequence[RunReport], command: str) -> str:
 
 
 def _summary(reports: Sequence[RunReport]) -> str:
-    head = ("run", "network", "activation", "method", "clean", "worst attack", "verdict", "Lipschitz bound", "found")
+    head = ("run", "clean", "worst attack", "Lipschitz bound", "largest stretch found")
     rows = []
     for number, report in enumerate(reports):
         evaluation, bounds = report.evaluation, report.bounds
         rows.append(
             (
-                f'<a href="#run{number}">{escape(report.label)}</a>',
-                escape(report.settings["network"]),
-                escape(report.settings["activation"]),
-                escape(report.settings["training"]["method"]),
+                f'<a href="#run{number}">{escape(report.label)}</a><br><small>{escape(_of(report))}</small>',
                 "–" if evaluation is None else _percent(evaluation["clean"]),
                 "–" if evaluation is None else _percent(evaluation["worst_case"]),
-                "–" if evaluation is None else escape(evaluation["masking"]),
                 "–" if bounds is None else _number(bounds["upper"]),
                 "–" if bounds is None else _number(bounds["lower"]),
             )
@@ -105,6 +101,11 @@ def _summary(reports: Sequence[RunReport]) -> str:
     differing = _differing([report.settings for report in reports])
     note = f'<p class="note">The runs differ in: {escape(", ".join(differing) or "nothing")}.</p>'
     return f"<h2>All runs</h2>{html.table(head, rows)}{note}"
+
+
+def _of(report: RunReport) -> str:
+    settings = report.settings
+    return f"{settings['activation']} in {settings['network']}, {settings['training']['method']}"
 
 
 def _section(number: int, report: RunReport, several: bool) -> str:

@@ -6,8 +6,8 @@
 //
 // Each element pays D kernel values, but no tensor of N × D of them exists: rows of a channel's elements are copied, as
 // float or double, to tiles that stay in the cache, and the loops over them are left to the compiler to vectorise.
-// GCC does not vectorise a choice between two values while it thinks that computing either could trap. Before all headers, as a function
-// without this option is not inlined into one that has it.
+// GCC does not vectorise a choice between two values while it thinks that computing either could trap. Before all
+// headers, as a function without this option is not inlined into one that has it.
 #if defined(__GNUC__) && !defined(__clang__)
 #pragma GCC optimize("no-trapping-math")
 #endif
@@ -136,8 +136,8 @@ struct Parameter {
 
   Parameter(const Tensor& t, const char* name, int64_t dim) {
     const bool single = t.scalar_type() == ScalarType::Float;
-    STD_TORCH_CHECK(t.is_cpu() && t.dim() == dim && (single || t.scalar_type() == ScalarType::Double), name, " must be a ",
-                    dim, "-dimensional float32 or float64 tensor on the CPU");
+    STD_TORCH_CHECK(t.is_cpu() && t.dim() == dim && (single || t.scalar_type() == ScalarType::Double), name,
+                    " must be a ", dim, "-dimensional float32 or float64 tensor on the CPU");
     rows = t.size(0), columns = dim == 2 ? t.size(1) : 1;
     const int64_t across = t.stride(0), along = dim == 2 ? t.stride(1) : 0;
     for (int64_t r = 0; r < rows; ++r)
@@ -261,15 +261,16 @@ struct Arguments {
   Parameter gamma, dictionary;
   int64_t d, channels = 1;
 
-  Arguments(const Tensor& x, const Tensor& gamma_, const Tensor& dictionary_, const Parameter* coefficients, int64_t power,
-            int64_t order, int64_t kernel)
+  Arguments(const Tensor& x, const Tensor& gamma_, const Tensor& dictionary_, const Parameter* coefficients,
+            int64_t power, int64_t order, int64_t kernel)
       : gamma(gamma_, "gamma", 1), dictionary(dictionary_, "dictionary", 2), d(dictionary.columns) {
     STD_TORCH_CHECK(d > 0, "dictionary must have at least one column");
-    STD_TORCH_CHECK(!coefficients || coefficients->columns == d, "coefficients and dictionary must have as many columns");
+    STD_TORCH_CHECK(!coefficients || coefficients->columns == d,
+                    "coefficients and dictionary must have as many columns");
     STD_TORCH_CHECK(kRationalQuadratic <= kernel && kernel <= kBSpline, "there is no kernel ", kernel);
-    STD_TORCH_CHECK(0 <= power && power <= order && order <= 2, "power and order must be 0 ≤ power ≤ order ≤ 2, got ", power,
-                    " and ", order);
-    for (const Parameter* p : {static_cast<const Parameter*>(&gamma), static_cast<const Parameter*>(&dictionary), coefficients})
+    STD_TORCH_CHECK(0 <= power && power <= order && order <= 2, "power and order must be 0 ≤ power ≤ order ≤ 2, got ",
+                    power, " and ", order);
+    for (const Parameter* p : std::initializer_list<const Parameter*>{&gamma, &dictionary, coefficients})
       if (p && p->rows != 1) {
         STD_TORCH_CHECK(x.dim() >= 2 && p->rows == x.size(1), "a parameter has ", p->rows,
                         " rows, but x has another number of channels");

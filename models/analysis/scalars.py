@@ -135,7 +135,7 @@ class Curves:
     def _ranges(self) -> kafops.bounds.CurveRanges:
         layer = self._layer
         points = layer.boundary if layer.dictionary is None else layer.dictionary
-        return kafops.bounds.CurveRanges(layer.alpha, layer.bandwidths(), points, getattr(layer, "kernel", "gaussian"))
+        return kafops.bounds.CurveRanges(layer.alpha, layer.bandwidths(), points, layer.kernel)
 
     def values(self, lower: Tensor, upper: Tensor) -> Range:
         """Return what encloses the values on intervals."""

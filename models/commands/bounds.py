@@ -50,10 +50,11 @@ DEFAULT_ATTACK = "pgd-50"
 AT = (1e-5, 1e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
 """Radii in L-infinity at which certified accuracies are written down."""
 _ATTACKED = (0.125, 0.25, 0.5, 0.75, 1.0, 1.5)  # of eps
-_LEGEND = """
-found: largest stretch of a change of an image, in L2; local: median over images of what is proved around each; bound:
-proved for all images; attacked: accuracy under {attack} at {eps:.3g}; radius: median of the radii proved in L-infinity
-"""
+_LEGEND = (
+    "\nfound: largest stretch of a change of an image, in L2; local: median over images of what is proved around each; "
+    "bound: proved for all images; attacked: accuracy under {attack} at {eps:.3g}; radius: median of the radii proved "
+    "in L-infinity\n"
+)
 _METHODS = ("intervals", "lipschitz", "local", "linf")
 _PERCENTILES = (5, 50, 95)
 
@@ -214,11 +215,11 @@ class _Look:
     def _results(
         self, bound: Bound, seconds: float, images: list[dict[str, Any]], attacked: list[dict[str, Any]]
     ) -> dict[str, Any]:
-        def radii(name: str) -> Tensor:
-            return torch.tensor([image[name] for image in images], dtype=torch.float64)
+        def of_each(name: str) -> Tensor:
+            values = [image[name] for image in images]
+            return torch.tensor([math.inf if v is None else v for v in values], dtype=torch.float64)
 
         lower = {name: max(image[name] for image in images) for name in ("singular", "ratio_l2", "ratio_linf")}
-        constants = [image["local_bound"] for image in images]
         return {
             "format": FORMAT,
             "command": self.command,
@@ -231,11 +232,11 @@ class _Look:
             "upper_seconds": round(seconds, 2),
             "lower": max(lower.values()),
             "lower_by": lower,
-            "local": None if None in constants else _percentiles(torch.tensor(constants, dtype=torch.float64)),
+            "local": _percentiles(of_each("local_bound")),
             "layers": [{n: _finite(v) for n, v in asdict(layer).items()} for layer in bound.layers],
-            "radii": {name: _percentiles(radii(name)) for name in (*_METHODS, "l2")},
+            "radii": {name: _percentiles(of_each(name)) for name in (*_METHODS, "l2")},
             "certified": [
-                {"eps": eps, **{name: self._accuracy(name, radii(name), eps) for name in _METHODS}} for eps in AT
+                {"eps": eps, **{name: self._accuracy(name, of_each(name), eps) for name in _METHODS}} for eps in AT
             ],
             "attacked": attacked,
             "environment": environment.describe(),
@@ -267,8 +268,8 @@ def _finite(value: Any) -> Any:
     return value if not isinstance(value, float) or math.isfinite(value) else None
 
 
-def _percentiles(values: Tensor) -> dict[str, float]:
-    return {f"p{p}": values.quantile(p / 100).item() for p in _PERCENTILES}
+def _percentiles(values: Tensor) -> dict[str, float | None]:
+    return {f"p{p}": _finite(values.quantile(p / 100).item()) for p in _PERCENTILES}
 
 
 def figure_of(
@@ -293,12 +294,15 @@ def figure_of(
 def figure_rows(labels: Sequence[str], results: Sequence[Mapping[str, Any]]) -> list[figures.Row]:
     """Return what the figure of several runs shows: runs that differ in their seed alone make one row."""
     settings = [_flat(result["settings"]) for result in results]
-    names = [n for n in settings[0] if n != "seed" and any(s.get(n) != settings[0][n] for s in settings)]
+    different = [n for n in settings[0] if any(s.get(n) != settings[0][n] for s in settings)]
+    names = ["activation", *(n for n in different if n not in ("activation", "seed"))]
     groups: dict[str, list[int]] = {}
     for number, one in enumerate(settings):
         values = [one.get(name) for name in names]
-        short = [str(v) if n in _PLAIN else f"{n} {v:g}" for n, v in zip(names, values, strict=True) if v]
-        label = ", ".join(short) if names else labels[number]
+        short = [
+            str(v) if n in _PLAIN else f"{n.replace('_', ' ')} {v}" for n, v in zip(names, values, strict=True) if v
+        ]
+        label = ", ".join(short) if len(results) > 1 else labels[number]
         groups.setdefault(label, []).append(number)
     at = _telling(results)
     return [
@@ -338,8 +342,7 @@ def _at_eps(result: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _bounds(result: Mapping[str, Any]) -> figures.Bounds:
-    local = result["local"]
-    return figures.Bounds(result["lower"], result["upper"], None if local is None else local["p50"])
+    return figures.Bounds(result["lower"], result["upper"], result["local"]["p50"])
 
 
 def _summaries(

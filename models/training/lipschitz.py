@@ -78,14 +78,13 @@ def curve_slopes(layer: kafops.KAF, differentiable: bool = False) -> Tensor:  # 
 
     Args:
         layer: the layer.
-        differentiable: by the layer's parameters.
+        differentiable: by the layer's parameters; the grid's points count as constant, though learned ones move them.
     """
     common = _common_gamma(layer)
     if common is not None:
         # Curves of one dictionary and bandwidth are sums of the same D functions: a small product of matrices.
-        return (
-            _basis(layer.dictionary_size, layer.boundary, common, layer.alpha.dtype, layer.alpha.device) @ layer.alpha.T
-        )
+        dtype, device = layer.alpha.dtype, layer.alpha.device
+        return _basis(layer.dictionary_size, layer.boundary, common, layer.kernel, dtype, device) @ layer.alpha.T
     channels = layer.num_parameters
     x = _grid(layer.points(), layer.bandwidths())
     x = x.view(-1, channels, *(1,) * (_rank(layer) - 2)).requires_grad_()
@@ -103,14 +102,14 @@ def _common_gamma(layer: kafops.KAF) -> float | None:
 
 
 @functools.lru_cache(maxsize=64)
-def _basis(size: int, boundary: float, gamma: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+def _basis(size: int, boundary: float, gamma: float, kernel: str, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Return the slopes [points, D] of the D functions that curves are sums of."""
     each = torch.eye(size, dtype=dtype, device=device)
     bandwidth = each.new_full((1,), gamma)
     points = kafops.reference.uniform_dictionary(size, boundary, like=each)
     x = _grid(points, bandwidth).expand(-1, size).contiguous().requires_grad_()
     with torch.enable_grad():
-        return torch.autograd.grad(kafops.kaf(x, each, bandwidth, boundary).sum(), x)[0]
+        return torch.autograd.grad(kafops.kaf(x, each, bandwidth, boundary, kernel).sum(), x)[0]
 
 
 @torch.no_grad()

@@ -66,7 +66,7 @@ def test_both_operators_are_their_formulas(kernel, which):
 
 
 @needs_kernels
-@pytest.mark.parametrize("shape", [(2, 3, 2, 2), (0, 3, 2), (2, 0, 2), (4, 3)], ids=str)
+@pytest.mark.parametrize("shape", [(2, 3, 2, 2), (0, 3)], ids=str)
 def test_opcheck(shape):
     x, weight, alpha, gamma, dictionary = (t.requires_grad_() for t in arguments_of(shape))
     for which, kernel in zip(((0, 0), (1, 1), (0, 2)), (1, 2, 3), strict=True):
@@ -104,7 +104,7 @@ def test_operators_refuse_what_they_cannot_compute():
 
 # ------------------------------------------------------------------------------------------- torch.func, forward mode
 
-CHOSEN = ("jacrev", "jacfwd", "linearize", "hessian", "jacfwd of jacfwd in x and alpha", "grad of a gradient's norm")
+CHOSEN = ("jacfwd", "hessian", "jacfwd of jacfwd in x and alpha")
 CHOSEN = {name: {**FIRST, **SECOND}[name] for name in CHOSEN}
 
 

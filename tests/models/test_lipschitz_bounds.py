@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 from torch import Tensor, nn
+from trained_networks import NETWORKS, trained_like
 
 import kafops
 from models import images, networks
@@ -15,7 +16,6 @@ from models.analysis.traced import steps
 from models.images import ImageFormat
 from models.networks.blocks import Normalise
 from models.networks.resnet import PadShortcut
-from tests.models.test_traced import NETWORKS, trained_like
 
 SMALL = ImageFormat(1, 12, 4, (0.3,), (0.5,))
 SMOOTH = [(network, activation) for network, activation in NETWORKS if not activation.startswith("kwta")]
@@ -39,14 +39,17 @@ def kaf(alpha: list[list[float]], gamma: float) -> kafops.KAF:
 
 
 def test_two_layers_by_hand() -> None:
-    """‖diag(3, 4)‖ · 1 · ‖(1, 1)‖ and so on; with ReLU between, slopes are at most 1."""
+    """Below are the two layers without ReLU, whose slopes are at most 1; above the product by hand with T.
+
+    S = (1, 1), r = (3, 4), q = (1, √5): T² = q / r = (1/3, √5/4), and ‖T A₁‖ = max(3 T_1, 4 T_2) = 4 T_2 = 2 · 5^(1/4).
+    """
     flat = nn.Flatten()
     first, last = linear([[3.0, 0.0], [0.0, 4.0]]), linear([[1.0, 1.0], [0.0, 2.0]])
     assert upper(nn.Sequential(flat, first), 1, 1, 2) == pytest.approx(4)
-    # Only the choice of T makes this exact: diag(3, 4) goes into the last layer, or that one's columns into the first.
-    true = torch.linalg.svdvals(last.weight @ first.weight)[0].item()
     found = upper(nn.Sequential(flat, first, nn.ReLU(), last), 1, 1, 2)
-    assert true <= found <= 4 * torch.linalg.svdvals(last.weight)[0].item()
+    assert found >= torch.linalg.svdvals(last.weight @ first.weight)[0].item()
+    turn = torch.tensor([1 / 3, math.sqrt(5) / 4]).sqrt()
+    assert found == pytest.approx(2 * 5**0.25 * torch.linalg.svdvals(last.weight / turn)[0].item(), rel=1e-6)
 
 
 def test_diagonal_networks_are_exact() -> None:

@@ -1,0 +1,226 @@
+import json
+import math
+import os
+import signal
+from pathlib import Path
+from typing import Any
+
+import matplotlib.image
+import pytest
+import torch
+
+from models import session, trained
+from models.analysis.lipschitz import upper_bound
+from models.analysis.traced import steps
+from models.cli import main
+from models.commands import bounds as command
+from models.figures import bounds as figures
+from models.settings import Settings
+from models.study import page, plan
+from models.training import Recipe
+
+DATA = "mnist5k:train=200,test=40,validation=10,size=12"
+RECIPE = Recipe(2, 20, 0.1, method="standard", eps=0.1, schedule="constant", watch_steps=0)
+NETWORK = "light:width=2,dense=4,patch=2,dropout=no"
+QUICK = ["--images", "30", "--batch-size", "15", "--attack", "pgd-3"]
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """A KAF with two seeds, ReLU, and k-WTA, trained a little."""
+    folder = tmp_path_factory.mktemp("runs")
+    found = {}
+    for name, activation, seed in (
+        ("kaf", "kaf_silu", 0),
+        ("again", "kaf_silu", 1),
+        ("relu", "relu", 0),
+        ("kwta", "kwta", 0),
+    ):
+        session.prepare(Settings(DATA, NETWORK, activation, RECIPE, seed), folder / name).run()
+        found[name] = folder / name
+    return found
+
+
+def bounds(run: Path, *options: str) -> int:
+    return main(["bounds", str(run), "--which", "latest", *QUICK, *options])
+
+
+def results(run: Path, name: str = "bounds.json") -> dict[str, Any]:
+    return json.loads((run / "bounds" / name).read_text())
+
+
+def test_a_run_is_bounded(runs: dict[str, Path], capsys: pytest.CaptureFixture[str]) -> None:
+    run = runs["kaf"]
+    assert bounds(run) == 0
+    printed = capsys.readouterr().out
+    assert "largest slope" in printed
+    assert "classifier" in printed
+    found, images = results(run), results(run, "images.json")["images"]
+    model = trained.load(run, "latest").model
+    assert found["upper"] == pytest.approx(upper_bound(steps(model, (1, 12, 12))).upper.item())
+    assert found["lower"] == max(found["lower_by"].values())
+    assert 0 < found["lower"] <= found["local"]["p95"] <= found["upper"] * (1 + 1e-9)
+    assert found["layers"][-1]["bound"] == pytest.approx(found["upper"])
+    assert len(images) == 30
+    for image in images:
+        assert image["singular"] <= image["local_bound"]
+        assert image["linf"] == pytest.approx(max(image["intervals"], image["local"] / 12), rel=1e-9)
+        assert image["lipschitz"] <= image["local"] <= image["l2"]
+    # What is proved is what is right, and holds under attack.
+    right = sum(image["linf"] > 0 for image in images) / 30
+    accuracies = [point["accuracy"] for point in found["attacked"]]
+    assert right <= accuracies[0]
+    assert max(accuracies) == accuracies[0]
+    for point in found["certified"]:
+        assert point["linf"] == sum(image["linf"] >= point["eps"] for image in images) / 30
+        assert point["linf"] >= max(point["intervals"], point["local"])
+        below = [a["accuracy"] for a in found["attacked"] if a["eps"] <= point["eps"]]
+        assert point["linf"] <= min(below)
+    assert matplotlib.image.imread(run / "bounds/bounds.png")[..., :3].std() > 0.02
+
+
+def test_what_is_done_is_not_done_again(
+    runs: dict[str, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = runs["relu"]
+    monkeypatch.setattr(figures, "network", lambda *arguments: b"")
+    assert bounds(run) == 0
+    before = results(run)
+    with monkeypatch.context() as patch:
+        patch.setattr(command, "certify", lambda *a: pytest.fail("done again"))
+        assert bounds(run) == 0
+    after = results(run)
+    assert {n: v for n, v in after.items() if n != "upper_seconds"} == {
+        n: v for n, v in before.items() if n != "upper_seconds"
+    }
+    assert bounds(run, "--eps", "0.3") == 0
+    assert results(run)["attacked"][-1]["eps"] == pytest.approx(0.45)
+    path = run / "bounds/images.json"
+    path.write_text(path.read_text().replace('"linf"', '"line"'))
+    capsys.readouterr()
+    assert bounds(run, "--eps", "0.3") == 1
+    assert "images.json is damaged" in capsys.readouterr().err
+    path.unlink()
+
+
+def test_an_interrupted_look_goes_on_where_it_stopped(
+    runs: dict[str, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = runs["again"]
+    monkeypatch.setattr(figures, "network", lambda *arguments: b"")
+    assert bounds(run, "--seed", "1") == 0
+    whole = results(run, "images.json")
+    (run / "bounds/images.json").unlink()
+    certify, calls = command.certify, []
+
+    def interrupted(*arguments: Any) -> Any:
+        calls.append(arguments)
+        if len(calls) == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+        return certify(*arguments)
+
+    monkeypatch.setattr(command, "certify", interrupted)
+    assert bounds(run, "--seed", "1") == 130
+    assert f"to go on: python -m models bounds {run}" in capsys.readouterr().err
+    assert len(results(run, "images.json")["images"]) == 15
+    assert bounds(run, "--seed", "1") == 0
+    assert len(calls) == 2
+    assert results(run, "images.json") == whole
+
+
+def test_several_runs_are_compared(
+    runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Seeds share a row; k-WTA has no bound, and says so."""
+    monkeypatch.setattr(figures, "network", lambda *arguments: b"")
+    arguments = [*map(str, runs.values()), "--which", "latest", *QUICK, "--out", str(tmp_path)]
+    assert main(["bounds", *arguments]) == 0
+    printed = capsys.readouterr().out
+    assert "∞" in printed
+    assert "pgd-3 at 0.1" in " ".join(printed.split())
+    entries = json.loads((tmp_path / "bounds.json").read_text())["runs"]
+    assert [entry["run"] for entry in entries] == list(runs)
+    assert entries[3]["upper"] is None
+    assert entries[3]["local"]["p50"] is None
+    assert matplotlib.image.imread(tmp_path / "bounds.png")[..., :3].std() > 0.02
+    found = [results(run) for run in runs.values()]
+    rows = command.figure_rows(list(runs), found)
+    assert [row.label for row in rows] == ["kaf_silu", "relu", "kwta"]
+    assert [bound.upper for bound in rows[0].bounds] == [found[0]["upper"], found[1]["upper"]]
+    assert rows[2].bounds[0].upper is None
+    assert rows[0].clean == [found[0]["attacked"][0]["accuracy"], found[1]["attacked"][0]["accuracy"]]
+    assert rows[0].at in command.AT
+    assert rows[0].certified[0] == next(p["linf"] for p in found[0]["certified"] if p["eps"] == rows[0].at)
+
+
+def test_rows_are_named_after_what_differs(runs: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(figures, "network", lambda *arguments: b"")
+    assert bounds(runs["kaf"]) == 0
+    found = results(runs["kaf"])
+
+    def changed(**training: float) -> dict[str, Any]:
+        settings = found["settings"]
+        return {**found, "settings": {**settings, "training": {**settings["training"], **training}}}
+
+    rows = command.figure_rows(["a", "b", "c"], [found, changed(slope_limit=0.5), changed(slope_penalty=1.0)])
+    assert [row.label for row in rows] == ["kaf_silu", "kaf_silu, slope limit 0.5", "kaf_silu, slope penalty 1.0"]
+    assert [row.label for row in command.figure_rows(["a"], [found])] == ["a"]
+
+
+def test_a_network_that_jumps_has_a_figure_too() -> None:
+    places = [figures.Place("one", 2.0), figures.Place("jump", None), figures.Place("last", None)]
+    certified = figures.Certified(
+        {"interval propagation": [0.0]}, "pgd", [figures.Attacked(0, 1, 1, 1), figures.Attacked(0.1, 1, 1, 1)]
+    )
+    assert figures.network(places, figures.Bounds(3.0, None, None), certified)[:4] == b"\x89PNG"
+    assert figures.network(places[1:], figures.Bounds(3.0, None, None), certified)[:4] == b"\x89PNG"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--images", "41"], "--images 41 is more than the 40 images there are: test images of"),
+        (["--attack", "cw:l2=0.5"], "--attack cw:l2=0.5 is an attack in L2; give one in L-infinity"),
+    ],
+)
+def test_what_does_not_fit_the_run_is_explained(
+    runs: dict[str, Path], arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert bounds(runs["kaf"], *arguments) == 1
+    assert message in " ".join(capsys.readouterr().err.split())
+
+
+def test_what_cannot_be_bounded_is_named(
+    runs: dict[str, Path], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    load = trained.load
+
+    def with_layer_norm(*arguments: Any) -> trained.Trained:
+        network = load(*arguments)
+        network.model.dropout = torch.nn.LayerNorm(4)
+        return network
+
+    monkeypatch.setattr(trained, "load", with_layer_norm)
+    assert bounds(runs["kaf"]) == 1
+    assert "dropout of the network cannot be bounded" in capsys.readouterr().err
+
+
+def test_a_study_can_vary_the_training() -> None:
+    study = plan.load("lipschitz")
+    first = {run.activation: run.settings for run in study.runs() if run.seed == 0 and run.network == "vgg"}
+    assert first["kaf_isometric"].training.slope_limit is None
+    limited = first["kaf_limit1"]
+    assert (limited.activation, limited.training.slope_limit, limited.training.slope_penalty) == ("kaf_isometric", 1, 0)
+    assert math.isclose(limited.training.eps, 0.22)
+    assert limited.training.epochs == first["relu"].training.epochs
+    summary = {"runs": 0, "of": 48, "baseline": "kaf_isometric", "measures": [], "networks": {}, "failed": {}}
+    text = page.markdown(study, summary, {}, "command")
+    assert "- kaf_penalty0.1: `kaf_isometric` with slope_penalty = 0.1" in text
+
+
+def test_a_variant_must_be_part_of_the_study(tmp_path: Path) -> None:
+    content = json.loads((plan.FOLDER / "lipschitz.json").read_text())
+    content["activations"].remove("kaf_limit1")
+    (tmp_path / "mine.json").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match="variants must be among the activations, and these are not: kaf_limit1"):
+        plan.load(str(tmp_path / "mine.json"))

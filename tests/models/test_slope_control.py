@@ -1,0 +1,223 @@
+"""Curves kept from being steep in training: the penalty, the limit, and that nothing else changes."""
+
+import dataclasses
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from test_training import RECIPE, assert_same_state, images, network, press_ctrl_c_after, trainer
+from torch import nn
+
+import kafops
+from models import checkpoints, runs
+from models.data import TensorSource
+from models.interrupts import Interrupted
+from models.settings import Settings, completed
+from models.training import Recipe, Trainer, TrainingError, lipschitz
+from models.training.lipschitz import SlopeError, Slopes, curve_slopes, limit_slopes, penalty
+from models.training.processes import Processes
+from models.training.trainer import _check_shardable
+
+CONTROLLED = dataclasses.replace(RECIPE, slope_penalty=0.3, slope_limit=0.9, ema=0.9)
+
+
+def one_node(*heights: float) -> kafops.KAF:
+    """Curves α exp(-x² / 2): their slopes go up to |α| exp(-1/2)."""
+    layer = kafops.KAF(len(heights), 1, gamma=0.5)
+    layer.alpha.data = torch.tensor(heights)[:, None]
+    return layer
+
+
+LAYERS = {
+    "common bandwidth": lambda: kafops.KAF(5, init=kafops.init.Normal(1.0)),
+    "one curve": lambda: kafops.KAF(1, init="relu"),
+    "bandwidths by channel": lambda: kafops.KAF(3, gamma=torch.tensor([0.5, 2.0, 30.0])),
+    "learned": lambda: kafops.KAF(4, learn_gamma=True, learn_dictionary=True),
+    "double": lambda: kafops.KAF(2, init="silu", dtype=torch.float64),
+    "rational quadratic": lambda: kafops.KAF(4, kernel="rational_quadratic"),
+    "matern32": lambda: kafops.KAF(4, kernel="matern32", learn_gamma=True),
+    "bspline": lambda: kafops.KAF(4, kernel="bspline"),
+    "1d": lambda: kafops.KAF1d(3),
+    "2d, learned": lambda: kafops.KAF2d(3, learn_gamma=True),
+    "3d, learned": lambda: kafops.KAF3d(3, learn_gamma=True),
+}
+
+
+def test_the_penalty_by_hand() -> None:
+    """Slopes of 2, 1.5 and 0.5 cost (1 + 0.25 + 0) / 3; the grid comes within 1 % of the steepest point."""
+    e = math.exp(0.5)
+    layers = [one_node(2 * e, -1.5 * e), one_node(0.5 * e)]
+    found = penalty(layers)
+    assert found.item() == pytest.approx((1 + 0.25) / 3, rel=0.05)
+    found.backward()
+    # d/dα of (|α| / e - 1)² / 3, where sqrt(e) is written e.
+    assert layers[0].alpha.grad.flatten().tolist() == pytest.approx([2 / e / 3, -1 / e / 3], rel=0.05)
+    assert layers[1].alpha.grad.item() == 0
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_the_grid_misses_no_more_than_a_hundredth(name: str) -> None:
+    torch.manual_seed(0)
+    layer = LAYERS[name]()
+    true = layer.bounds().lipschitz
+    found = curve_slopes(layer).abs().amax(0).double()
+    assert (found <= true * (1 + 1e-5)).all()  # float32
+    assert (found >= true * 0.99).all()
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_after_the_limit_no_curve_is_steeper(name: str) -> None:
+    torch.manual_seed(0)
+    layer = LAYERS[name]()
+    before, steep = layer.alpha.detach().clone(), layer.bounds().lipschitz
+    most = steep.median().item()
+    limit_slopes(layer, most)
+    assert (layer.bounds().lipschitz <= most).all()
+    kept = (steep < 0.98 * most).to(torch.bool)
+    assert torch.equal(layer.alpha[kept], before[kept])
+    # Shapes stay: each channel is scaled as a whole, and no further than the limit asks.
+    factors = layer.alpha.detach() / before
+    assert (factors.amax(1) - factors.amin(1) < 1e-5).all()
+    assert (layer.bounds().lipschitz[~kept] >= 0.97 * most).all()
+
+
+def test_the_penalty_is_differentiable_by_all_that_is_learned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Against a difference quotient in a direction that changes everything, on a grid that stays."""
+    layer = kafops.KAF(3, init=kafops.init.Normal(2.0), learn_gamma=True, learn_dictionary=True, dtype=torch.float64)
+    grid = lipschitz._grid(layer.points(), layer.bandwidths())
+    monkeypatch.setattr(lipschitz, "_grid", lambda points, bandwidths: grid.clone())
+    penalty([layer]).backward()
+    assert all(p.grad is not None and p.grad.abs().sum() > 0 for p in layer.parameters())
+    parameters = list(layer.parameters())
+    torch.manual_seed(0)
+    directions = [torch.randn_like(p) for p in parameters]
+    slope = sum((p.grad * d).sum() for p, d in zip(parameters, directions, strict=True)).item()
+    values, step = [], 1e-6
+    for sign in (1, -1):
+        with torch.no_grad():
+            for p, d in zip(parameters, directions, strict=True):
+                p += sign * step * d
+            values.append(penalty([layer]).item())
+            for p, d in zip(parameters, directions, strict=True):
+                p -= sign * step * d
+    assert slope == pytest.approx((values[0] - values[1]) / (2 * step), rel=1e-6)
+
+
+def test_no_randomness_is_used() -> None:
+    state = torch.get_rng_state()
+    layer = one_node(3.0)
+    state = torch.get_rng_state()
+    penalty([layer])
+    limit_slopes(layer, 0.123)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_training_keeps_to_the_limit(tmp_path: Path) -> None:
+    """After every update, and in the average of the weights: averages of curves are no steeper than the curves."""
+    run = trainer(tmp_path, CONTROLLED)
+    steepest = []
+
+    def look(t: Trainer) -> None:
+        for model in (t.model, t.result):
+            steepest.append(
+                max(m.bounds().lipschitz.max().item() for m in model.modules() if isinstance(m, kafops.KAF))
+            )
+
+    run.run(look)
+    assert max(steepest) <= 0.9
+    assert max(steepest) > 0.8
+    free = trainer(tmp_path / "free", RECIPE)
+    free.run()
+    assert free.model[2].bounds().lipschitz.max() > 0.9
+
+
+def test_a_penalty_makes_curves_flatter(tmp_path: Path) -> None:
+    def steepest(name: str, weight: float) -> float:
+        model = network()
+        model[2].alpha.data *= 5
+        run = trainer(tmp_path / name, dataclasses.replace(RECIPE, slope_penalty=weight), model)
+        run.run()
+        return model[2].bounds().lipschitz.max().item()
+
+    assert steepest("with", 1.0) < 0.7 * steepest("without", 0.0)
+
+
+def test_resumed_training_has_the_same_bits(tmp_path: Path) -> None:
+    whole = trainer(tmp_path / "whole", CONTROLLED)
+    whole.run()
+    for stop in (2, 4):
+        part = trainer(tmp_path / "parts", CONTROLLED)
+        part.resume()
+        with pytest.raises(Interrupted):
+            part.run(press_ctrl_c_after(stop))
+        assert part.steps_done == stop
+    last = trainer(tmp_path / "parts", CONTROLLED)
+    assert last.resume()
+    last.run()
+    assert_same_state(whole, last)
+
+
+def test_without_either_nothing_changes() -> None:
+    """Not the loss itself, and not a bit of the curves."""
+    layer = one_node(100.0)
+    control = Slopes(layer, RECIPE)
+    loss = torch.ones((), requires_grad=True)
+    assert control.penalised(loss) is loss
+    control.limit()
+    assert layer.alpha.item() == 100
+
+
+def test_a_network_without_kaf_is_refused(tmp_path: Path) -> None:
+    plain = nn.Sequential(nn.Flatten(), nn.Linear(36, 2), nn.ReLU())
+    for changes, names in (
+        ({"slope_penalty": 0.1}, "slope_penalty control"),
+        ({"slope_limit": 1.0}, "slope_limit control"),
+        ({"slope_penalty": 0.1, "slope_limit": 1.0}, "slope_penalty and slope_limit control"),
+    ):
+        with pytest.raises(SlopeError, match=f"{names} the slopes of KAF layers, and the network has none"):
+            trainer(tmp_path, dataclasses.replace(RECIPE, **changes), plain)
+    assert not list(tmp_path.iterdir())
+
+
+def test_sharded_curves_are_refused() -> None:
+    with pytest.raises(TrainingError, match="slopes of sharded curves cannot be penalised or limited; use neither"):
+        _check_shardable(CONTROLLED, Processes(0, 2))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"slope_penalty": -0.1}, "slope_penalty must be at least 0, got -0.1"),
+        ({"slope_limit": 0.0}, "slope_limit must be above 0, or none, got 0"),
+    ],
+)
+def test_recipes_refuse_what_makes_no_sense(changes: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(RECIPE, **changes)
+
+
+def test_a_run_from_before_these_settings_goes_on(tmp_path: Path) -> None:
+    """Its checkpoint and its run.json lack them, which is what their defaults say."""
+    x, y = images()
+
+    def make() -> Trainer:
+        return Trainer(network(), RECIPE, 1, TensorSource(x, y, 1), (x[:6], y[:6]), tmp_path)
+
+    run = make()
+    run.run()
+    tensors, record = checkpoints.load(run.checkpoint)
+    for name in ("slope_penalty", "slope_limit"):
+        del record["recipe"][name]
+    checkpoints.save(run.checkpoint, tensors, record)
+    again = make()
+    assert again.resume()
+    settings = Settings("mnist5k", "light", "kaf", Recipe(2, 10, 0.1)).as_dict()
+    older = {**settings, "training": {n: v for n, v in settings["training"].items() if not n.startswith("slope")}}
+    assert completed(older) == settings
+    runs.RunFolder.open(tmp_path / "run", older, False, ())
+    runs.RunFolder.open(tmp_path / "run", settings, False, (), completed)
+    other = {**settings, "training": {**settings["training"], "slope_limit": 1.0}}
+    with pytest.raises(runs.RunError, match=r"slope_limit is None there and 1\.0 here"):
+        runs.RunFolder.open(tmp_path / "run", other, False, (), completed)
+    assert completed({"seed": 1}) == {"seed": 1}
