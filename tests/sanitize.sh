@@ -43,6 +43,6 @@ for capability in portable avx2 avx512; do
   [[ $here == "$folder"/* ]] || { echo "the tests would run on $here, which is not the build with sanitizers"; exit 1; }
   echo "$capability:"
   run $capability -m pytest -q -o pythonpath="$folder/lib" -p no:cacheprovider -m "not slow" -k "not drawn and not eager" "$@" \
-    tests/kafops/test_kernels.py tests/kafops/test_functional.py
+    tests/kafops/test_kernels.py tests/kafops/test_kernels_other.py tests/kafops/test_functional.py
 done
 echo "no findings"
