@@ -300,7 +300,7 @@ def figure_rows(labels: Sequence[str], results: Sequence[Mapping[str, Any]]) -> 
     for number, one in enumerate(settings):
         values = [one.get(name) for name in names]
         short = [
-            str(v) if n in _PLAIN else f"{n.replace('_', ' ')} {v}" for n, v in zip(names, values, strict=True) if v
+            str(v) if n in _PLAIN else f"{n.replace('_', ' ')} {v:g}" for n, v in zip(names, values, strict=True) if v
         ]
         label = ", ".join(short) if len(results) > 1 else labels[number]
         groups.setdefault(label, []).append(number)

@@ -98,8 +98,8 @@ def networks(rows: Sequence[Row], eps: float) -> bytes:
         right.set_xlim(-4, 104)
         right.set_xlabel("accuracy, %")
         for axes in (left, right):
-            axes.set_yticks(range(len(rows)), [row.label for row in rows])
-            axes.set_ylim(len(rows) - 0.5, -0.5)
+            axes.set_yticks(range(len(rows)), [row.label for row in rows], fontsize=8)
+            axes.set_ylim(len(rows) - 0.5, -0.7)
             axes.grid(axis="x", color=style.PALE_GREY, lw=0.6)
             axes.set_axisbelow(True)
             style.bare(axes)
@@ -206,18 +206,23 @@ def _constants(axes: Axes, rows: Sequence[Row]) -> None:
             axes.plot(
                 to, y, ">" if bounds.upper is None else "|", ms=5 if bounds.upper is None else 8, color=style.GREY
             )
-        uppers = [b.upper for b in row.bounds]
-        mean = None if None in uppers else _mean([u for u in uppers if u])
-        text = "∞" if mean is None else f"{mean:.2g}"
-        axes.annotate(text, (end if mean is None else max(u for u in uppers if u), place), (6, 0),
-                      textcoords="offset points", va="center", fontsize=7, color=style.GREY)  # fmt: skip
+        uppers = [b.upper for b in row.bounds if b.upper is not None]
+        if len(uppers) == len(row.bounds):
+            _above(axes, _mean(uppers), place, f"{_mean(uppers):.2g}", style.GREY)
+        else:
+            _above(axes, end, place, "∞", style.GREY)
         found = _mean([b.lower for b in row.bounds])
-        axes.annotate(f"{found:.2g}", (min(b.lower for b in row.bounds), place), (-6, 0), textcoords="offset points",
-                      va="center", ha="right", fontsize=7, color=style.BLUE)  # fmt: skip
-    axes.set_xlim(low / (high / low) ** 0.14, end * (high / low) ** 0.14)
+        _above(axes, found, place, f"{found:.2g}", style.BLUE)
+    axes.set_xlim(low / (high / low) ** 0.1, end * (high / low) ** 0.1)
     axes.xaxis.set_major_locator(LogLocator(numticks=6))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.set_xlabel("Lipschitz constant, image to logits in L2")
+
+
+def _above(axes: Axes, x: float, place: int, text: str, colour: str) -> None:
+    axes.annotate(
+        text, (x, place - 0.16), (0, 4), textcoords="offset points", ha="center", fontsize=7, color=colour
+    )  # fmt: skip
 
 
 def _mean(values: Sequence[float]) -> float:

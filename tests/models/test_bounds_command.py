@@ -163,7 +163,7 @@ def test_rows_are_named_after_what_differs(runs: dict[str, Path], monkeypatch: p
         return {**found, "settings": {**settings, "training": {**settings["training"], **training}}}
 
     rows = command.figure_rows(["a", "b", "c"], [found, changed(slope_limit=0.5), changed(slope_penalty=1.0)])
-    assert [row.label for row in rows] == ["kaf_silu", "kaf_silu, slope limit 0.5", "kaf_silu, slope penalty 1.0"]
+    assert [row.label for row in rows] == ["kaf_silu", "kaf_silu, slope limit 0.5", "kaf_silu, slope penalty 1"]
     assert [row.label for row in command.figure_rows(["a"], [found])] == ["a"]
 
 
