@@ -30,9 +30,10 @@ class KAF(nn.Module):
         num_parameters: number of channels C, or 1 to share one curve among all, as `torch.nn.PReLU` does.
         dictionary_size: number of points D, default 20.
         boundary: half-width of the dictionary in the units of x, default 3.
-        init: the curves to start from. "normal" (default): random coefficients of std 0.3; "isometric": random curves
-            that keep gradients in scale in deep networks; "relu", "elu", "silu", "tanh", "identity" or any callable
-            Tensor → Tensor: a ridge fit to that function; or an object of `kafops.init`, such as `Normal(std=0.8)`.
+        init: the curves to start from. "elu" (default), "relu", "silu", "tanh", "identity" or any callable
+            Tensor → Tensor: a ridge fit to that function; "isometric": random curves that keep gradients in scale in
+            deep networks; "normal": random coefficients of std 0.3, with which gradients of deep networks explode; or
+            an object of `kafops.init`, such as `Normal(std=0.8)`.
         gamma: bandwidth in units of 1/x², a number or a tensor [C] or [1]; default 1/(6Δ²) (but see kernel). Required
             for D = 1.
         learn_gamma: train the bandwidth of each channel, as its logarithm, so that it stays positive.
@@ -80,7 +81,7 @@ class KAF(nn.Module):
         num_parameters: int,
         dictionary_size: int = 20,
         boundary: float = 3.0,
-        init: str | initial.Initializer | Callable[[Tensor], Tensor] = "normal",
+        init: str | initial.Initializer | Callable[[Tensor], Tensor] = "elu",
         gamma: float | Tensor | None = None,
         learn_gamma: bool = False,
         learn_dictionary: bool = False,
@@ -310,7 +311,7 @@ class _LazyKAF(LazyModuleMixin, KAF):
         self,
         dictionary_size: int = 20,
         boundary: float = 3.0,
-        init: str | initial.Initializer | Callable[[Tensor], Tensor] = "normal",
+        init: str | initial.Initializer | Callable[[Tensor], Tensor] = "elu",
         gamma: float | Tensor | None = None,
         learn_gamma: bool = False,
         learn_dictionary: bool = False,

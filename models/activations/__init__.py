@@ -101,7 +101,7 @@ def _kwta(*, ratio: float = 0.2, per: str = "volume", end: float | None = None) 
 
 @ACTIVATIONS.register("kaf")
 def _kaf(*, dictionary_size: int = 20, boundary: float = 3.0, std: float = 0.3) -> ActivationFactory:
-    """Random normal coefficients; std 0.3 is Kafnets' and kafops' default, the thesis's Keras code had 0.05."""
+    """Random normal coefficients; std 0.3 is Kafnets', the thesis's Keras code had 0.05."""
     return _kaf_factory(dictionary_size, boundary, kafops.init.Normal(std))
 
 

@@ -13,6 +13,7 @@ from models.figures import style
 
 _GREEN = "#009e73"
 _METHODS = {"interval propagation": _GREEN, "global Lipschitz": style.GREY, "local Lipschitz": style.VERMILLION}
+_LINE = 0.09  # of the height of the upper panel, a line of text
 _LEAST_RADIUS = 1e-7  # where the axis of radii begins, at the latest
 
 
@@ -90,7 +91,7 @@ def networks(rows: Sequence[Row], eps: float) -> bytes:
         eps: of the attack.
     """
     with style.context():
-        figure = style.figure(height=1.25 + 0.34 * len(rows))
+        figure = style.figure(height=1.25 + (0.4 if any(len(row.bounds) > 1 for row in rows) else 0.34) * len(rows))
         left, right = figure.subplots(1, 2, sharey=True, width_ratios=(3, 2))
         _constants(left, rows)
         for place, row in enumerate(rows):
@@ -122,26 +123,36 @@ def _growth(axes: Axes, places: Sequence[Place], bounds: Bounds) -> None:
     axes.plot([0.5, last], [bounds.lower] * 2, color=style.BLUE, lw=1, ls=(0, (3, 2)))
     axes.plot([x for x, _ in finite], [y for _, y in finite], "o-", color=style.GREY, ms=2.5, lw=1.2)
     axes.set_yscale("log")
-    axes.set_xlim(0.5, 1.32 * last)
+    axes.set_xlim(0.5, 1.34 * last)
+    told = [(bounds.lower, "found", style.BLUE)]
     if bounds.upper is None:
         first = next((p.name for p in places if p.bound is None), "")
         axes.set_title(f"Lipschitz constant: no bound from {first} on, which jumps")
     else:
         axes.set_title("Lipschitz constant: bound up to each layer")
-        _tell(axes, last, bounds.upper, f"proved: {bounds.upper:.3g}", style.GREY)
+        told.append((bounds.upper, "proved for all", style.GREY))
     if bounds.local is not None:
         axes.plot([last], [bounds.local], "D", ms=5, color=style.VERMILLION)
-        _tell(axes, last, bounds.local, f"around the median\nimage: {bounds.local:.3g}", style.VERMILLION)
-    _tell(axes, last, bounds.lower, f"found: {bounds.lower:.3g}", style.BLUE)
+        told.append((bounds.local, "around images", style.VERMILLION))
     ticks = MaxNLocator(8, integer=True, steps=[1, 2, 5, 10]).tick_values(1, last)
     axes.set_xticks([tick for tick in ticks if 1 <= tick <= last])
     axes.set_xlabel("activation, sum, pooling, last layer")
     axes.set_ylabel("logits per image, L2")
     axes.yaxis.set_minor_locator(NullLocator())
+    _tell(axes, last, told)
 
 
-def _tell(axes: Axes, x: float, y: float, text: str, colour: str) -> None:
-    axes.annotate(text, (x, y), (8, 0), textcoords="offset points", va="center", fontsize=8, color=colour)
+def _tell(axes: Axes, x: float, told: Sequence[tuple[float, str, str]]) -> None:
+    """Write values beside the last layer, from the lowest up, so far apart that they can be read."""
+    low, high = (math.log(limit) for limit in axes.get_ylim())
+    least = 0.0
+    for value, name, colour in sorted(told):
+        place = max((math.log(value) - low) / (high - low), least)
+        axes.annotate(
+            f"{name}: {value:.3g}", (x, place), (8, 0), xycoords=axes.get_xaxis_transform(),
+            textcoords="offset points", va="center", fontsize=8, color=colour,
+        )  # fmt: skip
+        least = place + _LINE
 
 
 def _accuracies(axes: Axes, certified: Certified) -> None:
@@ -181,7 +192,13 @@ def _stairs(axes: Axes, radii: Sequence[float], first: float, name: str) -> None
     """Draw the share of images whose radius is at least x."""
     steps = np.sort([radius for radius in radii if radius > first])
     if len(steps) == 0:
-        axes.plot([], [], color=_METHODS[name], lw=1.6, label=f"{name}: none")
+        axes.plot(
+            [],
+            [],
+            color=_METHODS[name],
+            lw=1.6,
+            label=f"{name}: {'below ' + format(first, '.0e') if any(radii) else 'none'}",
+        )
         return
     shares = 100 * (len(steps) - np.arange(len(steps))) / len(radii)
     x = np.concatenate([[first], steps])
@@ -194,6 +211,7 @@ def _constants(axes: Axes, rows: Sequence[Row]) -> None:
     values = [v for row in rows for b in row.bounds for v in (b.lower, b.local, b.upper) if v]
     low, high = min(values), max(values)
     end = high * (high / low) ** 0.12
+    crowded = any(len(row.bounds) > 1 for row in rows)
     for place, row in enumerate(rows):
         spread = np.linspace(-0.16, 0.16, len(row.bounds)) if len(row.bounds) > 1 else [0.0]
         for bounds, shift in zip(row.bounds, spread, strict=True):
@@ -203,9 +221,8 @@ def _constants(axes: Axes, rows: Sequence[Row]) -> None:
             axes.plot(bounds.lower, y, "o", ms=4, color=style.BLUE)
             if bounds.local is not None:
                 axes.plot(bounds.local, y, "D", ms=3.5, color=style.VERMILLION)
-            axes.plot(
-                to, y, ">" if bounds.upper is None else "|", ms=5 if bounds.upper is None else 8, color=style.GREY
-            )
+            mark, size = (">", 5) if bounds.upper is None else ("|", 5 if crowded else 8)
+            axes.plot(to, y, mark, ms=size, color=style.GREY)
         uppers = [b.upper for b in row.bounds if b.upper is not None]
         if len(uppers) == len(row.bounds):
             _above(axes, _mean(uppers), place, f"{_mean(uppers):.2g}", style.GREY)

@@ -85,4 +85,5 @@ def _colour(activations: list[str], activation: str) -> str:
 def _short(network: str) -> str:
     """Return a network's name, and of its options those of the residual blocks."""
     name, _, options = network.partition(":")
-    return ", ".join([name, *(o for o in options.split(",") if o.startswith(("form=", "branch=")))])
+    shown = (o.removeprefix("form=") for o in options.split(",") if o.startswith(("form=", "branch=")))
+    return ", ".join([name, *shown])

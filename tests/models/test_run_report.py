@@ -128,7 +128,7 @@ def test_damaged_files_are_named(
 def test_wrong_arguments_write_nothing(
     runs: tuple[Path, Path], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    full, bare = runs
+    _, bare = runs
     assert main(["report", str(tmp_path)]) == 1
     assert "holds no run" in capsys.readouterr().err
     assert main(["report", str(bare), str(bare)]) == 1
