@@ -38,7 +38,7 @@ def test_bandwidth_by_default(kernel, spacing):
 
 
 def test_the_kernel_is_shown_unless_it_is_the_gaussian():
-    assert repr(made("gaussian", 4)) == "KAF(4, dictionary_size=20, boundary=3, init=normal, gamma=1.671)"
+    assert repr(made("gaussian", 4)) == "KAF(4, dictionary_size=20, boundary=3, init=elu, gamma=1.671)"
     assert repr(kafops.KAF2d(4, kernel="bspline")).endswith("gamma=15.04, kernel=bspline)")
     assert "kernel=matern32" in repr(kafops.LazyKAF1d(kernel="matern32"))
     assert (

@@ -353,7 +353,7 @@ def test_lazy_stays_lazy_after_a_bad_first_call(options, x, message):
 @pytest.mark.parametrize(
     ("layer", "wanted"),
     [
-        (lambda: KAF(16), "KAF(16, dictionary_size=20, boundary=3, init=normal, gamma=1.671)"),
+        (lambda: KAF(16), "KAF(16, dictionary_size=20, boundary=3, init=elu, gamma=1.671)"),
         (
             lambda: KAF2d(2, 5, 1.5, torch.sin, torch.ones(2), True, True),
             "KAF2d(2, dictionary_size=5, boundary=1.5, init=sin, gamma=2 values, "
