@@ -172,10 +172,11 @@ def test_failed_runs_are_left_out_and_named() -> None:
 def test_attacks_of_another_network_or_other_images_are_not_reused(tmp_path: Path) -> None:
     found = dataclasses.replace(study(), seeds=(0,), activations=("relu",))
     run = found.runs()[0]
-    first = workers.train_and_attack(found, run, tmp_path / "results", tmp_path / "runs")
-    more = workers.train_and_attack(dataclasses.replace(found, images=20), run, tmp_path / "results", tmp_path / "runs")
+    folders = tmp_path / "results", tmp_path / "runs"
+    first = workers.train_and_attack(found, run, *folders)
+    more = workers.train_and_attack(dataclasses.replace(found, images=20), run, *folders)
     assert [len(mask) for mask in (first["found"]["PGD"], more["found"]["PGD"], more["wrong"])] == [10, 20, 20]
-    again = workers.train_and_attack(dataclasses.replace(found, images=20), run, tmp_path / "results", tmp_path / "runs")
+    again = workers.train_and_attack(dataclasses.replace(found, images=20), run, *folders)
     assert (again["found"], again["seconds"]) == (more["found"], more["seconds"])  # read, not made again
 
 
