@@ -1,7 +1,6 @@
 """The runs of a study, several at a time, each done once: trained, evaluated, and its result written to a file."""
 
 import concurrent.futures
-import dataclasses
 import multiprocessing
 import multiprocessing.connection
 import os
@@ -21,7 +20,7 @@ from models.errors import UserError
 from models.evaluation import BATCH_SIZE, EvaluationError, Outcome, evaluate_clean
 from models.interrupts import Interrupted
 from models.outcomes import Job, Outcomes, digest
-from models.settings import Settings
+from models.settings import completed
 from models.study.plan import Run, Study
 from models.training import Trainer, TrainingError
 
@@ -53,7 +52,7 @@ def read(results: Path, study: Study) -> dict[str, dict[str, Any]]:
         result = _read(path)
         if result is None:
             continue
-        theirs, wanted = _completed(result["settings"]), settings(study, run)
+        theirs, wanted = completed(result["settings"]), settings(study, run)
         names = [name for name in wanted if theirs.get(name) != wanted[name]]
         if names:
             raise StudyError(
@@ -188,16 +187,6 @@ def _evaluate(study: Study, run: Run, trainer: Trainer, folder: Path) -> dict[st
         "found": {label: o.mask for label, o in outcomes.items()},
         "seconds": {label: round(o.seconds, 1) for label, o in outcomes.items()},
     }
-
-
-def _completed(theirs: dict[str, Any]) -> dict[str, Any]:
-    """Return the settings of a result with the defaults of those that are newer than it."""
-    known = {field.name for field in dataclasses.fields(Settings)}
-    try:
-        training = Settings.from_dict({name: value for name, value in theirs.items() if name in known})
-    except ValueError:
-        return theirs
-    return {**theirs, **training.as_dict()}
 
 
 def settings(study: Study, run: Run) -> dict[str, Any]:
