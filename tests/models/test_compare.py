@@ -290,7 +290,7 @@ def test_a_recipe_is_trained_evaluated_and_compared(tmp_path: Path, capsys: pyte
     record = files.read_json(tmp_path / "run" / "evaluation" / "evaluation.json")
     assert list(record["robust"]) == ["pgd-2"]
     assert record["eps"] == 0.2
-    assert record["settings"]["activation"] == "kaf_silu"
+    assert record["settings"]["activation"] == "kaf_elu"
     assert record["settings"]["training"]["lr"] == 0.1
     assert (tmp_path / "run" / "comparison" / "comparison.md").exists()
     before = (tmp_path / "run" / "latest.safetensors").stat().st_mtime_ns
