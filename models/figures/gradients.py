@@ -23,7 +23,7 @@ def starts(found: list[dict[str, Any]]) -> bytes:
     columns = min(3, len(networks))
     rows = -(-len(networks) // columns)
     with style.context():
-        figure = style.figure(height=0.7 + 1.75 * rows)
+        figure = style.figure(height=0.3 + 0.22 * -(-len(activations) // _columns(activations)) + 1.75 * rows)
         grid = figure.subplots(rows, columns, sharey=True, squeeze=False)
         for axes, network in itertools.zip_longest(grid.flat, networks):
             if network is None:
@@ -32,7 +32,7 @@ def starts(found: list[dict[str, Any]]) -> bytes:
             for activation in activations:
                 norms = first[network, activation]["weights"]
                 shares = [n / norms[-1] if n and norms[-1] else None for n in norms]
-                axes.plot(range(1, len(norms) + 1), shares, color=_colour(activations, activation), lw=1.1)
+                axes.plot(range(1, len(norms) + 1), shares, lw=1.1, **_look(activations, activation))
             axes.set_yscale("log")
             axes.set_title(_short(network), fontsize=8)
             axes.axhline(1, color=style.PALE_GREY, lw=0.8, zorder=0)
@@ -56,7 +56,7 @@ def training(results: list[tuple[str, str, dict[str, Any]]]) -> bytes:
             axes.axhspan(0.1, 10, color=style.PALE_GREY, alpha=0.4, lw=0)
             for name, activation, result in results:
                 if name == network:
-                    _epochs(axes, result, _colour(activations, activation))
+                    _epochs(axes, result, _look(activations, activation))
             axes.set_yscale("log")
             axes.set_title(network)
             axes.set_xlabel("epoch")
@@ -66,20 +66,27 @@ def training(results: list[tuple[str, str, dict[str, Any]]]) -> bytes:
         return style.png(figure)
 
 
-def _epochs(axes: Axes, result: dict[str, Any], colour: str) -> None:
+def _epochs(axes: Axes, result: dict[str, Any], look: dict[str, Any]) -> None:
     points = [(g["epoch"], g["ratio"]) for g in result["gradients"]]
-    axes.plot(*zip(*points, strict=True), color=colour, lw=1)
+    axes.plot(*zip(*points, strict=True), lw=1, **look)
     if "error" in result:
-        axes.plot(*points[-1], "x", color=colour, ms=6, mew=1.6)
+        axes.plot(*points[-1], "x", color=look["color"], ms=6, mew=1.6)
 
 
 def _legend(figure: Any, activations: list[str]) -> None:
-    handles = [Line2D([], [], color=_colour(activations, a), label=a) for a in activations]
-    figure.legend(handles=handles, loc="outside upper left", ncols=4, fontsize=8, handlelength=1.4)
+    handles = [Line2D([], [], label=a, **_look(activations, a)) for a in activations]
+    figure.legend(handles=handles, loc="outside upper left", ncols=_columns(activations), fontsize=8, handlelength=2)
 
 
-def _colour(activations: list[str], activation: str) -> str:
-    return _PALETTE[activations.index(activation) % len(_PALETTE)]
+def _columns(activations: list[str]) -> int:
+    """Return how many labels fit side by side."""
+    return 4 if max(map(len, activations)) <= 14 else 2
+
+
+def _look(activations: list[str], activation: str) -> dict[str, Any]:
+    """Return colour and dashes; every other line is dashed, so that lines on one another are both seen."""
+    number = activations.index(activation)
+    return {"color": _PALETTE[number % len(_PALETTE)], "ls": ((0, (4, 2)) if number % 2 else "-")}
 
 
 def _short(network: str) -> str:
