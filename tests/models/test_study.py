@@ -273,7 +273,7 @@ def test_a_wrong_study_says_what_is_wrong(
 def test_unknown_study_names_those_there_are(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         main(["study", "mnist5"])
-    assert "unknown study 'mnist5', there are mnist5k; did you mean mnist5k?" in capsys.readouterr().err
+    assert "unknown study 'mnist5', there are lipschitz, mnist5k; did you mean mnist5k?" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", plan.names())

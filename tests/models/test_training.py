@@ -39,7 +39,7 @@ def network() -> nn.Module:
     return nn.Sequential(
         nn.Conv2d(1, 4, 3, bias=False),
         nn.BatchNorm2d(4),
-        kafops.KAF2d(4),
+        kafops.KAF2d(4, init="normal"),
         nn.Dropout(0.3),
         nn.Flatten(),
         nn.Linear(4 * 16, 2),
