@@ -25,6 +25,7 @@ from torch.overrides import has_torch_function
 
 from kafops import ops
 from kafops.ops import Needs
+from kafops.transforms import add, refuse_compiled_forward_mode, transforms_active
 
 Gradients = tuple[Tensor | None, ...]
 
@@ -36,7 +37,7 @@ _THIRD = "kafops computes first and second derivatives only; a third derivative 
 def apply(x: Tensor, alpha: Tensor, gamma: Tensor, dictionary: Tensor | None, boundary: float) -> Tensor:
     """Compute kaf by the quickest route that supports what is active."""
     if torch.compiler.is_compiling():
-        _refuse_compiled_forward_mode()
+        refuse_compiled_forward_mode()
         return ops.kaf(x, alpha, gamma, dictionary, boundary)
     if transforms_active():
         return KAFFunction.apply(x, alpha, gamma, dictionary, boundary)
@@ -48,22 +49,9 @@ def apply(x: Tensor, alpha: Tensor, gamma: Tensor, dictionary: Tensor | None, bo
         return ops.kaf(x, alpha, gamma, dictionary, boundary)
 
 
-def transforms_active() -> bool:
-    """Whether a torch.func transform or a forward-mode level is active (PyTorch has no public name for either)."""
-    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
-
-
 def _watched(tensors: tuple[Tensor | None, ...]) -> bool:
     """Whether something above autograd handles operators: __torch_function__, its modes, make_fx or torch.jit.trace."""
     return has_torch_function(tensors) or torch._C._get_tracing_state() is not None
-
-
-def _refuse_compiled_forward_mode() -> None:
-    if torch.autograd.forward_ad._current_level >= 0:
-        raise RuntimeError(
-            "kafops cannot be differentiated in forward mode inside torch.compile, where PyTorch would return a zero "
-            "tangent; call torch.func.jvp, jacfwd or hessian outside torch.compile"
-        )
 
 
 def _backward(grad: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
@@ -194,7 +182,7 @@ class KAFFunction(torch.autograd.Function):
             return _double_backward(*tangents[:4], x, *arguments, Needs.GRAD)[0]
         of_x = None if v_x is None else _backward(v_x, *arguments, Needs.X)[0]
         of_alpha = None if v_alpha is None else KAFFunction.apply(x, v_alpha, gamma, dictionary, ctx.boundary)
-        return _sum(of_x, of_alpha)
+        return add(of_x, of_alpha)
 
 
 class KAFBackwardFunction(torch.autograd.Function):
@@ -229,7 +217,7 @@ class KAFBackwardFunction(torch.autograd.Function):
             first = _backward(v_grad, *arguments, ctx.boundary, ctx.needs)
         if any(t is not None for t in v):
             second = _double_backward(*v, grad, *arguments, ctx.boundary, ctx.needs)[1:]
-        return tuple(map(_sum, first, second))
+        return tuple(map(add, first, second))
 
 
 class KAFDoubleBackwardFunction(torch.autograd.Function):
@@ -259,31 +247,3 @@ class KAFDoubleBackwardFunction(torch.autograd.Function):
             f"{_THIRD}, or a second one by forward mode over forward mode, which is offered in x and alpha "
             "only: use torch.func.hessian, or jacfwd of jacrev"
         )
-
-
-class _Sum(torch.autograd.Function):
-    """a + b for use inside a jvp, where PyTorch silently drops the tangents of its own operators."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(a: Tensor, b: Tensor) -> Tensor:
-        return a + b
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        pass
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Gradients:
-        return grad, grad
-
-    @staticmethod
-    def jvp(ctx: Any, v_a: Tensor, v_b: Tensor) -> Tensor:
-        return _Sum.apply(v_a, v_b)
-
-
-def _sum(a: Tensor | None, b: Tensor | None) -> Tensor | None:
-    if a is None or b is None:
-        return b if a is None else a
-    return _Sum.apply(a, b)

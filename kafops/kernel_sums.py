@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from kafops import kernels, reference
-from kafops.autograd import _refuse_compiled_forward_mode, transforms_active
+from kafops.transforms import refuse_compiled_forward_mode, transforms_active
 
 Gradients = tuple[Tensor | None, ...]
 
@@ -47,7 +47,7 @@ _NAMES = {k.code: k.name for k in kernels.KERNELS.values()}
 def apply(x: Tensor, alpha: Tensor, gamma: Tensor, dictionary: Tensor, kernel: str) -> Tensor:
     """Compute kaf_free of a kernel other than "gaussian", for arguments on the CPU that have been checked."""
     if torch.compiler.is_compiling():
-        _refuse_compiled_forward_mode()
+        refuse_compiled_forward_mode()
     if _plain():
         return reference.kaf_free(x, alpha, gamma, dictionary, kernel)
     alpha, gamma, dictionary = (p.to(torch.float64) for p in (alpha, gamma, dictionary))

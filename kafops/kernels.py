@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kafops.autograd import _sum
+from kafops.transforms import Product
 
 __all__ = ["KERNELS", "Kernel", "named", "value"]
 
@@ -197,38 +197,10 @@ class _Value(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, v: Tensor, *_: None) -> Tensor:
-        return _Product.apply(v, _next(ctx))
+        return Product.apply(v, _next(ctx))
 
 
 def _next(ctx: Any) -> Tensor:
     if ctx.order == 2:
         raise RuntimeError(THIRD)
     return _Value.apply(ctx.saved_tensors[0], ctx.order + 1, ctx.kernel)
-
-
-class _Product(torch.autograd.Function):
-    """a · b for use inside a jvp, where PyTorch silently drops the tangents of its own operators."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(a: Tensor, b: Tensor) -> Tensor:
-        return a * b
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        ctx.save_for_backward(*inputs)
-        ctx.save_for_forward(*inputs)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        a, b = ctx.saved_tensors
-        return grad * b, grad * a
-
-    @staticmethod
-    def jvp(ctx: Any, v_a: Tensor | None, v_b: Tensor | None) -> Tensor | None:
-        a, b = ctx.saved_tensors
-        return _sum(
-            None if v_a is None else _Product.apply(v_a, b),
-            None if v_b is None else _Product.apply(a, v_b),
-        )

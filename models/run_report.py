@@ -14,6 +14,7 @@ from typing import Any
 from models import files, html, runs
 from models.figures import training
 from models.runs import RunError
+from models.settings import completed
 
 _ATTACKS = "Accuracy on test images under each attack, with 95 % Wilson intervals."
 _ALONG = (
@@ -94,11 +95,11 @@ def _summary(reports: Sequence[RunReport]) -> str:
                 f'<a href="#run{number}">{escape(report.label)}</a><br><small>{escape(_of(report))}</small>',
                 "–" if evaluation is None else _percent(evaluation["clean"]),
                 "–" if evaluation is None else _percent(evaluation["worst_case"]),
-                "–" if bounds is None else _number(bounds["upper"]),
+                "–" if bounds is None else _bound(bounds["upper"]),
                 "–" if bounds is None else _number(bounds["lower"]),
             )
         )
-    differing = _differing([report.settings for report in reports])
+    differing = _differing([completed(report.settings) for report in reports])
     note = f'<p class="note">The runs differ in: {escape(", ".join(differing) or "nothing")}.</p>'
     return f"<h2>All runs</h2>{html.table(head, rows)}{note}"
 
@@ -171,14 +172,18 @@ def _bounds(report: RunReport) -> str:
     if found is None:
         return _missing(f"python -m models bounds {report.folder}", "bounds and certificates")
     rows = [
-        ("bound for all images", _number(found["upper"])),
-        ("bound around an image, median", _number(found["local"]["p50"])),
+        ("bound for all images", _bound(found["upper"])),
+        ("bound around an image, median", _bound(found["local"]["p50"])),
         ("largest stretch found", _number(found["lower"])),
     ]
-    layers = [
-        (escape(layer["name"]), escape(layer["kind"]), *(_number(layer[k]) for k in ("norm", "slope", "bound")))
-        for layer in found["layers"]
-    ]
+    layers = []
+    jumped = False  # from k-WTA on all bounds are infinite
+    for layer in found["layers"]:
+        jumps = layer["kind"] == "winners"
+        jumped |= jumps
+        slope = "∞" if jumps else _number(layer["slope"])
+        bound = "∞" if jumped else _number(layer["bound"])
+        layers.append((escape(layer["name"]), escape(layer["kind"]), _number(layer["norm"]), slope, bound))
     table = html.table(("layer", "kind", "norm", "largest slope", "bound up to here"), layers)
     return "".join(
         [
@@ -235,6 +240,11 @@ def _differing(settings: Sequence[Mapping[str, Any]]) -> list[str]:
 def _percent(record: Mapping[str, Any]) -> str:
     low, high = record["interval"]
     return f"{100 * record['accuracy']:.1f} % <small>{100 * low:.1f} to {100 * high:.1f}</small>"
+
+
+def _bound(value: float | None) -> str:
+    """Return a bound; None stands for infinity, which JSON has not."""
+    return "∞" if value is None else f"{value:.3g}"
 
 
 def _number(value: float | None) -> str:

@@ -27,6 +27,7 @@ OUTPUTS = (
     *(f"curves/*.{end}" for end in ("json", "png", "gif")),
     *(f"bounds/*.{end}" for end in ("json", "png")),
     *(f"distributions/*.{end}" for end in ("json", "png", "safetensors")),
+    "report.html",
     "tensorboard/events.out.tfevents.*",
 )
 

@@ -25,6 +25,11 @@ def activations(model: nn.Module) -> dict[str, nn.Module]:
     return {name: module for name, module in model.named_modules() if _is_activation(module)}
 
 
+def elementwise(activation: nn.Module) -> bool:
+    """Whether an activation works on each element by itself, so that each channel has a curve; k-WTA does not."""
+    return not isinstance(activation, (KWinners, nn.GLU))
+
+
 def _is_activation(module: nn.Module) -> bool:
     kind = type(module)
     torchs = kind.__module__ == "torch.nn.modules.activation" and kind.__name__ not in _NO_ACTIVATIONS

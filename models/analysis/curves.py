@@ -211,7 +211,7 @@ def evolution(states: Iterable[nn.Module], layers: int = 5, channels: int = 4) -
         for seen in found:
             layer = modules[seen.layer][1]
             x = torch.tensor(seen.x, device=layer.alpha.device)
-            values = curve(layer, x, layer.num_parameters, _rank(layer))
+            values = curve(layer, x, layer.num_parameters, kept.rank(layer))
             assert values is not None
             seen.curves.append(values[seen.channels].tolist())
     return found
@@ -223,7 +223,3 @@ def _start(place: int, name: str, layer: kafops.KAF, channels: int) -> Evolution
     beyond = _BEYOND * (last - first)
     x = torch.linspace(first - beyond, last + beyond, _POINTS).tolist()
     return Evolution(place, name, spread(layer.num_parameters, channels), first, last, x, [])
-
-
-def _rank(layer: kafops.KAF) -> int:
-    return 4 if isinstance(layer, kafops.KAF2d) else 5 if isinstance(layer, kafops.KAF3d) else 2

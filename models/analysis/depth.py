@@ -5,7 +5,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 
 from models import data, environment, files, networks, session
 from models.analysis.gradients import measure
@@ -34,7 +34,7 @@ def start(
 
     "trunk_growth" is the gradient at the output of the first residual block over that at the output of the last one,
     "predicted" what the theory makes of it, for post-activation ResNets. "factor" and "normal_factor" are root mean
-    squares over activations.
+    squares over the activations that have them, None where none has.
     """
     found = measure(networks.build(network, activation, form, seed), images, labels)
     trunk = found.trunk
@@ -93,21 +93,23 @@ class _Kept:
 
     def __init__(self, path: Path, trainer: Trainer, images: Tensor, labels: Tensor) -> None:
         self.path, self.model, self.images, self.labels = path, trainer.model, images, labels
-        self.records: list[dict[str, Any]] = (files.read_json(path) or [])[: trainer.epoch + 1]
-        if not self.records:
-            self._add(0, trainer.model)
+        kept = files.read_json(path) or []
+        self.records: list[dict[str, Any]] = [record for record in kept if record["epoch"] <= trainer.epoch]
+        # A run that was stopped between the end of an epoch and its measurement is measured now, if no batch is done.
+        if trainer.batch == 0 and all(record["epoch"] != trainer.epoch for record in self.records):
+            self._add(trainer.epoch)
 
     def add(self, record: EpochRecord) -> None:
         """Measure after an epoch."""
-        self._add(record.epoch, self.model)
+        self._add(record.epoch)
 
-    def _add(self, epoch: int, model: nn.Module) -> None:
-        found = measure(model, self.images, self.labels)
-        del self.records[epoch:]
+    def _add(self, epoch: int) -> None:
+        found = measure(self.model, self.images, self.labels)
         self.records.append({"epoch": epoch, "ratio": found.ratio, "weights": found.weights, "trunk": found.trunk})
         files.write_json(self.path, self.records)
 
 
-def _rms(values: list[float]) -> float | None:
-    mean = sum(v**2 for v in values) / len(values) if values else math.nan
+def _rms(values: list[float | None]) -> float | None:
+    known = [v for v in values if v is not None]
+    mean = sum(v**2 for v in known) / len(known) if known else math.nan
     return math.sqrt(mean) if math.isfinite(mean) else None

@@ -24,7 +24,7 @@ def starts(found: list[dict[str, Any]], command: str) -> str:
         "Medians over seeds. *First to last*: gradient norm of the first convolution over that of the last. *Along the "
         "trunk*: gradient at the output of the first residual block over that at the last one's, and *by theory*, for "
         "post-activation networks. *Factor*: sqrt(E[f′²] / Var f) of the activations, for their own inputs and for "
-        "x ~ N(0, 1).",
+        "x ~ N(0, 1); – where they do not work on each value by itself, as k-WTA.",
         "",
         "| network | activation | first to last | along the trunk | by theory | factor | for N(0, 1) |",
         "|---|---|---|---|---|---|---|",
@@ -38,7 +38,7 @@ def starts(found: list[dict[str, Any]], command: str) -> str:
 
 
 def report(study: Study, done: dict[str, dict[str, Any]], results: Path, command: str) -> None:
-    """Write README.md, norms.png and training.png for the runs that are done."""
+    """Write README.md and training.png for the runs that are done."""
     if not done:
         return
     runs = [run for run in study.runs() if run.name in done]

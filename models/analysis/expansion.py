@@ -14,8 +14,6 @@ from torch import Tensor, nn
 
 from models.attacks.linf import frozen
 
-_TINY = 1e-300
-
 
 @dataclass(frozen=True, eq=False)
 class Stretch:
@@ -104,7 +102,7 @@ def largest_ratio(
             with torch.enable_grad():
                 apart = (model(images + delta) - answers).flatten(1).norm(dim=1)
                 away = delta.flatten(1).norm(dim=1)
-                ratio = apart / away.clamp(min=_TINY)
+                ratio = apart / away.clamp(min=_tiny(away))
                 # An x′ on x gives 0 / 0; its logarithm would be no number.
                 good = (ratio.detach() > 0) & (away.detach() > 0)
                 (gradient,) = torch.autograd.grad(ratio[good].log().sum(), delta)
@@ -131,7 +129,12 @@ def _unit(tensor: Tensor, norm: str) -> Tensor:
 
 
 def _normed(tensor: Tensor) -> Tensor:
-    return tensor / tensor.flatten(1).norm(dim=1).clamp(min=_TINY).view(-1, *(1,) * (tensor.dim() - 1))
+    return tensor / tensor.flatten(1).norm(dim=1).clamp(min=_tiny(tensor)).view(-1, *(1,) * (tensor.dim() - 1))
+
+
+def _tiny(tensor: Tensor) -> float:
+    """Return what to divide by instead of 0."""
+    return float(torch.finfo(tensor.dtype).tiny)
 
 
 def _each(of_image: Tensor, like: Tensor) -> Tensor:

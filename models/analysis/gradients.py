@@ -2,8 +2,6 @@
 
 import copy
 import math
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-import kafops
+from models import taps
 
 
 @dataclass(frozen=True)
@@ -21,15 +19,16 @@ class ActivationGradients:
     Args:
         name: of the module.
         input_std, output_std: root of the mean variance of a channel, over images and positions.
-        factor: sqrt(Σ_c E[f_c′²] / Σ_c Var f_c) for the inputs that there are.
+        factor: sqrt(Σ_c E[f_c′²] / Σ_c Var f_c) for the inputs that there are; None for an activation that does not
+            work on each element by itself, as k-WTA.
         normal_factor: the same for inputs x ~ N(0, 1), by quadrature.
     """
 
     name: str
     input_std: float
     output_std: float
-    factor: float
-    normal_factor: float
+    factor: float | None
+    normal_factor: float | None
 
 
 @dataclass(frozen=True)
@@ -41,7 +40,7 @@ class NetworkGradients:
         trunk: root mean square of the gradient of the output of each residual block.
         activations: what each activation does.
         growth: for each block of a post-activation ResNet the factor by which, by the reading of
-            docs/exploding-gradients.md, it multiplies a gradient; empty for other networks.
+            docs/exploding-gradients.md, it multiplies a gradient; empty for other networks, and where an activation has no factor.
     """
 
     weights: list[float | None]
@@ -67,8 +66,18 @@ def measure(model: nn.Module, images: Tensor, labels: Tensor) -> NetworkGradient
     model = copy.deepcopy(model).train()
     convolutions = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
     blocks = list(getattr(model, "blocks", ()))
-    activations = {name: m for name, m in model.named_modules() if _is_activation(m)}
-    with _kept([*activations.values(), *blocks]) as inputs, _outputs(blocks) as trunk:
+    activations = taps.activations(model)
+    inputs: dict[nn.Module, Tensor] = {}
+    trunk: list[Tensor] = []
+
+    def see(name: str, x: Tensor, y: Tensor) -> None:
+        module = model.get_submodule(name)
+        inputs[module] = x.detach()  # where a module is called twice, of the last time
+        if module in blocks:
+            trunk.append(y)
+
+    watched = {name: m for name, m in model.named_modules() if name in activations or m in blocks}
+    with taps.tapped(watched, see):
         loss = F.cross_entropy(model(images), labels)
         wanted = [c.weight for c in convolutions] + trunk
         gradients = torch.autograd.grad(loss, wanted)
@@ -124,10 +133,12 @@ def moments_normal(activation: nn.Module, channels: int) -> Moments:
     return moments_at(activation, x[:, None].expand(-1, channels), weights / weights.sum())
 
 
-def _describe(module: nn.Module, x: Tensor, moments: Moments) -> tuple[float, float, float, float]:
+def _describe(module: nn.Module, x: Tensor, moments: Moments) -> tuple[float, float, float | None, float | None]:
     variance = x.double().transpose(0, 1).flatten(1).var(1, correction=0).mean().item()
-    normal = moments_normal(module, x.shape[1])
-    return math.sqrt(variance), math.sqrt(moments.variance), moments.factor, normal.factor
+    sizes = math.sqrt(variance), math.sqrt(moments.variance)
+    if not taps.elementwise(module):
+        return *sizes, None, None
+    return *sizes, moments.factor, moments_normal(module, x.shape[1]).factor
 
 
 def _growth(blocks: list[nn.Module], inputs: dict[nn.Module, Tensor], moments: dict[nn.Module, Moments]) -> list[float]:
@@ -141,47 +152,14 @@ def _growth(blocks: list[nn.Module], inputs: dict[nn.Module, Tensor], moments: d
         if type(block).__name__ != "PostActivationBlock":
             return []
         parts: Any = block
+        if not (taps.elementwise(parts.activation1) and taps.elementwise(parts.activation2)):
+            return []
         sigma2 = inputs[block].double().transpose(0, 1).flatten(1).var(1, correction=0).mean().item()
         weight2 = parts.norm2.weight.detach().double().square().mean().item()
         inner, trunk = moments[parts.activation1], moments[parts.activation2]
         branch = weight2 * inner.factor**2 / sigma2 if sigma2 > 0 else math.inf
         grown.append(math.sqrt(trunk.slope * (1 + branch)))
     return grown
-
-
-def _is_activation(module: nn.Module) -> bool:
-    """Say whether a module is an activation of one of our networks: ours, or one of torch's that has no parts."""
-    if isinstance(module, kafops.KAF):
-        return True
-    origin = type(module).__module__
-    return origin.startswith(("torch.nn.modules.activation", "models.activations"))
-
-
-@contextmanager
-def _kept(modules: Iterable[nn.Module]) -> Iterator[dict[nn.Module, Tensor]]:
-    """Keep what goes into each of the modules, the last time it is called."""
-    inputs: dict[nn.Module, Tensor] = {}
-
-    def keep(module: nn.Module, arguments: tuple[Tensor, ...]) -> None:
-        inputs[module] = arguments[0].detach()
-
-    handles = [module.register_forward_pre_hook(keep) for module in modules]
-    try:
-        yield inputs
-    finally:
-        for handle in handles:
-            handle.remove()
-
-
-@contextmanager
-def _outputs(modules: list[nn.Module]) -> Iterator[list[Tensor]]:
-    outputs: list[Tensor] = []
-    handles = [module.register_forward_hook(lambda m, i, output: outputs.append(output)) for module in modules]
-    try:
-        yield outputs
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _finite(norm: Tensor) -> float | None:

@@ -14,7 +14,7 @@ one of C_out × s² C_in for each frequency φ = (2πk + θ) / (N/s),
 
 whose largest singular value over all k is the torus's norm (Sedghi, Gupta, Long 2019, for stride 1). A phase θ that a
 value gains on its way round the torus changes nothing, since only zeros go round; so any θ gives a bound, and the least
-over θ ∈ {0, π} for each dimension is taken (θ = π alone for 128 × 128 channels and more, where the gain is 1 or 2 %).
+over θ ∈ {0, π} for each dimension is taken (θ = π alone for 128 × 128 channels of a group and more).
 For a three-point mean in one dimension that is exact.
 """
 
@@ -28,7 +28,7 @@ from torch.nn import functional as F
 
 EXACT = 1024
 """A convolution is made a matrix where that has no more rows, or no more columns."""
-_ENTRIES = 2**24  # of such a matrix
+_ENTRIES = 2**24  # of such a matrix, and of the unit vectors that it is made from
 _CHUNK = 2**22  # entries of symbols in memory at once
 _LARGE = 128**2  # entries of a block, from which on one torus has to do
 _EPS = torch.finfo(torch.float64).eps
@@ -69,12 +69,12 @@ def convolution_norm(
     reach = [d * (k - 1) + 1 for d, k in zip(dilation, weight.shape[2:], strict=True)]
     places = [(n + sum(p) - r) // s + 1 for n, p, r, s in zip(size, padding, reach, stride, strict=True)]
     inputs, outputs = weight.shape[1] * groups * math.prod(size), weight.shape[0] * math.prod(places)
-    if min(inputs, outputs) <= exact and inputs * outputs <= _ENTRIES:
+    if min(inputs, outputs) <= exact and inputs * max(inputs, outputs) <= _ENTRIES:  # unit vectors count too
         return matrix_norm(_matrix(weight, size, stride, padding, dilation, groups))
     torus = [-(-(n + max(p)) // s) for n, p, s in zip(size, padding, stride, strict=True)]  # coarse positions a side
     kernel = weight.unflatten(0, (groups, -1))  # [groups, outputs / groups, inputs / groups, *kernel]
     twists = list(itertools.product((0, 1), repeat=len(torus)))
-    if kernel[0, :, :, 0].numel() >= _LARGE:
+    if kernel.shape[1] * kernel.shape[2] >= _LARGE:
         twists = twists[-1:]
     return min(_torus_norm(kernel, torus, stride, before, dilation, twist) for twist in twists)
 

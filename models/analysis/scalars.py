@@ -266,14 +266,27 @@ def _gelu(module: nn.GELU) -> Scalar:
     )
 
 
+_THRESHOLD = 20.0  # of softplus, PyTorch's default
+
+
 @scalar.register(nn.Softplus)
 def _softplus(module: nn.Softplus) -> Scalar:
-    """log(1 + exp(βx)) / β; PyTorch's returns x itself from βx = 20 on, which is 2.1e-9 / β less."""
-    beta = module.beta
+    """log(1 + exp(βx)) / β; PyTorch returns x itself for βx above the threshold, where the slope is 1.
+
+    There its value falls by log(1 + exp(-threshold)) / β, 2e-9 / β for a threshold of 20. Ranges of values include that;
+    slopes, and so Lipschitz constants, leave it out.
+    """
+    beta, threshold = module.beta, module.threshold
+    if not (0 < beta < math.inf and threshold >= _THRESHOLD):
+        raise UserError(
+            f"bounds are known for Softplus with beta > 0 and threshold >= {_THRESHOLD:g}, got beta={beta}, "
+            f"threshold={threshold}: at a lower threshold it jumps"
+        )
     return Fixed(
         lambda x: torch.logaddexp(beta * x, torch.zeros_like(x)) / beta,
-        lambda x: torch.sigmoid(beta * x),
-        error=math.log1p(math.exp(-module.threshold)) / beta,
+        lambda x: torch.where(beta * x > threshold, torch.ones_like(x), torch.sigmoid(beta * x)),
+        kinks=((threshold / beta, 1 / (1 + math.exp(-threshold)), 1.0),),
+        error=math.log1p(math.exp(-threshold)) / beta,
     )
 
 

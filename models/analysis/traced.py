@@ -1,5 +1,6 @@
 """A network as a row of steps, from a symbolic trace with torch.fx and one forward pass for the shapes."""
 
+import copy
 import functools
 import math
 import operator
@@ -14,6 +15,7 @@ from torch.nn import functional as F
 import kafops
 from models.activations import KWinners
 from models.activations.smooth import PSSiLU, SmoothReLU
+from models.analysis.intervals import logits
 from models.analysis.operations import (
     Activation,
     Add,
@@ -46,8 +48,10 @@ _OURS = (kafops.KAF, KWinners, SmoothReLU, PSSiLU, Normalise, PadShortcut)
 
 _ADDITIONS: tuple[Any, ...] = (operator.add, operator.iadd, torch.add, "add", "add_")
 _RESHAPES: tuple[Any, ...] = (torch.flatten, torch.reshape, "flatten", "reshape", "view")
-_COPIES: tuple[Any, ...] = ("contiguous", "clone", "detach", torch.clone)
+_CLONES: tuple[Any, ...] = ("clone", torch.clone)
+_SAME: tuple[Any, ...] = ("contiguous", "detach")
 _MEANS: tuple[Any, ...] = (torch.mean, "mean")
+_IN_PLACE: tuple[Any, ...] = (operator.iadd, "add_", "relu_")
 _FUNCTIONS: dict[Any, Callable[..., nn.Module]] = {
     **dict.fromkeys((F.relu, torch.relu, "relu", "relu_"), nn.ReLU),
     **dict.fromkeys((torch.tanh, "tanh"), nn.Tanh),
@@ -62,6 +66,9 @@ _FUNCTIONS: dict[Any, Callable[..., nn.Module]] = {
     F.adaptive_avg_pool2d: nn.AdaptiveAvgPool2d,
     F.pixel_unshuffle: nn.PixelUnshuffle,
 }
+
+
+_CLOSE = 1e-6  # of the largest logit: float64 rounds some 1e-13, and softplus's threshold may be magnified
 
 
 class BoundError(UserError):
@@ -79,7 +86,9 @@ def steps(model: nn.Module, shape: Sequence[int]) -> list[Step]:
         shape: of one image, without N, such as (3, 32, 32).
 
     Raises:
-        BoundError: torch.fx cannot trace the network, or it holds something else; the message names it.
+        BoundError: torch.fx cannot trace the network, or it holds something else; the message names it. So it is where
+            a tensor is used again that something has overwritten, or where the steps compute another output for a
+            random image than the network.
 
     Example:
         >>> network = steps(model, (1, 28, 28))
@@ -89,7 +98,25 @@ def steps(model: nn.Module, shape: Sequence[int]) -> list[Step]:
         first = next(model.parameters(), torch.empty(0))
         image = torch.zeros(1, *shape, device=first.device, dtype=first.dtype)
         ShapeProp(fx.GraphModule(model, graph)).propagate(image)
-        return _Lowering(model).lower(graph)
+        network = _Lowering(model).lower(graph)
+        _compare(network, model, shape)
+        return network
+
+
+def _compare(network: Sequence[Step], model: nn.Module, shape: Sequence[int]) -> None:
+    """Refuse steps that do not compute what the network does, both in float64; softplus differs by 2e-9."""
+    image = torch.rand(1, *shape, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    wanted = copy.deepcopy(model).to("cpu", torch.float64)(image.clone())
+    found = logits(network, image)
+    if found.shape != wanted.shape or not torch.allclose(found, wanted, rtol=0, atol=_CLOSE * _largest(wanted)):
+        raise BoundError(
+            f"{type(model).__name__} cannot be bounded: it computes something else than its steps do, one by one, so "
+            "part of it is not known here"
+        )
+
+
+def _largest(values: Tensor) -> float:
+    return values.abs().max().item() if values.numel() else 0.0
 
 
 class _Tracer(fx.Tracer):
@@ -108,12 +135,18 @@ def _trace(model: nn.Module) -> fx.Graph:
 
 
 class _Lowering:
-    """Turns the nodes of a traced graph into steps."""
+    """Turns the nodes of a traced graph into steps.
+
+    A step's result never changes. A network may overwrite one, as in-place activations do, where nothing needs the old
+    values any more; memory that several nodes share is known by the first of them.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         self.modules = dict(model.named_modules(remove_duplicate=False))
         self.steps: list[Step] = []
         self.numbers: dict[fx.Node, int] = {}  # of the step whose result a node is
+        self.memory: dict[fx.Node, fx.Node] = {}
+        self.overwritten: dict[fx.Node, set[fx.Node]] = {}  # by memory: nodes whose values are gone
 
     def lower(self, graph: fx.Graph) -> list[Step]:
         for node in graph.nodes:
@@ -130,24 +163,48 @@ class _Lowering:
         return self.steps[: self.numbers[result] + 1]
 
     def _add(self, node: fx.Node) -> None:
-        name = node.target if node.op == "call_module" else node.name
+        name = str(node.target if node.op == "call_module" else node.name)
         sources = [argument for argument in node.all_input_nodes if argument in self.numbers]
-        operation = self._operation(node, str(name), sources)
+        operation = self._operation(node, name, sources)
+        self._remember(node, name, sources, operation)
         if operation is None:
             self.numbers[node] = self.numbers[sources[0]]
             return
         shape = _shape(node)
         assert shape is not None
         self.numbers[node] = len(self.steps)
-        if isinstance(operation, Add) and len(sources) == 1:
-            sources = sources * 2  # x + x
-        inputs = tuple(self.numbers[source] for source in sources)
-        self.steps.append(Step(str(name), operation, inputs, shape[1:]))
+        # x + x is one source, twice.
+        taken = node.args if isinstance(operation, Add) else sources
+        inputs = tuple(self.numbers[source] for source in taken if isinstance(source, fx.Node))
+        self.steps.append(Step(name, operation, inputs, shape[1:]))
+
+    def _remember(self, node: fx.Node, name: str, sources: list[fx.Node], operation: Operation | None) -> None:
+        for source in sources:
+            if source in self.overwritten.get(self.memory[source], ()):
+                raise BoundError(
+                    f"{name} of the network cannot be bounded: it takes {source.name} after that was overwritten in "
+                    "place; use inplace=False, or clone it before"
+                )
+        writes = operation is not None and self._in_place(node)
+        shares = writes or (operation is None and node.target not in _CLONES) or isinstance(operation, Flatten)
+        self.memory[node] = self.memory[sources[0]] if shares else node
+        if writes:
+            shared = self.memory[node]
+            self.overwritten[shared] = {other for other in self.memory if self.memory[other] is shared} - {node}
+
+    def _in_place(self, node: fx.Node) -> bool:
+        if node.op == "call_module":
+            return bool(getattr(self.modules[str(node.target)], "inplace", False))
+        asked = node.kwargs.get("inplace", False) or (node.target in _FUNCTIONS and True in node.args[1:])
+        return node.target in _IN_PLACE or bool(asked)
 
     def _operation(self, node: fx.Node, name: str, sources: list[fx.Node]) -> Operation | None:
         if node.op == "placeholder":
             return Image()
         try:
+            for argument in node.all_input_nodes:
+                if _shape(argument) is not None and argument not in self.numbers:
+                    raise BoundError(f"it takes {argument.target}, a tensor that does not come from the image")
             if node.op == "call_module":
                 return _of_module(self.modules[str(node.target)], _shape_of(sources))
             return _of_call(node, sources)
@@ -176,7 +233,7 @@ def _of_call(node: fx.Node, sources: list[fx.Node]) -> Operation | None:
         if both and not options:
             return Add()
         raise BoundError("only the sum of two tensors of one shape is known")
-    if called in _COPIES or (called is F.dropout and not node.kwargs.get("training", True)):
+    if called in _CLONES or called in _SAME or (called is F.dropout and not node.kwargs.get("training", True)):
         return None
     if called in _RESHAPES:
         if result == shape:

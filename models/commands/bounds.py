@@ -81,6 +81,7 @@ def _run(options: argparse.Namespace, command: str) -> int:
         torch.set_num_threads(options.threads)
     console = Console()
     labels = looking.labels(options.folders)
+    _one_eps(options, command)
     results = []
     with StopRequest() as stop, looking.progress(console) as progress:
         for folder, label in zip(options.folders, labels, strict=True):
@@ -98,6 +99,16 @@ def _run(options: argparse.Namespace, command: str) -> int:
     folders = [str(folder / "bounds") for folder in options.folders]
     console.print(f"Written to {', '.join(folders + [str(options.out)] * (len(folders) > 1))}", highlight=False)
     return 0
+
+
+def _one_eps(options: argparse.Namespace, command: str) -> None:
+    """Refuse to compare runs that would be attacked at different radii."""
+    if options.eps is not None or len(options.folders) == 1:
+        return
+    eps = {str(folder): _Look(folder, "", options, command).eps for folder in options.folders}
+    if len(set(eps.values())) > 1:
+        told = ", ".join(f"{folder} {value:.4g}" for folder, value in eps.items())
+        raise UserError(f"the runs were trained for different radii: {told}; give --eps, one radius for all")
 
 
 class _Look:
@@ -120,7 +131,6 @@ class _Look:
                     "format": FORMAT,
                     **self.checkpoint,
                     "eps": self.eps,
-                    "images": self.count,
                     "batch_size": options.batch_size,
                     "seed": options.seed,
                     "device": self.device.type,
@@ -158,9 +168,13 @@ class _Look:
     def _images(
         self, network: Sequence[Step], bound: Bound, images: Tensor, labels: Tensor, show: Callable[[int], None]
     ) -> list[dict[str, Any]]:
-        """Return the numbers of each image; they are kept after every batch."""
+        """Return the numbers of each image; they are kept after every batch, and when fewer images are asked for."""
         path, size = self.folder / "images.json", self.options.batch_size
         found = (looking.kept(path, self.identity, _check_images) or {"images": []})["images"]
+        if len(found) >= self.count:
+            show(self.count)
+            return list(found[: self.count])
+        found = found[: len(found) - len(found) % size]  # a last batch that was cut is done again
         exact = copy.deepcopy(self.network.model).to(self.device, torch.float64).eval()
         show(len(found))
         for first in range(len(found), self.count, size):
@@ -226,6 +240,7 @@ class _Look:
             "settings": self.network.settings,
             "which": self.options.which,
             "identity": self.identity,
+            "images": self.count,
             "attack": {"name": self.attack.name, "settings": described(self.attack)},
             "pixels": self._pixels,
             "upper": _finite(bound.upper.item()),

@@ -4,6 +4,7 @@ import argparse
 import itertools
 from pathlib import Path
 
+import torch
 from rich.console import Console
 from rich.progress import track
 
@@ -42,16 +43,10 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
         allow_abbrev=False,
     )
     option = parser.add_argument
-    option(
-        "--networks",
-        nargs="+",
-        default=_NETWORKS,
-        metavar="NAME",
-        help="default: ResNets of 20, 56 and 110 layers in 4 forms",
-    )
-    option("--activations", nargs="+", default=_ACTIVATIONS, metavar="NAME", help=f"default: {' '.join(_ACTIVATIONS)}")
-    option("--data", default="mnist5k", metavar="NAME", help="images to measure with (default: mnist5k)")
-    option("--seeds", type=arguments.integer(1), default=3, metavar="N", help="networks of each kind (default: 3)")
+    option("--networks", nargs="+", metavar="NAME", help="default: ResNets of 20, 56 and 110 layers in 4 forms")
+    option("--activations", nargs="+", metavar="NAME", help=f"default: {' '.join(_ACTIVATIONS)}")
+    option("--data", metavar="NAME", help="images to measure with (default: mnist5k)")
+    option("--seeds", type=arguments.integer(1), metavar="N", help="networks of each kind (default: 3)")
     option(
         "--train", nargs="?", const=str(depth.DEPTH), metavar="FILE",
         help="train a study, a file as `python -m models study` takes, and measure along it (default: depth.json)",
@@ -61,9 +56,13 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
 
 
 def _run(options: argparse.Namespace, command: str) -> int:
+    _refuse_options_of_the_other_kind(options)
+    torch.set_num_threads(options.threads)
     try:
         if options.train is not None:
             return studies.carry_out(plan.load(options.train), options, command, depth_page.report, depth.train)
+        options.networks, options.activations = options.networks or _NETWORKS, options.activations or _ACTIVATIONS
+        options.data, options.seeds = options.data or "mnist5k", options.seeds or 3
         for network, activation in itertools.product(options.networks, options.activations):
             NETWORKS.parse(network)
             ACTIVATIONS.parse(activation)
@@ -72,7 +71,7 @@ def _run(options: argparse.Namespace, command: str) -> int:
             networks.build(network, "relu", sets.images, 0)
     except ValueError as error:
         options.refuse(str(error))
-    out = options.out or Path("results/gradients")
+    out = options.out or Path("runs/gradients")
     images, labels = depth.batch(sets)
     grid = list(itertools.product(options.networks, options.activations, range(options.seeds)))
     console, starts = Console(highlight=False), []
@@ -85,3 +84,11 @@ def _run(options: argparse.Namespace, command: str) -> int:
     console.print(text, soft_wrap=True, markup=False)
     console.print(f"Written: {out / 'initial.md'}")
     return 0
+
+
+def _refuse_options_of_the_other_kind(options: argparse.Namespace) -> None:
+    start, training = ("networks", "activations", "data", "seeds"), ("plan", "jobs", "runs")
+    others = training if options.train is None else start
+    if given := [f"--{name}" for name in others if getattr(options, name)]:
+        what = "go with --train" if options.train is None else "are in the file that --train names"
+        options.refuse(f"{', '.join(given)}: such options {what}")

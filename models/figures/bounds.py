@@ -147,7 +147,7 @@ def _tell(axes: Axes, x: float, told: Sequence[tuple[float, str, str]]) -> None:
     low, high = (math.log(limit) for limit in axes.get_ylim())
     least = 0.0
     for value, name, colour in sorted(told):
-        place = max((math.log(value) - low) / (high - low), least)
+        place = max((math.log(value) - low) / (high - low) if value > 0 else 0.0, least)
         axes.annotate(
             f"{name}: {value:.3g}", (x, place), (8, 0), xycoords=axes.get_xaxis_transform(),
             textcoords="offset points", va="center", fontsize=8, color=colour,
@@ -209,7 +209,10 @@ def _stairs(axes: Axes, radii: Sequence[float], first: float, name: str) -> None
 def _constants(axes: Axes, rows: Sequence[Row]) -> None:
     axes.set_xscale("log")
     values = [v for row in rows for b in row.bounds for v in (b.lower, b.local, b.upper) if v]
-    low, high = min(values), max(values)
+    # A network that does not move has the bound 0, which no logarithmic axis has: it is told at its left end.
+    low, high = min(values, default=1.0), max(values, default=1.0)
+    if low == high:
+        low, high = low / 2, high * 2
     end = high * (high / low) ** 0.12
     crowded = any(len(row.bounds) > 1 for row in rows)
     for place, row in enumerate(rows):
@@ -217,19 +220,19 @@ def _constants(axes: Axes, rows: Sequence[Row]) -> None:
         for bounds, shift in zip(row.bounds, spread, strict=True):
             y = place + shift
             to = end if bounds.upper is None else bounds.upper
-            axes.plot([bounds.lower, to], [y, y], color=style.PALE_GREY, lw=1.5, zorder=1)
-            axes.plot(bounds.lower, y, "o", ms=4, color=style.BLUE)
+            axes.plot([max(bounds.lower, low), max(to, low)], [y, y], color=style.PALE_GREY, lw=1.5, zorder=1)
+            axes.plot(max(bounds.lower, low), y, "o", ms=4, color=style.BLUE)
             if bounds.local is not None:
-                axes.plot(bounds.local, y, "D", ms=3.5, color=style.VERMILLION)
+                axes.plot(max(bounds.local, low), y, "D", ms=3.5, color=style.VERMILLION)
             mark, size = (">", 5) if bounds.upper is None else ("|", 5 if crowded else 8)
-            axes.plot(to, y, mark, ms=size, color=style.GREY)
+            axes.plot(max(to, low), y, mark, ms=size, color=style.GREY)
         uppers = [b.upper for b in row.bounds if b.upper is not None]
         if len(uppers) == len(row.bounds):
-            _above(axes, _mean(uppers), place, f"{_mean(uppers):.2g}", style.GREY)
+            _above(axes, max(_mean(uppers), low), place, f"{_mean(uppers):.2g}", style.GREY)
         else:
             _above(axes, end, place, "∞", style.GREY)
         found = _mean([b.lower for b in row.bounds])
-        _above(axes, found, place, f"{found:.2g}", style.BLUE)
+        _above(axes, max(found, low), place, f"{found:.2g}", style.BLUE)
     axes.set_xlim(low / (high / low) ** 0.1, end * (high / low) ** 0.1)
     axes.xaxis.set_major_locator(LogLocator(numticks=6))
     axes.xaxis.set_minor_locator(NullLocator())
@@ -243,7 +246,9 @@ def _above(axes: Axes, x: float, place: int, text: str, colour: str) -> None:
 
 
 def _mean(values: Sequence[float]) -> float:
-    """Return the geometric mean."""
+    """Return the geometric mean, 0 where a value is."""
+    if min(values) <= 0:
+        return 0.0
     return math.exp(sum(math.log(value) for value in values) / len(values))
 
 

@@ -101,6 +101,9 @@ def load(name: str) -> Study:
             raise ValueError("networks, activations and seeds must not repeat")
         if lost := [name for name in study.variants if name not in study.activations]:
             raise ValueError(f"variants must be among the activations, and these are not: {', '.join(lost)}")
+        for name, variant in study.variants.items():
+            if unknown := sorted(set(variant) - {"activation", "training"}):
+                raise ValueError(f"variant {name} may have activation and training, and has {', '.join(unknown)} too")
         for attack in study.attacks.values():
             ATTACKS.create(attack, study.eps)
     except (KeyError, TypeError, ValueError, argparse.ArgumentTypeError) as error:

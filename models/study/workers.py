@@ -23,6 +23,7 @@ from models.outcomes import Job, Outcomes, digest
 from models.settings import completed
 from models.study.plan import Run, Study
 from models.training import Trainer, TrainingError
+from models.training.lipschitz import SlopeError
 
 Status = Mapping[str, str]  # run under way -> what it is doing
 Do = Callable[[Study, Run, Path, Path], dict[str, Any]]
@@ -158,7 +159,7 @@ def train_and_attack(study: Study, run: Run, results: Path, folder: Path) -> dic
         }
     except KeyboardInterrupt as error:
         raise Interrupted from error
-    except (TrainingError, EvaluationError) as error:
+    except (TrainingError, SlopeError, EvaluationError) as error:
         result = {**common, "error": str(error)}
     files.write_json(result_file(results, run), result)
     return result

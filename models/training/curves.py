@@ -19,6 +19,11 @@ def kaf_layers(model: nn.Module) -> dict[str, kafops.KAF]:
     return {name: module for name, module in model.named_modules() if isinstance(module, kafops.KAF)}
 
 
+def rank(layer: kafops.KAF) -> int:
+    """Return the least number of dimensions of an x [N, C, *] that a KAF layer takes."""
+    return 4 if isinstance(layer, kafops.KAF2d) else 5 if isinstance(layer, kafops.KAF3d) else 2
+
+
 def path(run: Path, epoch: int) -> Path:
     """Return the file of an epoch, 0 for the curves before training."""
     return run / FOLDER / f"epoch-{epoch:04d}.safetensors"

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import kafops
 from models.errors import UserError
+from models.training.curves import rank
 from models.training.recipe import Recipe
 
 FREE = 1.0
@@ -87,7 +88,7 @@ def curve_slopes(layer: kafops.KAF, differentiable: bool = False) -> Tensor:  # 
         return _basis(layer.dictionary_size, layer.boundary, common, layer.kernel, dtype, device) @ layer.alpha.T
     channels = layer.num_parameters
     x = _grid(layer.points(), layer.bandwidths())
-    x = x.view(-1, channels, *(1,) * (_rank(layer) - 2)).requires_grad_()
+    x = x.view(-1, channels, *(1,) * (rank(layer) - 2)).requires_grad_()
     with torch.enable_grad():
         (slopes,) = torch.autograd.grad(layer(x).sum(), x, create_graph=differentiable)
     return slopes.view(-1, channels)
@@ -121,8 +122,3 @@ def _grid(dictionary: Tensor, bandwidths: Tensor) -> Tensor:  # [C or 1, D], [C]
     count = int(min(math.ceil(points), _MOST)) if math.isfinite(points) else _MOST
     shares = torch.linspace(0, 1, count, dtype=width.dtype, device=width.device)
     return first + shares[:, None] * (last - first)
-
-
-def _rank(layer: kafops.KAF) -> int:
-    """Return a number of dimensions that the layer takes."""
-    return 2 if isinstance(layer, kafops.KAF1d) else 5 if isinstance(layer, kafops.KAF3d) else 4

@@ -176,6 +176,60 @@ def test_a_network_that_jumps_has_a_figure_too() -> None:
     assert figures.network(places[1:], figures.Bounds(3.0, None, None), certified)[:4] == b"\x89PNG"
 
 
+def test_networks_that_do_not_move_have_figures_too() -> None:
+    still = figures.Bounds(0.0, 0.0, 0.0)
+    certified = figures.Certified(
+        {"interval propagation": [1.0]}, "pgd", [figures.Attacked(0, 1, 1, 1), figures.Attacked(0.1, 1, 1, 1)]
+    )
+    assert figures.network([figures.Place("last", 0.0)], still, certified)[:4] == b"\x89PNG"
+    assert figures.network([figures.Place("last", 2.0)], figures.Bounds(0.0, 2.0, 0.0), certified)[:4] == b"\x89PNG"
+    rows = [
+        figures.Row("still", "relu", [still], [0.1], [0.1], [0.1], 0.1),
+        figures.Row("moves", "kaf", [figures.Bounds(1.0, 30.0, 9.0)], [0.9], [0.5], [0.1], 0.1),
+    ]
+    assert figures.networks(rows, 0.1)[:4] == b"\x89PNG"
+    assert figures.networks(rows[:1], 0.1)[:4] == b"\x89PNG"
+
+
+def test_runs_of_different_radii_need_one(
+    runs: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    attack_on = command.looking.attack_on
+
+    def by_run(network: trained.Trained, name: str, eps: float | None) -> Any:
+        own = 0.1 if network.settings["activation"] == "relu" else 0.2
+        return attack_on(network, name, own if eps is None else eps)
+
+    monkeypatch.setattr(command.looking, "attack_on", by_run)
+    both = [str(runs["relu"]), str(runs["kaf"]), "--which", "latest", *QUICK, "--out", str(tmp_path)]
+    assert main(["bounds", *both]) == 1
+    message = " ".join(capsys.readouterr().err.split())
+    assert "trained for different radii" in message
+    assert "give --eps, one radius for all" in message
+    assert not (tmp_path / "bounds.json").exists()
+
+
+def test_images_that_are_done_stay_done(runs: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 20 images in batches of 15 the second batch is done again for 30; for 10 nothing is."""
+    run, certify, sizes = runs["relu"], command.certify, []
+
+    def counted(*arguments: Any) -> Any:
+        sizes.append(len(arguments[2]))
+        return certify(*arguments)
+
+    monkeypatch.setattr(figures, "network", lambda *arguments: b"")
+    monkeypatch.setattr(command, "certify", counted)
+    for count, wanted in (("20", [15, 5]), ("30", [15]), ("10", [])):
+        assert bounds(run, "--seed", "7", "--images", count) == 0
+        assert sizes == wanted
+        sizes.clear()
+    kept = results(run, "images.json")["images"]
+    assert len(kept) == 30
+    found = results(run)
+    assert found["images"] == 10
+    assert found["lower_by"]["singular"] == max(image["singular"] for image in kept[:10])
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -35,8 +35,8 @@ def free(channels: int) -> nn.Module:
 def network(activation: nn.Module | None = None) -> nn.Module:
     torch.manual_seed(0)
     return nn.Sequential(
-        nn.Conv2d(1, 4, 3, bias=False), nn.BatchNorm2d(4), activation or kafops.KAF2d(4, init="normal"), nn.Dropout(0.3),
-        nn.Flatten(), nn.Linear(64, 3), free(3), nn.Linear(3, 2),
+        nn.Conv2d(1, 4, 3, bias=False), nn.BatchNorm2d(4), activation or kafops.KAF2d(4, init="normal"),
+        nn.Dropout(0.3), nn.Flatten(), nn.Linear(64, 3), free(3), nn.Linear(3, 2),
     )  # fmt: skip
 
 
@@ -303,8 +303,8 @@ def test_learned_points_have_cells_of_their_own() -> None:
 
 def test_batches_of_use_give_what_the_whole_gives() -> None:
     torch.manual_seed(1)
-    # A curve for each, and one for all, in float64: the rounding of the first, which depends on the shape of x, must not
-    # move a value over the edge of a cell of the second.
+    # A curve for each, and one for all, in float64: the rounding of the first, which depends on the shape of x, must
+    # not move a value over the edge of a cell of the second.
     model = nn.Sequential(kafops.KAF2d(3, init="normal"), nn.Flatten(2), kafops.KAF(1, 6, 2.0)).double()
     x = 2 * torch.randn(30, 3, 4, 4, dtype=torch.float64)
     whole, parts = DictionaryUse(model), DictionaryUse(model)

@@ -76,12 +76,14 @@ def test_a_jump_is_found() -> None:
     assert jacobian_norm(model, x, generator()).ratio.item() == pytest.approx(1)
 
 
-def test_a_constant_network_stretches_nothing() -> None:
-    layer = nn.Linear(4, 2).double()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_constant_network_stretches_nothing(dtype: torch.dtype) -> None:
+    layer = nn.Linear(4, 2).to(dtype)
     nn.init.zeros_(layer.weight)
-    model, x = nn.Sequential(nn.Flatten(), layer), torch.rand(2, 1, 2, 2, dtype=torch.float64)
+    model, x = nn.Sequential(nn.Flatten(), layer), torch.rand(2, 1, 2, 2, dtype=dtype)
     assert jacobian_norm(model, x, generator()).ratio.tolist() == [0, 0]
     assert largest_ratio(model, x, 0.1, torch.ones_like(x)).ratio.tolist() == [0, 0]
+    assert largest_ratio(model, x, 0.1, torch.zeros_like(x)).direction.isfinite().all()
 
 
 def test_parameters_are_left_alone() -> None:

@@ -11,7 +11,8 @@ from torch.nn import functional as F
 
 import kafops
 from models import networks
-from models.analysis import depth
+from models.activations import KWinners
+from models.analysis import depth, depth_page
 from models.analysis.gradients import measure, moments_at, moments_normal
 from models.cli import main
 from models.images import MNIST
@@ -89,6 +90,45 @@ def test_the_factor_of_a_layer_weighs_channels_by_their_variance():
         ((x[:, 0].var(correction=0) + relu.var(correction=0)) / 2).item(), rel=1e-5
     )
     assert moments.slope == pytest.approx((1 + (x[:, 1] > 0).float().mean().item()) / 2, rel=1e-5)
+
+
+@pytest.mark.parametrize("activation", ["kwta", "kwta:per=channel"])
+def test_an_activation_across_elements_has_sizes_and_no_factors(activation, batch):
+    images, labels = batch
+    model = networks.build(SMALL, activation, MNIST, 0).train()
+    found = measure(model, images, labels)
+    assert len(found.activations) == 7
+    assert {(a.factor, a.normal_factor) for a in found.activations} == {(None, None)}
+    assert found.growth == []
+    x = model.norm(model.stem(model.entry(images)))
+    y = model.activation(x)
+    for size, values in ((found.activations[0].input_std, x), (found.activations[0].output_std, y)):
+        assert size == pytest.approx(values.double().var((0, 2, 3), correction=0).mean().sqrt().item(), rel=1e-5)
+    F.cross_entropy(model(images), labels).backward()
+    assert found.weights[0] == pytest.approx(model.stem.weight.grad.norm().item(), rel=1e-5)
+
+
+def test_factors_are_averaged_over_the_activations_that_have_them(batch, monkeypatch):
+    """A network of ReLUs of which one has become k-WTA; and one of k-WTA alone, which its page shows as –."""
+    build = networks.build
+
+    def mixed(*arguments):
+        model = build(*arguments)
+        model.activation = KWinners()
+        return model
+
+    with monkeypatch.context() as patch:
+        patch.setattr(networks, "build", mixed)
+        start = depth.start(SMALL, "relu", 0, MNIST, *batch)
+    # Of each of the six that are left, by hand as above.
+    assert start["normal_factor"] == pytest.approx(math.sqrt(0.5 / (0.5 - 0.5 / math.pi)), rel=2e-3)
+    assert start["factor"] > 0.5
+
+    start = depth.start(SMALL, "kwta", 0, MNIST, *batch)
+    assert start["factor"] is start["normal_factor"] is start["predicted"] is None
+    row = depth_page.starts([start], "command").splitlines()[-1]
+    assert row.startswith(f"| `{SMALL}` | kwta | ")
+    assert row.endswith(" | – | – | – |")
 
 
 def test_random_curves_explode_on_the_trunk_and_theory_says_so(batch):
@@ -186,3 +226,35 @@ def test_a_wrong_option_is_refused(arguments, message, capsys):
     with pytest.raises(SystemExit):
         main(["gradients", *arguments])
     assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--plan"], "--plan: such options go with --train"),
+        (["--jobs", "2", "--runs", "x"], "--jobs, --runs: such options go with --train"),
+        (["--train", "--seeds", "2", "--data", "digits"], "--data, --seeds: such options are in the file"),
+    ],
+)
+def test_options_of_the_other_kind_are_refused(arguments, message, capsys):
+    with pytest.raises(SystemExit):
+        main(["gradients", *arguments])
+    assert message in capsys.readouterr().err
+
+
+def test_norms_missing_after_a_kill_are_measured_on_resuming(tmp_path: Path):
+    content = json.loads(depth.DEPTH.read_text())
+    content |= {"data": "mnist5k:train=60,validation=20,test=20", "images": 20, "seeds": [0], "activations": ["relu"]}
+    content["networks"] = {"small": SMALL}
+    content["training"] |= {"epochs": 2, "batch_size": 20}
+    file = tmp_path / "tiny.json"
+    file.write_text(json.dumps(content))
+    study = plan.load(str(file))
+    run = study.runs()[0]
+    whole = depth.train(study, run, tmp_path / "results", tmp_path / "runs")
+    kept = tmp_path / "runs" / f"{run.name}.gradients.json"
+    kept.write_text(json.dumps([g for g in json.loads(kept.read_text()) if g["epoch"] in (0, 1)]))
+    again = depth.train(study, run, tmp_path / "results", tmp_path / "runs")
+    assert again["gradients"] == whole["gradients"]
+    kept.unlink()  # then nothing is known of the start, and nothing else is given out for it
+    assert [g["epoch"] for g in depth.train(study, run, tmp_path / "results", tmp_path / "runs")["gradients"]] == [2]

@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from models.analysis import operators
 from models.analysis.operators import convolution_norm, matrix_norm, pooling_overlap
 
 # Bounds are above the norm by what rounding may do, which is far below this part of it.
@@ -109,6 +110,22 @@ def test_a_delta_has_norm_one() -> None:
         weight[(0, 0, *place)] = 1
         for exact in (0, 1024):
             assert bound(weight, (6, 6), stride, 1, 1, 1, exact) == pytest.approx(1, rel=ROUNDING)
+
+
+@pytest.mark.parametrize(("channels", "tori"), [(80, 4), (128, 1)])
+def test_large_blocks_have_to_do_with_one_torus(channels: int, tori: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[object] = []
+    monkeypatch.setattr(operators, "_torus_norm", lambda *arguments: seen.append(arguments[-1]) or 1.0)
+    bound(kernel(channels, channels, 3, 3), (4, 4), 1, 1, 1, 1, exact=0)
+    assert len(seen) == tori
+
+
+def test_no_matrix_is_made_of_too_many_unit_vectors(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One output of 90 × 90 inputs: a row, but 8,100² entries of unit vectors."""
+    monkeypatch.setattr(operators, "_matrix", lambda *arguments: pytest.fail("made a matrix"))
+    weight = kernel(1, 1, 90, 90)
+    true = weight.norm().item()
+    assert true <= convolution_norm(weight, (90, 90), (90, 90), ((0, 0),) * 2, (1, 1)) <= true * (1 + ROUNDING)
 
 
 @pytest.mark.parametrize(

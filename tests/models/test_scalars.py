@@ -129,6 +129,20 @@ def test_infinite_intervals_are_enclosed() -> None:
     assert least.isfinite().all()
 
 
+def test_softplus_has_slope_one_above_its_threshold() -> None:
+    """As PyTorch's: autograd says 1.0 where the formula says sigmoid(25) = 1 - 1.4e-11."""
+    found = scalar(nn.Softplus(beta=2.0))
+    for low, high in ((1.0, 10.5), (10.5, 11.0), (9.0, 10.0)):
+        assert ends(found, low, high)[1][1] >= 1.0
+    assert ends(found, 8.0, 9.0)[1][1] < 1.0
+
+
+@pytest.mark.parametrize("options", [{"threshold": 1.0}, {"threshold": 19.9}, {"beta": -1.0}])
+def test_a_softplus_that_jumps_is_refused(options: dict[str, float]) -> None:
+    with pytest.raises(UserError, match="Softplus with beta > 0 and threshold >= 20, got beta="):
+        scalar(nn.Softplus(**options))
+
+
 def test_what_is_no_scalar_is_named() -> None:
     with pytest.raises(UserError, match="no bounds are known for the activation KWinners"):
         scalar(KWinners())

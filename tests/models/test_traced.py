@@ -7,6 +7,7 @@ from torch.nn import functional as F
 from trained_networks import NETWORKS, trained_like
 
 from models import images, networks
+from models.analysis import traced
 from models.analysis.intervals import logits
 from models.analysis.traced import BoundError, steps
 from models.evaluation import evaluation_mode
@@ -99,6 +100,15 @@ class Shifted(nn.Module):
         return x + 1
 
 
+class Constant(nn.Module):
+    def __init__(self, start: float) -> None:
+        super().__init__()
+        self.shift = nn.Parameter(torch.full((1, 1, 8, 8), start))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.shift
+
+
 @pytest.mark.parametrize(
     ("part", "message"),
     [
@@ -116,8 +126,77 @@ class Shifted(nn.Module):
         (Product(), "mul of the network cannot be bounded: the function mul is not known"),
         (Mean(), r"only that over all positions is known, got dim=1 of shape \[1, 1, 8, 8\]"),
         (Shifted(), "add of the network cannot be bounded: only the sum of two tensors of one shape is known"),
+        (
+            Constant(1.0),
+            r"add of the network cannot be bounded: it takes part\.shift, a tensor that does not come from",
+        ),
     ],
 )
 def test_what_is_not_known_is_named(part: nn.Module, message: str) -> None:
     with pytest.raises(BoundError, match=message):
         steps(Wrapped(part), (1, 8, 8))
+
+
+class Overwriting(nn.Module):
+    """A convolution, something in place, and a sum with what was there before."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.way = way
+        self.conv = nn.Conv2d(1, 2, 3, padding=1)
+        self.relu = nn.ReLU(inplace=True)
+        self.same = nn.Identity()
+        self.last = nn.Linear(128, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.conv(x)
+        z: Tensor
+        if self.way == "module":
+            z = y + self.relu(y)
+        elif self.way == "method":
+            z = y + y.relu_()
+        elif self.way == "function":
+            z = y + F.relu(y, True)
+        elif self.way == "sum":
+            z = y + y.add_(self.conv(x))
+        elif self.way == "+=":
+            z = y
+            z += self.conv(x)
+            z = z + y
+        elif self.way == "view":
+            z = F.relu(y.flatten(1), inplace=True) + y.flatten(1)
+        elif self.way == "shared":
+            z = self.relu(self.same(y)) + y
+        elif self.way == "clone":
+            z = self.relu(y.clone()) + y
+        elif self.way == "before":
+            z = self.same(y) + y
+            z = self.relu(z) + self.relu(self.conv(x))
+        return self.last(z.flatten(1))
+
+
+@pytest.mark.parametrize("way", ["module", "method", "function", "sum", "view", "shared"])
+def test_what_is_overwritten_is_not_used_again(way: str) -> None:
+    """conv(x) + relu(conv(x)) as written, but 2 relu(conv(x)) as PyTorch computes it."""
+    with pytest.raises(BoundError, match="after that was overwritten in place; use inplace=False"):
+        steps(Overwriting(way), (1, 8, 8))
+
+
+@pytest.mark.parametrize("way", ["clone", "before"])
+def test_in_place_operations_that_nobody_notices_are_fine(way: str) -> None:
+    model = Overwriting(way).double()
+    x = torch.rand(2, 1, 8, 8, dtype=torch.float64)
+    torch.testing.assert_close(logits(steps(model, (1, 8, 8)), x), model(x).detach())
+
+
+def test_a_sum_in_place_that_the_trace_does_not_show() -> None:
+    """torch.fx sees z += x as z = z + x."""
+    with pytest.raises(BoundError, match="Overwriting cannot be bounded: it computes something else than its steps do"):
+        steps(Overwriting("+="), (1, 8, 8))
+
+
+def test_steps_that_compute_something_else_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if a flaw of this module took tanh for the sigmoid."""
+    monkeypatch.setitem(traced._FUNCTIONS, torch.tanh, nn.Sigmoid)
+    with pytest.raises(BoundError, match="Functions cannot be bounded: it computes something else than its steps do"):
+        steps(Functions(), (1, 8, 8))
