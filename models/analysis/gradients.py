@@ -40,7 +40,8 @@ class NetworkGradients:
         trunk: root mean square of the gradient of the output of each residual block.
         activations: what each activation does.
         growth: for each block of a post-activation ResNet the factor by which, by the reading of
-            docs/exploding-gradients.md, it multiplies a gradient; empty for other networks, and where an activation has no factor.
+            docs/exploding-gradients.md, it multiplies a gradient; empty for other networks, and where an activation has
+            no factor.
     """
 
     weights: list[float | None]

@@ -273,8 +273,8 @@ _THRESHOLD = 20.0  # of softplus, PyTorch's default
 def _softplus(module: nn.Softplus) -> Scalar:
     """log(1 + exp(βx)) / β; PyTorch returns x itself for βx above the threshold, where the slope is 1.
 
-    There its value falls by log(1 + exp(-threshold)) / β, 2e-9 / β for a threshold of 20. Ranges of values include that;
-    slopes, and so Lipschitz constants, leave it out.
+    There its value falls by log(1 + exp(-threshold)) / β, 2e-9 / β for a threshold of 20. Ranges of values include
+    that; slopes, and so Lipschitz constants, leave it out.
     """
     beta, threshold = module.beta, module.threshold
     if not (0 < beta < math.inf and threshold >= _THRESHOLD):
