@@ -122,7 +122,8 @@ def _growth(axes: Axes, places: Sequence[Place], bounds: Bounds) -> None:
     last = len(places)
     axes.plot([0.5, last], [bounds.lower] * 2, color=style.BLUE, lw=1, ls=(0, (3, 2)))
     axes.plot([x for x, _ in finite], [y for _, y in finite], "o-", color=style.GREY, ms=2.5, lw=1.2)
-    axes.set_yscale("log")
+    if bounds.lower > 0 or finite:
+        axes.set_yscale("log")
     axes.set_xlim(0.5, 1.34 * last)
     told = [(bounds.lower, "found", style.BLUE)]
     if bounds.upper is None:
@@ -144,7 +145,8 @@ def _growth(axes: Axes, places: Sequence[Place], bounds: Bounds) -> None:
 
 def _tell(axes: Axes, x: float, told: Sequence[tuple[float, str, str]]) -> None:
     """Write values beside the last layer, from the lowest up, so far apart that they can be read."""
-    low, high = (math.log(limit) for limit in axes.get_ylim())
+    logarithmic = axes.get_yscale() == "log"
+    low, high = (math.log(limit) if logarithmic else limit for limit in axes.get_ylim())
     least = 0.0
     for value, name, colour in sorted(told):
         place = max((math.log(value) - low) / (high - low) if value > 0 else 0.0, least)
