@@ -150,10 +150,11 @@ def _look(
 def _states(
     run: Path, network: trained.Trained, options: argparse.Namespace
 ) -> tuple[list[int], Callable[[], Iterator[nn.Module]]]:
-    """Return the epochs of which there are curves, and what yields the network with those of one after the other."""
+    """Return the epochs with curves up to the state looked at, and what yields the network with those of each."""
     settings = network.settings
     model = networks.build(settings["network"], settings["activation"], network.data.images, settings["seed"])
-    epochs = kept.epochs(run)
+    last = int(checkpoints.load(network.checkpoint)[1]["epoch"])
+    epochs = [epoch for epoch in kept.epochs(run) if epoch <= last]
 
     def of_files() -> Iterator[nn.Module]:
         for epoch in epochs:
@@ -166,7 +167,7 @@ def _states(
 
     if epochs:
         return epochs, of_files
-    return [0, int(checkpoints.load(network.checkpoint)[1]["epoch"])], of_ends
+    return [0, last], of_ends
 
 
 def _show_layers(result: dict[str, Any], console: Console) -> None:

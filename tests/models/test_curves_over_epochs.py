@@ -385,7 +385,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_the_command_writes_figures_and_numbers(run: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["curves", str(run), "--attack", "pgd-2", "--batch-size", "7"]
+    arguments = ["curves", str(run), "--attack", "pgd-2", "--batch-size", "7", "--which", "latest"]
     assert main(arguments) == 0
     printed = " ".join(capsys.readouterr().out.split())
     names = {path.name for path in (run / "curves").iterdir()}
@@ -395,7 +395,7 @@ def test_the_command_writes_figures_and_numbers(run: Path, capsys: pytest.Captur
     }
     found = json.loads((run / "curves/curves.json").read_text())
     assert f"boundary={found['suggested_boundary']:g} encloses 99.9 %" in printed
-    network = trained.load(run)
+    network = trained.load(run, "latest")
     use = DictionaryUse(network.model)
     use.add(network.data.validation.tensors()[0])
     # The same but for the rounding of batches of another size, which may move a value over an edge.
@@ -441,3 +441,18 @@ def test_what_cannot_be_shown_is_explained(run: Path, tmp_path: Path, capsys: py
     with pytest.raises(SystemExit, match="2"):
         main(["curves", str(run), "--eps", "0.1"])
     assert "--eps is the radius of --attack, which is not given" in capsys.readouterr().err
+
+
+def test_the_strip_ends_at_the_state_that_is_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = ["train", str(tmp_path), "--network", "light:width=2,dense=4,patch=4", "--activation", "kaf_isometric"]
+    arguments += ["--data", "mnist5k:train=60,validation=20,test=20", "--epochs", "3", "--batch-size", "20"]
+    assert main([*arguments, "--watch-steps", "1", "--watch-drop", "0", "--no-tensorboard", "--threads", "1"]) == 0
+    drawn: list[list[int]] = []
+    strip = curve_strip.strip
+    monkeypatch.setattr(
+        curve_strip, "strip", lambda e, epochs, *rest: (drawn.append(epochs), strip(e, epochs, *rest))[1]
+    )
+    for which, file in trained.WHICH.items():
+        assert main(["curves", str(tmp_path), "--which", which, "--threads", "1"]) == 0
+        epoch = checkpoints.load(tmp_path / file)[1]["epoch"]
+        assert drawn.pop() == list(range(epoch + 1))
