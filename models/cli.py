@@ -28,7 +28,7 @@ _SETTINGS: tuple[tuple[str, Callable[[str], float], str], ...] = (
     ("seed", integer(0), "of split, weights, batches and noise"),
     ("epochs", integer(1), "epochs of each training"),
     ("width", integer(1, 1024), "channels of the first stage; the others have 2 and 4 times as many"),
-    ("train", integer(1), "training images"),
+    ("train", integer(2), "training images, some of them held out to watch training"),
     ("test", integer(1), "test images"),
     ("batch_size", integer(1), "images in a batch"),
     ("lr", positive, "peak learning rate"),

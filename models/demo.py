@@ -60,10 +60,14 @@ class Settings:
         """How each network is trained."""
         return Recipe(self.epochs, self.batch_size, self.lr, "fast", self.eps, nesterov=True, watch_steps=5)
 
+    @property
+    def held_out(self) -> int:
+        """How many of the training images are kept back, to watch training with."""
+        return min(128, max(1, self.train // 5))
+
     def of(self, activation: str) -> RunSettings:
         """Return the settings of one network's run."""
-        validation = min(128, max(1, self.train // 5))
-        images = f"mnist5k:train={self.train},validation={validation},test={self.test}"
+        images = f"mnist5k:train={self.train},validation={self.held_out},test={self.test}"
         return RunSettings(images, f"resnet20:width={self.width}", activation, self.recipe, self.seed)
 
 
@@ -170,6 +174,7 @@ class Demo:
         return {
             "command": self.command,
             "settings": asdict(self.settings),
+            "held_out": self.settings.held_out,
             "environments": self.folder.environments,
             "results": fixed,
             "timings": timings,

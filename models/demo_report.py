@@ -26,8 +26,9 @@ def page(metrics: dict[str, Any], labels: dict[str, str], figures: dict[str, byt
     networks = ", ".join(labels[name] for name in metrics["results"])
     body = f"""
 <h1>kafops demo</h1>
-<p class="lead">The same small ResNet20 with {escape(networks)}, trained adversarially on {settings["train"]:,} MNIST
-images and tested on {settings["test"]:,} others.</p>
+<p class="lead">The same small ResNet20 with {escape(networks)}, trained adversarially on
+{settings["train"] - metrics["held_out"]:,} MNIST images, watched on {metrics["held_out"]:,} and tested on
+{settings["test"]:,} others.</p>
 <pre>{escape(metrics["command"])}</pre>
 <h2>Accuracy, clean and under attack</h2>
 {html.figure(figures["accuracy"], "Clean and robust accuracy of each network, with 95 % Wilson intervals.")}

@@ -56,7 +56,7 @@ def train(study: Study, run: Run, results: Path, folder: Path) -> dict[str, Any]
     """Do one run of a study, or go on with it, and write its result; of a run that fails, the reason.
 
     A `workers.Do`: the result has what is wrong on test images, as that of `workers.train_and_attack`, and "gradients":
-    by epoch, from 0 on, the ratio of the first to the last gradient norm, and the norms.
+    by epoch, from 0 on, the ratio of the first to the last gradient norm. All norms stay beside the checkpoints.
     """
     place = folder / run.name
     common = {"settings": workers.settings(study, run), "environment": environment.describe()}
@@ -77,14 +77,14 @@ def _train(study: Study, run: Run, trainer: Trainer, kept: "_Kept") -> dict[str,
         images, labels = data.load(study.data, run.seed).test.tensors(study.images)
         clean = evaluate_clean(trainer.result.eval(), images, labels)
     except (TrainingError, EvaluationError) as error:
-        return {"error": str(error), "gradients": kept.records}
+        return {"error": str(error), "gradients": kept.ratios}
     return {
         "history": [asdict(epoch) for epoch in trainer.history],
         "parameters": sum(p.numel() for p in trainer.model.parameters()),
         "wrong": clean.mask,
         "found": {},
         "seconds": {},
-        "gradients": kept.records,
+        "gradients": kept.ratios,
     }
 
 
@@ -98,6 +98,11 @@ class _Kept:
         # A run that was stopped between the end of an epoch and its measurement is measured now, if no batch is done.
         if trainer.batch == 0 and all(record["epoch"] != trainer.epoch for record in self.records):
             self._add(trainer.epoch)
+
+    @property
+    def ratios(self) -> list[dict[str, Any]]:
+        """What goes into the result."""
+        return [{"epoch": record["epoch"], "ratio": record["ratio"]} for record in self.records]
 
     def add(self, record: EpochRecord) -> None:
         """Measure after an epoch."""

@@ -20,7 +20,6 @@ from torch import Tensor, nn
 
 import kafops
 from models import taps
-from models.activations import KWinners
 from models.errors import UserError
 from models.evaluation import evaluation_mode
 from models.histograms import BINS, Histogram, NotFinite, wasserstein
@@ -320,7 +319,7 @@ class _Side:
 
 def curve(module: nn.Module, x: Tensor, channels: int, rank: int) -> Tensor | None:  # [P] -> [C, P]
     """Return an activation's value at each x for each channel; None where it is no function of one value."""
-    if isinstance(module, KWinners):
+    if not taps.elementwise(module):
         return None
     grid = x.view(-1, 1).expand(-1, channels).reshape(len(x), channels, *[1] * (rank - 2))
     with torch.no_grad():

@@ -81,11 +81,10 @@ def _run(options: argparse.Namespace, command: str) -> int:
         torch.set_num_threads(options.threads)
     console = Console()
     labels = looking.labels(options.folders)
-    _one_eps(options, command)
-    results = []
+    looks = [_Look(folder, label, options, command) for folder, label in zip(options.folders, labels, strict=True)]
+    _one_eps(looks)
     with StopRequest() as stop, looking.progress(console) as progress:
-        for folder, label in zip(options.folders, labels, strict=True):
-            results.append(_Look(folder, label, options, command).result(progress, stop))
+        results = [look.result(progress, stop) for look in looks]
     if len(results) == 1:
         console.print(_layers(results[0]))
         console.print()
@@ -101,13 +100,10 @@ def _run(options: argparse.Namespace, command: str) -> int:
     return 0
 
 
-def _one_eps(options: argparse.Namespace, command: str) -> None:
+def _one_eps(looks: Sequence["_Look"]) -> None:
     """Refuse to compare runs that would be attacked at different radii."""
-    if options.eps is not None or len(options.folders) == 1:
-        return
-    eps = {str(folder): _Look(folder, "", options, command).eps for folder in options.folders}
-    if len(set(eps.values())) > 1:
-        told = ", ".join(f"{folder} {value:.4g}" for folder, value in eps.items())
+    if len({look.eps for look in looks}) > 1:
+        told = ", ".join(f"{look.label} {look.eps:.4g}" for look in looks)
         raise UserError(f"the runs were trained for different radii: {told}; give --eps, one radius for all")
 
 

@@ -77,6 +77,8 @@ def _run(options: argparse.Namespace, command: str) -> int:
     console, starts = Console(highlight=False), []
     for network, activation, seed in track(grid, "measuring", console=console):
         starts.append(depth.start(network, activation, seed, sets.images, images, labels))
+        if seed:
+            del starts[-1]["weights"]  # the figure shows those of the first seed
     text = depth_page.starts(starts, command)
     files.write_json(out / "initial.json", {"command": command, "data": options.data, "starts": starts})
     files.write_bytes(out / "initial.png", figures.starts(starts))

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import kafops
 from models.errors import UserError
-from models.training.curves import rank
+from models.training.curves import kaf_layers, rank
 from models.training.recipe import Recipe
 
 FREE = 1.0
@@ -41,7 +41,7 @@ class Slopes:
 
     def __init__(self, model: nn.Module, recipe: Recipe) -> None:
         self.weight, self.most = recipe.slope_penalty, recipe.slope_limit
-        self.layers = [module for module in model.modules() if isinstance(module, kafops.KAF)]
+        self.layers = list(kaf_layers(model).values())
         asked = [name for name in ("slope_penalty", "slope_limit") if getattr(recipe, name)]
         if asked and not self.layers:
             raise SlopeError(

@@ -147,6 +147,7 @@ def test_report_is_one_whole_page(finished: Path) -> None:
     for result in content["results"].values():
         assert f"{100 * result['clean']['accuracy']:.1f} %" in text
     assert content["environments"][0]["torch"] in text
+    assert "32 MNIST images, watched on 8 and tested on 20 others" in " ".join(text.split())
     assert 'name="viewport"' in text
 
 
