@@ -132,20 +132,20 @@ def _kaf_isometric(*, dictionary_size: int = 20, boundary: float = 3.0) -> Activ
 
 @ACTIVATIONS.register("kaf_rq")
 def _kaf_rq(*, dictionary_size: int = 20, boundary: float = 3.0) -> ActivationFactory:
-    """Curves of the rational quadratic kernel, isometric at the start."""
-    return _kaf_factory(dictionary_size, boundary, "isometric", kernel="rational_quadratic")
+    """Curves of the rational quadratic kernel, fitted to ELU at the start."""
+    return _kaf_factory(dictionary_size, boundary, "elu", kernel="rational_quadratic")
 
 
 @ACTIVATIONS.register("kaf_matern")
 def _kaf_matern(*, dictionary_size: int = 20, boundary: float = 3.0) -> ActivationFactory:
-    """Curves of the Matérn kernel with ν = 3/2, isometric at the start."""
-    return _kaf_factory(dictionary_size, boundary, "isometric", kernel="matern32")
+    """Curves of the Matérn kernel with ν = 3/2, fitted to ELU at the start."""
+    return _kaf_factory(dictionary_size, boundary, "elu", kernel="matern32")
 
 
 @ACTIVATIONS.register("kaf_bspline")
 def _kaf_bspline(*, dictionary_size: int = 20, boundary: float = 3.0) -> ActivationFactory:
-    """Cubic splines with knots at the points of the dictionary, isometric at the start."""
-    return _kaf_factory(dictionary_size, boundary, "isometric", kernel="bspline")
+    """Cubic splines with knots at the points of the dictionary, fitted to ELU at the start."""
+    return _kaf_factory(dictionary_size, boundary, "elu", kernel="bspline")
 
 
 @ACTIVATIONS.register("kaf_free")
