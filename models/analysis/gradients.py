@@ -3,13 +3,13 @@
 import copy
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from models import taps
+from models.networks.resnet import PostActivationBlock, ResNet
 
 
 @dataclass(frozen=True)
@@ -18,14 +18,13 @@ class ActivationGradients:
 
     Args:
         name: of the module.
-        input_std, output_std: root of the mean variance of a channel, over images and positions.
+        output_std: root of the mean variance of a channel of its output, over images and positions.
         factor: sqrt(Σ_c E[f_c′²] / Σ_c Var f_c) for the inputs that there are; None for an activation that does not
             work on each element by itself, as k-WTA.
         normal_factor: the same for inputs x ~ N(0, 1), by quadrature.
     """
 
     name: str
-    input_std: float
     output_std: float
     factor: float | None
     normal_factor: float | None
@@ -37,7 +36,9 @@ class NetworkGradients:
 
     Args:
         weights: gradient norm of the weights of each convolution, from the images on.
-        trunk: root mean square of the gradient of the output of each residual block.
+        trunk: root mean square of the gradient of the output of each block of a ResNet; empty for other networks.
+        signals: forward, the root of the mean variance of a channel at the output of each block of a ResNet, of each
+            activation in other networks.
         activations: what each activation does.
         growth: for each block of a post-activation ResNet the factor by which, by the reading of
             docs/exploding-gradients.md, it multiplies a gradient; empty for other networks, and where an activation has
@@ -46,6 +47,7 @@ class NetworkGradients:
 
     weights: list[float | None]
     trunk: list[float | None]
+    signals: list[float | None]
     activations: list[ActivationGradients]
     growth: list[float]
 
@@ -66,7 +68,7 @@ def measure(model: nn.Module, images: Tensor, labels: Tensor) -> NetworkGradient
     """
     model = copy.deepcopy(model).train()
     convolutions = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
-    blocks = list(getattr(model, "blocks", ()))
+    blocks = list(model.blocks) if isinstance(model, ResNet) else []
     activations = taps.activations(model)
     inputs: dict[nn.Module, Tensor] = {}
     trunk: list[Tensor] = []
@@ -90,7 +92,10 @@ def measure(model: nn.Module, images: Tensor, labels: Tensor) -> NetworkGradient
         for name, m in activations.items()
         if m in inputs
     ]
-    return NetworkGradients(norms, sizes, described, _growth(blocks, inputs, moments))
+    signals = [_finite(_variance(y).sqrt()) for y in trunk]
+    if not blocks:
+        signals = [a.output_std for a in described]
+    return NetworkGradients(norms, sizes, signals, described, _growth(blocks, inputs, moments))
 
 
 @dataclass(frozen=True)
@@ -134,12 +139,11 @@ def moments_normal(activation: nn.Module, channels: int) -> Moments:
     return moments_at(activation, x[:, None].expand(-1, channels), weights / weights.sum())
 
 
-def _describe(module: nn.Module, x: Tensor, moments: Moments) -> tuple[float, float, float | None, float | None]:
-    variance = x.double().transpose(0, 1).flatten(1).var(1, correction=0).mean().item()
-    sizes = math.sqrt(variance), math.sqrt(moments.variance)
+def _describe(module: nn.Module, x: Tensor, moments: Moments) -> tuple[float, float | None, float | None]:
+    size = math.sqrt(moments.variance)
     if not taps.elementwise(module):
-        return *sizes, None, None
-    return *sizes, moments.factor, moments_normal(module, x.shape[1]).factor
+        return size, None, None
+    return size, moments.factor, moments_normal(module, x.shape[1]).factor
 
 
 def _growth(blocks: list[nn.Module], inputs: dict[nn.Module, Tensor], moments: dict[nn.Module, Moments]) -> list[float]:
@@ -150,17 +154,21 @@ def _growth(blocks: list[nn.Module], inputs: dict[nn.Module, Tensor], moments: d
     """
     grown = []
     for block in blocks:
-        if type(block).__name__ != "PostActivationBlock":
+        if not isinstance(block, PostActivationBlock):
             return []
-        parts: Any = block
-        if not (taps.elementwise(parts.activation1) and taps.elementwise(parts.activation2)):
+        if not (taps.elementwise(block.activation1) and taps.elementwise(block.activation2)):
             return []
-        sigma2 = inputs[block].double().transpose(0, 1).flatten(1).var(1, correction=0).mean().item()
-        weight2 = parts.norm2.weight.detach().double().square().mean().item()
-        inner, trunk = moments[parts.activation1], moments[parts.activation2]
+        sigma2 = _variance(inputs[block]).item()
+        weight2 = block.norm2.weight.detach().double().square().mean().item()
+        inner, trunk = moments[block.activation1], moments[block.activation2]
         branch = weight2 * inner.factor**2 / sigma2 if sigma2 > 0 else math.inf
         grown.append(math.sqrt(trunk.slope * (1 + branch)))
     return grown
+
+
+def _variance(x: Tensor) -> Tensor:
+    """Return the mean over channels of the variance over images and positions."""
+    return x.detach().double().transpose(0, 1).flatten(1).var(1, correction=0).mean()
 
 
 def _finite(norm: Tensor) -> float | None:

@@ -10,19 +10,20 @@ from rich.progress import track
 
 from models import arguments, data, files, networks
 from models.activations import ACTIVATIONS
-from models.analysis import depth, depth_page
 from models.commands import study as studies
 from models.figures import gradients as figures
 from models.networks import NETWORKS
-from models.study import plan
+from models.study import depth, plan
+from models.study.depth import page
 
 _ABOUT = """
 Measures norms of signals and gradients layer by layer: of networks as they start (default), and with --train along the
 training of a study of them, which also tells whether they learn.
 
-As they start: writes initial.md, initial.png and initial.json to OUT: for each network and activation the gradient norm
-of the first convolution over that of the last one, what the theory of docs/exploding-gradients.md says of it, and the
-factor by which activations grow a gradient, sqrt(E[f'^2] / Var f), for their own inputs and for standard normal ones.
+As they start: writes initial.md, initial.png (gradients), signals.png and initial.json to OUT: for each network and
+activation the gradient norm of the first convolution over that of the last one, what the theory of
+docs/exploding-gradients.md says of it, and the factor by which activations grow a gradient, sqrt(E[f'^2] / Var f), for
+their own inputs and for standard normal ones.
 
 With --train: each run is trained, its norms are measured after every epoch, and OUT gets README.md, figures and a
 result for each run. Ctrl-C stops at any time; the same command goes on with what is left.
@@ -60,7 +61,7 @@ def _run(options: argparse.Namespace, command: str) -> int:
     torch.set_num_threads(options.threads)
     try:
         if options.train is not None:
-            return studies.carry_out(plan.load(options.train), options, command, depth_page.report, depth.train)
+            return studies.carry_out(plan.load(options.train), options, command, page.report, depth.train)
         options.networks, options.activations = options.networks or _NETWORKS, options.activations or _ACTIVATIONS
         options.data, options.seeds = options.data or "mnist5k", options.seeds or 3
         for network, activation in itertools.product(options.networks, options.activations):
@@ -78,10 +79,11 @@ def _run(options: argparse.Namespace, command: str) -> int:
     for network, activation, seed in track(grid, "measuring", console=console):
         starts.append(depth.start(network, activation, seed, sets.images, images, labels))
         if seed:
-            del starts[-1]["weights"]  # the figure shows those of the first seed
-    text = depth_page.starts(starts, command)
+            del starts[-1]["weights"], starts[-1]["signals"]  # figures show those of the first seed
+    text = page.starts(starts, command)
     files.write_json(out / "initial.json", {"command": command, "data": options.data, "starts": starts})
     files.write_bytes(out / "initial.png", figures.starts(starts))
+    files.write_bytes(out / "signals.png", figures.signals(starts))
     files.write_text(out / "initial.md", text)
     console.print(text, soft_wrap=True, markup=False)
     console.print(f"Written: {out / 'initial.md'}")

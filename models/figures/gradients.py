@@ -1,6 +1,8 @@
 """Gradient norms over layers as networks start, and over epochs."""
 
 import itertools
+import math
+from collections.abc import Callable
 from typing import Any
 
 from matplotlib.axes import Axes
@@ -17,6 +19,17 @@ def starts(found: list[dict[str, Any]]) -> bytes:
 
     The line is of the first seed.
     """
+    return _panels(found, lambda start: _relative(start["weights"]), "convolution", "gradient, to the last")
+
+
+def signals(found: list[dict[str, Any]]) -> bytes:
+    """Draw the size of the signal behind each residual block, or activation where there are none, as `starts` does."""
+    return _panels(found, lambda start: _known(start["signals"]), "residual block or activation", "size of the signal")
+
+
+def _panels(
+    found: list[dict[str, Any]], line: Callable[[dict[str, Any]], list[float]], along: str, measured: str
+) -> bytes:
     networks = list(dict.fromkeys(s["network"] for s in found))
     activations = list(dict.fromkeys(s["activation"] for s in found))
     first = {(s["network"], s["activation"]): s for s in reversed(found)}
@@ -30,19 +43,57 @@ def starts(found: list[dict[str, Any]]) -> bytes:
                 axes.set_axis_off()
                 continue
             for activation in activations:
-                norms = first[network, activation]["weights"]
-                shares = [n / norms[-1] if n and norms[-1] else None for n in norms]
-                axes.plot(range(1, len(norms) + 1), shares, lw=1.1, **_look(activations, activation))
-            axes.set_yscale("log")
+                _draw(axes, line(first[network, activation]), **_look(activations, activation))
             axes.set_title(_short(network), fontsize=8)
-            axes.axhline(1, color=style.PALE_GREY, lw=0.8, zorder=0)
-            axes.xaxis.set_major_locator(MaxNLocator(3, integer=True))
         for axes in grid[-1]:
-            axes.set_xlabel("convolution")
+            axes.set_xlabel(along)
         for axes in grid[:, 0]:
-            axes.set_ylabel("gradient, to the last", fontsize=8)
+            axes.set_ylabel(measured, fontsize=8)
         _legend(figure, activations)
         return style.png(figure)
+
+
+def layers(results: list[tuple[str, str, dict[str, Any]]]) -> bytes:
+    """Draw norms layer by layer at the start, dotted, and at the end: (network, activation, layers) each.
+
+    Above gradients of convolutions relative to the last one's, below sizes of signals; a column a network.
+    """
+    networks = list(dict.fromkeys(network for network, _, _ in results))
+    activations = list(dict.fromkeys(activation for _, activation, _ in results))
+    with style.context():
+        figure = style.figure(height=4.6)
+        grid = figure.subplots(2, len(networks), sharey="row", squeeze=False)
+        for name, activation, found in results:
+            above, below = grid[:, networks.index(name)]
+            colour = {"color": _look(activations, activation)["color"]}
+            for when, dashes in (("start", ":"), ("end", "-")):
+                _draw(above, _relative(found[when]["weights"]), **colour, ls=dashes)
+                _draw(below, _known(found[when]["signals"]), **colour, ls=dashes)
+            above.set(title=name, xlabel="convolution")
+            below.set(xlabel="residual block")
+        grid[0, 0].set_ylabel("gradient, to the last")
+        grid[1, 0].set_ylabel("size of the signal")
+        handles = [Line2D([], [], label=a, color=_look(activations, a)["color"]) for a in activations]
+        handles += [Line2D([], [], label=label, color="black", ls=ls) for label, ls in (("start", ":"), ("end", "-"))]
+        figure.legend(handles=handles, loc="outside upper left", ncols=len(handles), fontsize=8, handlelength=1.5)
+        return style.png(figure)
+
+
+def _draw(axes: Axes, values: list[float], **look: Any) -> None:
+    axes.plot(range(1, len(values) + 1), values, lw=1.1, **look)
+    axes.set_yscale("log")
+    axes.axhline(1, color=style.PALE_GREY, lw=0.8, zorder=0)
+    axes.xaxis.set_major_locator(MaxNLocator(3, integer=True))
+
+
+def _relative(norms: list[float | None]) -> list[float]:
+    """Return norms relative to the last one; NaN, which is not drawn, for what is unknown or 0."""
+    last = norms[-1]
+    return [n / last if n and last else math.nan for n in norms]
+
+
+def _known(sizes: list[float | None]) -> list[float]:
+    return [size or math.nan for size in sizes]
 
 
 def training(results: list[tuple[str, str, dict[str, Any]]]) -> bytes:

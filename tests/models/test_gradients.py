@@ -10,13 +10,13 @@ from torch import nn
 from torch.nn import functional as F
 
 import kafops
-from models import networks
+from models import data, networks
 from models.activations import KWinners
-from models.analysis import depth, depth_page
 from models.analysis.gradients import measure, moments_at, moments_normal
 from models.cli import main
 from models.images import MNIST
-from models.study import plan, workers
+from models.study import depth, plan, workers
+from models.study.depth import page
 
 SMALL = "resnet:depth=8,width=2,form=post,patch=4"
 
@@ -54,6 +54,14 @@ def test_the_trunk_is_measured_at_the_outputs_of_blocks(batch):
     trunk = head[-1].detach().requires_grad_()
     F.cross_entropy(model.classifier(model.blocks[2](trunk).mean((2, 3))), labels).backward()
     assert found.trunk[1] == pytest.approx(trunk.grad.square().mean().sqrt().item(), rel=1e-4)
+    assert found.signals[1] == pytest.approx(trunk.double().var((0, 2, 3), correction=0).mean().sqrt().item(), rel=1e-6)
+
+
+def test_signals_of_a_network_without_blocks_are_those_of_its_activations(batch):
+    model = networks.build("vgg:width=2,dense=4,patch=2", "silu", MNIST, 0)
+    found = measure(model, *batch)
+    assert len(found.signals) == 7
+    assert found.signals == [a.output_std for a in found.activations]
 
 
 # By hand: E[f'^2] / Var f of x is 1, of ReLU (1/2) / (1/2 - 1/(2π)).
@@ -102,8 +110,8 @@ def test_an_activation_across_elements_has_sizes_and_no_factors(activation, batc
     assert found.growth == []
     x = model.norm(model.stem(model.entry(images)))
     y = model.activation(x)
-    for size, values in ((found.activations[0].input_std, x), (found.activations[0].output_std, y)):
-        assert size == pytest.approx(values.double().var((0, 2, 3), correction=0).mean().sqrt().item(), rel=1e-5)
+    wanted = y.double().var((0, 2, 3), correction=0).mean().sqrt().item()
+    assert found.activations[0].output_std == pytest.approx(wanted, rel=1e-5)
     F.cross_entropy(model(images), labels).backward()
     assert found.weights[0] == pytest.approx(model.stem.weight.grad.norm().item(), rel=1e-5)
 
@@ -126,7 +134,7 @@ def test_factors_are_averaged_over_the_activations_that_have_them(batch, monkeyp
 
     start = depth.start(SMALL, "kwta", 0, MNIST, *batch)
     assert start["factor"] is start["normal_factor"] is start["predicted"] is None
-    row = depth_page.starts([start], "command").splitlines()[-1]
+    row = page.starts([start], "command").splitlines()[-1]
     assert row.startswith(f"| `{SMALL}` | kwta | ")
     assert row.endswith(" | – | – | – |")
 
@@ -171,6 +179,11 @@ def test_a_study_records_norms_by_epoch_and_goes_on(tmp_path: Path, batch):
     run = study.runs()[1]
     result = depth.train(study, run, tmp_path / "results", tmp_path / "runs")
     assert [g["epoch"] for g in result["gradients"]] == [0, 1, 2]
+    start, end = result["layers"]["start"], result["layers"]["end"]
+    assert (start["epoch"], end["epoch"], len(end["signals"])) == (0, 2, 3)
+    model = networks.build(SMALL, "kaf_elu", MNIST, 0)  # as it starts
+    found = measure(model, *depth.batch(data.load(study.data, 0)))
+    assert (start["weights"], start["signals"]) == (found.weights, found.signals)
     assert len(result["wrong"]) == 20
     assert workers.read(tmp_path / "results", study) == {run.name: result}
     again = depth.train(study, run, tmp_path / "results", tmp_path / "runs")
@@ -179,10 +192,12 @@ def test_a_study_records_norms_by_epoch_and_goes_on(tmp_path: Path, batch):
 
     folders = ["--out", str(tmp_path / "results"), "--runs", str(tmp_path / "runs")]
     assert main(["gradients", "--train", str(file), *folders, "--jobs", "1"]) == 0
-    page = (tmp_path / "results" / "README.md").read_text()
-    assert "from 2 of 2 runs" in page
-    assert "| small | kaf_elu |" in page
-    assert (tmp_path / "results" / "training.png").read_bytes().startswith(b"\x89PNG")
+    text = (tmp_path / "results" / "README.md").read_text()
+    assert "from 2 of 2 runs" in text
+    assert "| small | kaf_elu |" in text
+    assert "](layers.png)" in text
+    for name in ("training", "layers"):
+        assert (tmp_path / "results" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
 def test_a_run_that_fails_is_reported_with_the_norms_until_then(tmp_path: Path):
@@ -211,7 +226,9 @@ def test_the_command_measures_networks_as_they_start(tmp_path: Path, capsys):
     printed = capsys.readouterr().out
     assert f"| `{small}` | relu |" in printed
     assert (tmp_path / "initial.md").read_text().strip() in printed
-    assert (tmp_path / "initial.png").read_bytes().startswith(b"\x89PNG")
+    assert all(("signals" in s) == (s["seed"] == 0) for s in starts)
+    for name in ("initial", "signals"):
+        assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize(

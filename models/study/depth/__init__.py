@@ -30,7 +30,7 @@ def batch(sets: DataSet) -> tuple[Tensor, Tensor]:
 def start(
     network: str, activation: str, seed: int, form: ImageFormat, images: Tensor, labels: Tensor
 ) -> dict[str, Any]:
-    """Measure a network as it starts: names and seed, and what `depth_page` shows of it.
+    """Measure a network as it starts: names and seed, and what `page` shows of it.
 
     "trunk_growth" is the gradient at the output of the first residual block over that at the output of the last one,
     "predicted" what the theory makes of it, for post-activation ResNets. "factor" and "normal_factor" are root mean
@@ -49,6 +49,7 @@ def start(
         "factor": _rms([own for own, _ in factors]),
         "normal_factor": _rms([normal for _, normal in factors]),
         "weights": found.weights,
+        "signals": found.signals,
     }
 
 
@@ -56,7 +57,8 @@ def train(study: Study, run: Run, results: Path, folder: Path) -> dict[str, Any]
     """Do one run of a study, or go on with it, and write its result; of a run that fails, the reason.
 
     A `workers.Do`: the result has what is wrong on test images, as that of `workers.train_and_attack`, and "gradients":
-    by epoch, from 0 on, the ratio of the first to the last gradient norm. All norms stay beside the checkpoints.
+    by epoch, from 0 on, the ratio of the first to the last gradient norm; of the first seed "layers" too, the norms of
+    all layers at the start and at the end. Those of all epochs stay beside the checkpoints.
     """
     place = folder / run.name
     common = {"settings": workers.settings(study, run), "environment": environment.describe()}
@@ -78,7 +80,7 @@ def _train(study: Study, run: Run, trainer: Trainer, kept: "_Kept") -> dict[str,
         clean = evaluate_clean(trainer.result.eval(), images, labels)
     except (TrainingError, EvaluationError) as error:
         return {"error": str(error), "gradients": kept.ratios}
-    return {
+    result = {
         "history": [asdict(epoch) for epoch in trainer.history],
         "parameters": sum(p.numel() for p in trainer.model.parameters()),
         "wrong": clean.mask,
@@ -86,6 +88,9 @@ def _train(study: Study, run: Run, trainer: Trainer, kept: "_Kept") -> dict[str,
         "seconds": {},
         "gradients": kept.ratios,
     }
+    if run.seed == study.seeds[0]:  # the figure shows one seed
+        result["layers"] = {"start": kept.records[0], "end": kept.records[-1]}
+    return result
 
 
 class _Kept:
@@ -110,7 +115,8 @@ class _Kept:
 
     def _add(self, epoch: int) -> None:
         found = measure(self.model, self.images, self.labels)
-        self.records.append({"epoch": epoch, "ratio": found.ratio, "weights": found.weights, "trunk": found.trunk})
+        norms = {"weights": found.weights, "trunk": found.trunk, "signals": found.signals}
+        self.records.append({"epoch": epoch, "ratio": found.ratio, **norms})
         files.write_json(self.path, self.records)
 
 

@@ -13,13 +13,15 @@ from models.study.summary import CLEAN, accuracies
 
 
 def starts(found: list[dict[str, Any]], command: str) -> str:
-    """Return a Markdown page of networks as they start; see `models.analysis.depth.start`."""
+    """Return a Markdown page of networks as they start; see `models.study.depth.start`."""
     lines = [
         "# Gradients as networks start",
         "",
         f"```sh\n{command}\n```",
         "",
         "![gradient norms](initial.png)",
+        "",
+        "![size of signals](signals.png)",
         "",
         "Medians over seeds. *First to last*: gradient norm of the first convolution over that of the last. *Along the "
         "trunk*: gradient at the output of the first residual block over that at the last one's, and *by theory*, for "
@@ -38,12 +40,22 @@ def starts(found: list[dict[str, Any]], command: str) -> str:
 
 
 def report(study: Study, done: dict[str, dict[str, Any]], results: Path, command: str) -> None:
-    """Write README.md and training.png for the runs that are done."""
+    """Write README.md, training.png and layers.png for the runs that are done."""
     if not done:
         return
     runs = [run for run in study.runs() if run.name in done]
     shown = [(run, done[run.name]) for run in runs]
     files.write_bytes(results / "training.png", figures.training([(r.network, r.activation, x) for r, x in shown]))
+    layers = []
+    if whole := [(r.network, r.activation, x["layers"]) for r, x in shown if "layers" in x]:
+        files.write_bytes(results / "layers.png", figures.layers(whole))
+        layers = [
+            "## Layer by layer",
+            "![norms layer by layer](layers.png)",
+            f"Of seed {study.seeds[0]}, dotted at the start and solid after the last epoch: the gradient norm of each "
+            "convolution over that of the last one, and the size of the signal behind each residual block (the root of "
+            "the mean variance of a channel).",
+        ]
     rows = [
         "| network | activation | accuracy | difference to " + study.activations[0] + " | first to last at the start | "
         "largest in training | at the end | failed |",
@@ -73,6 +85,7 @@ def report(study: Study, done: dict[str, dict[str, Any]], results: Path, command
         "the end, and the largest or smallest (whichever is farther from 1) after any epoch of any seed. *Failed* "
         "counts runs whose loss became NaN or infinite.",
         "\n".join(rows),
+        *layers,
         "## Machine",
         "\n".join(sorted({_machine(x["environment"]) for x in done.values()})),
     ]
