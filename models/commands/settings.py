@@ -34,7 +34,11 @@ _TRAINING: tuple[tuple[str, Callable[[str], Any], str], ...] = (
     ("activation_lr", arguments.positive, "learning rate of activation parameters, as a multiple of lr"),
     ("clip", arguments.or_none(arguments.positive), "largest norm of the gradient, or none"),
     ("label_smoothing", arguments.share, "of the cross-entropy"),
-    ("slope_penalty", arguments.not_negative, "weight of a penalty on slopes above 1 of learned curves, 0 for none"),
+    (
+        "slope_penalty",
+        arguments.not_negative,
+        "weight of a penalty on learned curves steeper for their size than ReLU, or 0",
+    ),
     ("slope_limit", arguments.or_none(arguments.positive), "largest slope of learned curves, or none"),
     ("precision", str, f"{', '.join(PRECISIONS)}; the latter two are automatic mixed precision"),
     ("ema", arguments.share, "decay of a moving average of the weights, 0 for none"),

@@ -25,8 +25,8 @@ class Recipe:
         activation_lr: learning rate of activation parameters, as a multiple of lr.
         clip: largest norm of the gradient of all parameters, or None.
         label_smoothing: of the cross-entropy that is minimised, in [0, 1).
-        slope_penalty: weight in the loss of max(0, max |f′| − 1)², on average over the curves f of all KAF layers; 0
-            for no such term. See `models.training.lipschitz`.
+        slope_penalty: weight in the loss of max(0, max |f′| / std f − 1.71)², on average over the curves f of all KAF
+            layers; 0 for no such term. See `models.training.lipschitz`.
         slope_limit: largest |f′| of a KAF layer's curve: after each update steeper ones are scaled down to it; or None.
         precision: "float32", or automatic mixed precision in "bfloat16" or "float16" (whose losses are scaled).
         ema: decay per step of an exponential moving average of the weights, which is then what is watched and
