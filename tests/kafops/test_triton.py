@@ -229,7 +229,7 @@ def test_writes_what_it_should_and_nothing_else(case, guarded):
 @pytest.mark.parametrize("size", [2, 3, 5, 6, 20, 21, 128])
 def test_around_the_change_of_formula(size):
     """FAST and DIRECT on both sides of the bounds that choose between them, with large coefficients and far inputs."""
-    limit = {2: 2.6, 3: 2.6, 5: 2.2, 6: 1.4, 20: 0.6, 21: 0.4, 128: 0.2}[size]
+    limit = {2: 0.51, 3: 0.51, 5: 0.51, 6: 0.51, 20: 0.51, 21: 0.4, 128: 0.2}[size]
     for spacing in (2**-10 * 0.999, 2**-10 * 1.001, 0.6 * limit, 0.9 * limit, 1.1 * limit, 1.5 * limit):
         p = Case((400, 2), size=size, spacing=spacing).problem()
         x = torch.linspace(-40, 40, p.x.numel(), dtype=F64).reshape(p.x.shape) * p.boundary / size

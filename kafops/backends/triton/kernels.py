@@ -289,7 +289,8 @@ def _fast_constants(gamma_ptr, spacing, per_spacing, D, MANY: tl.constexpr):
     # exp(-104) = 0, so Gaussians reach R = sqrt(104 / t). No power of r may overflow up to there, nor α r^j w_j of the
     # anchor that is farthest away, which is α exp(4 t (|e| - 1)); where there are many, _guarded takes care of that.
     reach = edge if MANY else edge + tl.maximum(last, end - 2) - 1
-    ok = (t32 >= 0.0009765625) & (4 * t32 * reach + 4 * tl.sqrt(104 * t32) <= 70)
+    # E is exp(-4 t) where K = 1 for j = ±2, and the roundings of its exponent count as much more: t stays moderate.
+    ok = (t32 >= 0.0009765625) & (t32 <= 0.51) & (4 * t32 * reach + 4 * tl.sqrt(104 * t32) <= 70)
     limit = (edge + tl.sqrt(104 / t32)) * delta.to(tl.float32)
     return ok, limit, t_hi, t_lo, inverse_hi, inverse_lo, kappa_hi, kappa_lo, (gamma * delta * 2).to(tl.float32)
 
