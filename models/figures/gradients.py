@@ -24,7 +24,7 @@ def starts(found: list[dict[str, Any]]) -> bytes:
 
 def signals(found: list[dict[str, Any]]) -> bytes:
     """Draw the size of the signal behind each residual block, or activation where there are none, as `starts` does."""
-    return _panels(found, lambda start: _known(start["signals"]), "residual block or activation", "size of the signal")
+    return _panels(found, lambda start: _known(start["signals"]), "block", "size of the signal")
 
 
 def _panels(
@@ -70,7 +70,7 @@ def layers(results: list[tuple[str, str, dict[str, Any]]]) -> bytes:
                 _draw(above, _relative(found[when]["weights"]), **colour, ls=dashes)
                 _draw(below, _known(found[when]["signals"]), **colour, ls=dashes)
             above.set(title=name, xlabel="convolution")
-            below.set(xlabel="residual block")
+            below.set(xlabel="block")
         grid[0, 0].set_ylabel("gradient, to the last")
         grid[1, 0].set_ylabel("size of the signal")
         handles = [Line2D([], [], label=a, color=_look(activations, a)["color"]) for a in activations]

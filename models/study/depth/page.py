@@ -23,6 +23,10 @@ def starts(found: list[dict[str, Any]], command: str) -> str:
         "",
         "![size of signals](signals.png)",
         "",
+        "*Above*: gradient norm of each convolution over that of the last one. *Below*: size of the signal behind each "
+        "residual block (activation, in a network without blocks), the root of the mean variance of a channel. Of the "
+        "first seed.",
+        "",
         "Medians over seeds. *First to last*: gradient norm of the first convolution over that of the last. *Along the "
         "trunk*: gradient at the output of the first residual block over that at the last one's, and *by theory*, for "
         "post-activation networks. *Factor*: sqrt(E[f′²] / Var f) of the activations, for their own inputs and for "
