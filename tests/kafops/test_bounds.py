@@ -274,6 +274,22 @@ def test_intervals_of_one_point(kernel):
         assert ((maximum - minimum) / unit <= 2 * TIGHT).all()
 
 
+# Cells whose curve is a parabola about their middle, with no linear part: lowest there, and largest at both ends.
+@pytest.mark.parametrize("kernel", ["matern32", "bspline", "gaussian", "rational_quadratic"])
+@pytest.mark.parametrize("gamma", [1.0, 3.0, 4.0])
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+@pytest.mark.parametrize(("middle", "half"), [(0.7109375, 0.03125), (0.1875, 0.125)])
+def test_intervals_whose_curve_is_even(kernel, gamma, sign, middle, half):
+    points = f64(-1.0, middle, 1.0)[None]  # the point in the middle is where cells may start, and weighs nothing
+    assert_certified(sign * f64(1.0, 0.0, 1.0)[None], f64(gamma), points, kernel, -half, half)
+
+
+@pytest.mark.parametrize("half", [1e-3, 1e-5, 0.05])
+def test_intervals_around_the_steepest_point(half):
+    steepest = math.sqrt(2 / 3)
+    assert_certified(f64([1.0]), f64(1.0), 3.0, "bspline", steepest - half, steepest + half)
+
+
 def test_intervals_at_infinity():
     alpha = torch.randn(3, 20, dtype=F64)
     for lower, upper in ((INF, INF), (-INF, -INF), (1e300, INF)):
