@@ -79,7 +79,7 @@ def value(
 
     Args:
         kernel: a name in `KERNELS`.
-        u: floating tensor, in units of 1/√γ.
+        u: floating tensor, in units of 1/√γ; half precision is computed in float32.
         order: 0, 1 or 2.
 
     Raises:
@@ -92,6 +92,8 @@ def value(
     chosen = named(kernel)
     if order not in (0, 1, 2):
         raise ValueError(f"order must be 0, 1 or 2, got {order!r}")
+    if u.dtype in (torch.float16, torch.bfloat16):  # computed in float32, and rounded once
+        return value(kernel, u.float(), order).to(u.dtype)
     if torch.compiler.is_compiling():  # which cannot trace a rule for forward mode, and differentiates once only
         return chosen.derivatives[order](u)
     return _Value.apply(u, order, kernel)

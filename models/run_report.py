@@ -11,8 +11,9 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from models import files, html, runs
+from models import files, html, runs, trained
 from models.figures import training
+from models.outcomes import digest
 from models.runs import RunError
 from models.settings import completed
 
@@ -112,10 +113,13 @@ def _of(report: RunReport) -> str:
 def _section(number: int, report: RunReport, several: bool) -> str:
     parts = [
         ("Training", _training(report)),
-        ("Accuracy and attacks", _evaluation(report)),
-        ("Lipschitz bounds", _bounds(report)),
-        ("Activations, clean and adversarial", _pictures(report, "distributions", _DISTRIBUTIONS)),
-        ("Learned curves", _curves(report)),
+        ("Accuracy and attacks", _evaluation(report) + _state(report, "evaluation")),
+        ("Lipschitz bounds", _bounds(report) + _state(report, "bounds")),
+        (
+            "Activations, clean and adversarial",
+            _pictures(report, "distributions", _DISTRIBUTIONS) + _state(report, "distributions"),
+        ),
+        ("Learned curves", _curves(report) + _state(report, "curves")),
         ("Settings", html.pairs(html.flat(report.settings))),
         ("Machine and versions", "".join(html.pairs(html.flat(e)) for e in report.environments)),
     ]
@@ -157,7 +161,7 @@ def _evaluation(report: RunReport) -> str:
     parts = [
         _pictures(report, "evaluation", _EVALUATION, optional=True),
         html.table(("attack", "radius", "accuracy"), rows),
-        f'<p class="note">{found["images"]} test images, state “{escape(found["which"])}”.</p>',
+        f'<p class="note">{found["images"]} test images.</p>',
         f"<p><strong>{escape(found['masking'])}</strong></p>",
     ]
     if checks:
@@ -207,6 +211,21 @@ def _pictures(report: RunReport, part: str, pictures: Iterable[tuple[str, str]],
     if not there and not optional:
         return _missing(f"python -m models {part} {report.folder}", "these figures")
     return "".join(html.figure(path.read_bytes(), caption) for path, caption in there)
+
+
+def _state(report: RunReport, part: str) -> str:
+    """Return which state of the network a part is about, and whether there is another by now."""
+    content = _json(report.folder / part / f"{part}.json", ("which",))
+    if content is None:
+        return ""
+    which = content["which"]
+    checkpoint = report.folder / trained.WHICH[which]
+    about = content["checkpoint"] if "checkpoint" in content else content["identity"]["checkpoint"]
+    if checkpoint.is_file() and digest(checkpoint) != about:
+        command = "evaluate" if part == "evaluation" else part
+        again = f"<code>python -m models {command} {escape(str(report.folder))}</code> does it anew."
+        return f"<p><strong>Of an earlier state of the network, which has been trained since: {again}</strong></p>"
+    return f'<p class="note">State “{escape(which)}” of the network.</p>'
 
 
 def _missing(command: str, what: str) -> str:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.modules.dropout import _DropoutNd
 
 from models import taps
 from models.networks.resnet import PostActivationBlock, ResNet
@@ -55,11 +56,13 @@ class NetworkGradients:
     def ratio(self) -> float | None:
         """The gradient norm of the first convolution over that of the last one."""
         first, last = self.weights[0], self.weights[-1]
-        return None if first is None or not last else first / last
+        return None if first is None or not last else finite(first / last)
 
 
 def measure(model: nn.Module, images: Tensor, labels: Tensor) -> NetworkGradients:
     """Measure norms in the forward and backward pass of the cross-entropy, in training mode, on a copy of the model.
+
+    Dropout is left out, so that the numbers are those of the weights and images alone.
 
     Args:
         model: a network that calls its convolutions in the order of its modules.
@@ -67,6 +70,9 @@ def measure(model: nn.Module, images: Tensor, labels: Tensor) -> NetworkGradient
         labels: [N].
     """
     model = copy.deepcopy(model).train()
+    for module in model.modules():
+        if isinstance(module, _DropoutNd):
+            module.eval()
     convolutions = [m for m in model.modules() if isinstance(m, nn.Conv2d)]
     blocks = list(model.blocks) if isinstance(model, ResNet) else []
     activations = taps.activations(model)
@@ -84,17 +90,17 @@ def measure(model: nn.Module, images: Tensor, labels: Tensor) -> NetworkGradient
         loss = F.cross_entropy(model(images), labels)
         wanted = [c.weight for c in convolutions] + trunk
         gradients = torch.autograd.grad(loss, wanted)
-    norms = [_finite(g.double().norm()) for g in gradients[: len(convolutions)]]
-    sizes = [_finite(g.double().square().mean().sqrt()) for g in gradients[len(convolutions) :]]
+    norms = [finite(g.double().norm()) for g in gradients[: len(convolutions)]]
+    sizes = [finite(g.double().square().mean().sqrt()) for g in gradients[len(convolutions) :]]
     moments = {m: moments_at(m, inputs[m]) for m in activations.values() if m in inputs}
     described = [
         ActivationGradients(name, *_describe(m, inputs[m], moments[m]))
         for name, m in activations.items()
         if m in inputs
     ]
-    signals = [_finite(_variance(y).sqrt()) for y in trunk]
+    signals = [finite(_variance(y).sqrt()) for y in trunk]
     if not blocks:
-        signals = [a.output_std for a in described]
+        signals = [finite(a.output_std) for a in described]
     return NetworkGradients(norms, sizes, signals, described, _growth(blocks, inputs, moments))
 
 
@@ -171,5 +177,7 @@ def _variance(x: Tensor) -> Tensor:
     return x.detach().double().transpose(0, 1).flatten(1).var(1, correction=0).mean()
 
 
-def _finite(norm: Tensor) -> float | None:
-    return norm.item() if norm.isfinite() else None
+def finite(number: float | Tensor) -> float | None:
+    """Return a number, or None for one that is infinite or NaN, which JSON has not."""
+    number = float(number)
+    return number if math.isfinite(number) else None

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor, nn
@@ -36,7 +37,8 @@ _ABOUT = """
 Bounds the Lipschitz constants of the networks of runs, from images in [0, 1] to logits in L2: from above, for all
 images, by the norms of their linear maps and the slopes of their activations, and around each image; from below by the
 largest stretch found. And proves, image by image, within what radius no image gets another answer, by these constants
-and by interval propagation; beside it, what an attack finds. All of it is computed in float64.
+and by interval propagation; all this is computed in float64. Beside it is what an attack on the network as it is, in
+float32, finds. Constants around an image are the tighter, the fewer images share a batch (--batch-size).
 
 Writes to RUN/bounds: bounds.json and bounds.png, and images.json, numbers of each image. Of several runs, bounds.json
 and bounds.png in OUT show all; runs that differ in their seed alone are one row.
@@ -142,7 +144,7 @@ class _Look:
             Interrupted: a stop was requested; what is done is kept.
         """
         form = self.network.data.images
-        task = progress.add_task(self.label, total=self.count, status="upper bound")
+        task = progress.add_task(escape(self.label), total=self.count, status="upper bound")
         start = time.perf_counter()
         network = steps(self.network.model, (form.channels, form.size, form.size))
         bound = upper_bound(network)
@@ -164,13 +166,16 @@ class _Look:
     def _images(
         self, network: Sequence[Step], bound: Bound, images: Tensor, labels: Tensor, show: Callable[[int], None]
     ) -> list[dict[str, Any]]:
-        """Return the numbers of each image; they are kept after every batch, and when fewer images are asked for."""
+        """Return the numbers of each image; they are kept after every batch, and when fewer images are asked for.
+
+        Those around an image depend on the others of its batch, so a last batch that was cut, or is now, is done again.
+        """
         path, size = self.folder / "images.json", self.options.batch_size
         found = (looking.kept(path, self.identity, _check_images) or {"images": []})["images"]
-        if len(found) >= self.count:
-            show(self.count)
-            return list(found[: self.count])
-        found = found[: len(found) - len(found) % size]  # a last batch that was cut is done again
+        enough = len(found) > self.count  # then what is kept stays
+        if len(found) != self.count:
+            whole = min(len(found), self.count) // size * size
+            found = found[:whole]
         exact = copy.deepcopy(self.network.model).to(self.device, torch.float64).eval()
         show(len(found))
         for first in range(len(found), self.count, size):
@@ -190,7 +195,8 @@ class _Look:
                 {name: value if math.isfinite(value) else None for name, value in zip(lists, row, strict=True)}
                 for row in zip(*lists.values(), strict=True)
             ]
-            files.write_json(path, {"identity": self.identity, "images": found})
+            if not enough:
+                files.write_json(path, {"identity": self.identity, "images": found})
             show(len(found))
         return found
 
@@ -387,7 +393,7 @@ def _networks(labels: Sequence[str], results: Sequence[Mapping[str, Any]]) -> Ta
     for label, result in zip(labels, results, strict=True):
         bounds, attacked = _bounds(result), _at_eps(result)
         table.add_row(
-            label,
+            escape(label),
             _number(bounds.lower),
             _number(bounds.local),
             _number(bounds.upper, "∞"),

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
 from torch import nn
@@ -109,7 +110,7 @@ def _look(
         "device": device.type,
     }
     identity = json.loads(json.dumps(asked))
-    task = progress.add_task(label, total=images, status="dictionary")
+    task = progress.add_task(escape(label), total=images, status="dictionary")
     path = run / kept.FOLDER / "curves.json"
     result = looking.kept(path, identity, lambda content: (uses_of(content), uses_of(content, "adversarial")))
     if result is None:
@@ -150,24 +151,24 @@ def _look(
 def _states(
     run: Path, network: trained.Trained, options: argparse.Namespace
 ) -> tuple[list[int], Callable[[], Iterator[nn.Module]]]:
-    """Return the epochs with curves up to the state looked at, and what yields the network with those of each."""
+    """Return the epochs with curves up to the state looked at, and what yields the network with those of each.
+
+    The last one is the network itself: it may be some batches past the epoch's end, or restored after a collapse.
+    """
     settings = network.settings
     model = networks.build(settings["network"], settings["activation"], network.data.images, settings["seed"])
     last = int(checkpoints.load(network.checkpoint)[1]["epoch"])
-    epochs = [epoch for epoch in kept.epochs(run) if epoch <= last]
+    saved = kept.epochs(run)
+    before = [epoch for epoch in saved or [0] if epoch < last]  # without files, as built: how training started
 
-    def of_files() -> Iterator[nn.Module]:
-        for epoch in epochs:
-            kept.load(model, run, epoch)
+    def states() -> Iterator[nn.Module]:
+        for epoch in before:
+            if saved:
+                kept.load(model, run, epoch)
             yield model
-
-    def of_ends() -> Iterator[nn.Module]:
-        yield model  # as built, which is how training started
         yield network.model.cpu()
 
-    if epochs:
-        return epochs, of_files
-    return [0, last], of_ends
+    return [*before, last], states
 
 
 def _show_layers(result: dict[str, Any], console: Console) -> None:
@@ -202,7 +203,7 @@ def _show_runs(labels: list[str], results: list[dict[str, Any]], console: Consol
         used = [share for use in uses for share in use.users]
         size = len(uses[0].cells[0])
         table.add_row(
-            label, f"{max(use.high for use in uses):.3g}", f"{result['suggested_boundary']:g}",
+            escape(label), f"{max(use.high for use in uses):.3g}", f"{result['suggested_boundary']:g}",
             f"±{max(use.reach_99 for use in uses):.3g}", f"{sum(shares) / len(shares):.2%}", f"{max(shares):.2%}",
             f"{size * sum(used) / len(used):.1f} of {size}",
         )  # fmt: skip

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
 
@@ -130,7 +131,7 @@ class _Look:
             Interrupted: a stop was requested; what is done is kept.
         """
         path = self.folder / "distributions.json"
-        task = progress.add_task(self.label, total=self.images, status="")
+        task = progress.add_task(escape(self.label), total=self.images, status="")
         found = looking.kept(path, self.identity, lambda content: (layers_of(content), panels_of(content)))
         if found is None:
             found = self._measure(lambda images: progress.update(task, completed=images), stop)
@@ -210,7 +211,7 @@ def _show(networks: list[figures.Network], console: Console) -> None:
                 seen = [value for value in values if value is not None]
                 mean = sum(seen) / len(seen) if seen else None
                 cells = (values[0], values[len(values) // 2], values[-1], mean)
-                table.add_row(network.label, name, side, *map(_percent, cells))
+                table.add_row(escape(network.label), name, side, *map(_percent, cells))
     console.print(table)
 
 

@@ -161,6 +161,7 @@ def _accuracies(axes: Axes, certified: Certified) -> None:
     clean, *attacked = certified.attacked
     proved = [radius for radii in certified.radii.values() for radius in radii if radius > 0]
     first = max(min(proved, default=1e-3), _LEAST_RADIUS) / 2
+    first = min(first, min(point.eps for point in attacked) / 2)  # a network of one answer has all radii proved
     axes.axhline(100 * clean.accuracy, color=style.GREY, lw=0.8, ls=(0, (1, 2)), label="clean")
     for name, radii in certified.radii.items():
         _stairs(axes, radii, first, name)

@@ -85,11 +85,12 @@ def _findings(summary: dict[str, Any], results: dict[str, dict[str, Any]]) -> li
         first = summary["measures"][1]
         gaps = {name: e[first]["mean"] - e[WORST]["mean"] for name, e in entries.items()}
         widest = max(gaps, key=gaps.__getitem__)
-        found.append(
-            f"- {network}: the largest gap between {first} and the worst attack is {widest}'s, "
-            f"{_points(gaps[widest])} points; the others' are at most "
-            f"{_points(max((g for n, g in gaps.items() if n != widest), default=0.0))}."
-        )
+        if gaps[widest] > 0:  # there are other attacks
+            found.append(
+                f"- {network}: the largest gap between {first} and the worst attack is {widest}'s, "
+                f"{_points(gaps[widest])} points; the others' are at most "
+                f"{_points(max((g for n, g in gaps.items() if n != widest), default=0.0))}."
+            )
         if (noise := content["noise"][WORST]) is not None:
             found.append(
                 f"- {network}: single runs that differ in their seed alone are up to {_points(noise['difference'])} "

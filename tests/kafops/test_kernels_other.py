@@ -86,6 +86,14 @@ def test_the_others_are_all_tested():
     assert set(KERNELS) == set(kernels.KERNELS) - {"gaussian"}
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("order", [0, 1, 2])
+@pytest.mark.parametrize("kernel", kernels.KERNELS)
+def test_half_precision_is_rounded_once(kernel, order, dtype):
+    u = torch.tensor([0.0, 0.3, -1.7, 100.0, -60000.0]).to(dtype)
+    assert torch.equal(kernels.value(kernel, u, order), kernels.value(kernel, u.float(), order).to(dtype))
+
+
 def test_wrong_arguments_are_named():
     x, alpha, gamma = torch.zeros(2, 3), torch.zeros(3, 4), torch.ones(3)
     for call in (

@@ -443,6 +443,24 @@ def test_what_cannot_be_shown_is_explained(run: Path, tmp_path: Path, capsys: py
     assert "--eps is the radius of --attack, which is not given" in capsys.readouterr().err
 
 
+def test_the_last_curves_are_the_network_s(run: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not those of the file of its epoch, which may be those of a collapse, or some batches old."""
+    drawn = []
+    monkeypatch.setattr(curve_strip, "strip", lambda evolutions, *rest: drawn.append(evolutions))
+    monkeypatch.setattr(curve_strip, "animation", lambda *arguments: b"")
+    monkeypatch.setattr(dictionary_use, "draw", lambda *arguments: b"")
+    monkeypatch.setattr(command.files, "write_bytes", lambda *arguments: None)
+    assert main(["curves", str(run), "--which", "latest"]) == 0
+    last = curves.path(run, 2)
+    content = last.read_bytes()
+    last.write_bytes(curves.path(run, 1).read_bytes())
+    try:
+        assert main(["curves", str(run), "--which", "latest"]) == 0
+    finally:
+        last.write_bytes(content)
+    assert [e.curves for e in drawn[0]] == [e.curves for e in drawn[1]]
+
+
 def test_the_strip_ends_at_the_state_that_is_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     arguments = ["train", str(tmp_path), "--network", "light:width=2,dense=4,patch=4", "--activation", "kaf_isometric"]
     arguments += ["--data", "mnist5k:train=60,validation=20,test=20", "--epochs", "3", "--batch-size", "20"]

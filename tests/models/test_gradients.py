@@ -139,6 +139,33 @@ def test_factors_are_averaged_over_the_activations_that_have_them(batch, monkeyp
     assert row.endswith(" | – | – | – |")
 
 
+def test_dropout_is_left_out_and_draws_nothing(batch):
+    network = "light:width=2,dense=4"
+    state = torch.get_rng_state()
+    starts = [depth.start(f"{network}{more}", "relu", 0, MNIST, *batch) for more in ("", "", ",dropout=no")]
+    assert torch.equal(torch.get_rng_state(), state)
+    assert starts[0] == starts[1]
+    assert starts[0]["weights"] == starts[2]["weights"]
+
+
+@pytest.mark.parametrize("network", [SMALL, "light:width=2,dense=4"])
+def test_what_is_not_finite_is_none(network, batch, monkeypatch):
+    assert json.dumps(depth.start(network, "kaf:std=0", 0, MNIST, *batch), allow_nan=False)
+    build = networks.build
+
+    def broken(*arguments):
+        model = build(*arguments)
+        with torch.no_grad():
+            next(model.parameters()).fill_(math.nan)
+        return model
+
+    monkeypatch.setattr(networks, "build", broken)
+    start = depth.start(network, "kaf", 0, MNIST, *batch)
+    assert json.dumps(start, allow_nan=False)
+    assert start["ratio"] is start["predicted"] is None
+    assert set(start["signals"]) == {None}
+
+
 def test_random_curves_explode_on_the_trunk_and_theory_says_so(batch):
     """The notes' first table, in small: 38 layers are enough for ten thousandfold growth."""
     found = {

@@ -82,8 +82,24 @@ def test_one_run_with_everything(runs: tuple[Path, Path], tmp_path: Path) -> Non
     lines = [json.loads(line) for line in (full / "metrics.jsonl").read_text().splitlines()]
     assert all(f"{line['loss']:.4f}" in page.text for line in lines)
     assert "full & <done>" in page.text
+    assert page.text.count("State “best” of the network.") == 4
     assert "torch" in page.text
     assert "Not there yet" not in page.text
+
+
+def test_what_is_about_an_earlier_state_says_so(runs: tuple[Path, Path], tmp_path: Path) -> None:
+    full, _ = runs
+    out = tmp_path / "page.html"
+    best = (full / "best.safetensors").read_bytes()
+    (full / "best.safetensors").write_bytes((full / "latest.safetensors").read_bytes() + b" ")
+    try:
+        assert main(["report", str(full), "--out", str(out)]) == 0
+    finally:
+        (full / "best.safetensors").write_bytes(best)
+    text = Page(out).text
+    assert "State “best”" not in text
+    for part in ("evaluate", "bounds", "distributions", "curves"):
+        assert f"trained since: python -m models {part} {full} does it anew" in text
 
 
 def test_what_is_not_there_yet_is_named_with_its_command(runs: tuple[Path, Path]) -> None:

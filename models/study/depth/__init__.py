@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from models import data, environment, files, networks, session
-from models.analysis.gradients import measure
+from models.analysis.gradients import finite, measure
 from models.data import DataSet
 from models.evaluation import EvaluationError, evaluate_clean
 from models.images import ImageFormat
@@ -34,7 +34,7 @@ def start(
 
     "trunk_growth" is the gradient at the output of the first residual block over that at the output of the last one,
     "predicted" what the theory makes of it, for post-activation ResNets. "factor" and "normal_factor" are root mean
-    squares over the activations that have them, None where none has.
+    squares over the activations that have them. None stands for what there is not, or is not finite.
     """
     found = measure(networks.build(network, activation, form, seed), images, labels)
     trunk = found.trunk
@@ -44,8 +44,8 @@ def start(
         "activation": activation,
         "seed": seed,
         "ratio": found.ratio,
-        "trunk_growth": trunk[0] / trunk[-1] if trunk and trunk[0] is not None and trunk[-1] else None,
-        "predicted": math.prod(found.growth[1:]) if found.growth else None,
+        "trunk_growth": finite(trunk[0] / trunk[-1]) if trunk and trunk[0] is not None and trunk[-1] else None,
+        "predicted": finite(math.prod(found.growth[1:])) if found.growth else None,
         "factor": _rms([own for own, _ in factors]),
         "normal_factor": _rms([normal for _, normal in factors]),
         "weights": found.weights,
