@@ -387,7 +387,8 @@ def _layers(result: Mapping[str, Any]) -> Table:
 
 def _networks(labels: Sequence[str], results: Sequence[Mapping[str, Any]]) -> Table:
     at = _telling(results)
-    table = Table("run", box=None, header_style="bold")
+    table = Table(box=None, header_style="bold")
+    table.add_column("run", overflow="fold")  # the end of a name is what tells seeds apart
     for column in ("found", "local", "bound", "clean", "attacked", f"proved at {at:g}", "radius"):
         table.add_column(column, justify="right")
     for label, result in zip(labels, results, strict=True):

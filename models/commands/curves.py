@@ -195,7 +195,8 @@ def _show_layers(result: dict[str, Any], console: Console) -> None:
 
 def _show_runs(labels: list[str], results: list[dict[str, Any]], console: Console) -> None:
     table = Table(box=None, header_style="bold")
-    for column in ("run", "boundary", "suggested", "99 % in", "outside", "worst layer", "points used"):
+    table.add_column("run", overflow="fold")
+    for column in ("boundary", "suggested", "99 % in", "outside", "worst layer", "points used"):
         table.add_column(column)
     for label, result in zip(labels, results, strict=True):
         uses = uses_of(result)

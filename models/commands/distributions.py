@@ -202,7 +202,8 @@ def _summaries(labels: list[str], folders: list[Path], results: list[dict[str, A
 
 def _show(networks: list[figures.Network], console: Console) -> None:
     table = Table(box=None, header_style="bold")
-    for column in ("run", "distance", "of the", "first layer", "middle", "last", "mean"):
+    table.add_column("run", overflow="fold")
+    for column in ("distance", "of the", "first layer", "middle", "last", "mean"):
         table.add_column(column)
     for network in networks:
         for key, name in (("l2", "relative L2"), ("w1", "W1 / std")):
