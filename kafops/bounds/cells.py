@@ -161,7 +161,7 @@ def _halves(size: int) -> tuple[Tensor, Tensor]:
 def largest(polynomial: Tensor) -> tuple[Tensor, Tensor]:  # [B, size] -> [B], [B]
     """Return where in [-1, 1] the first three terms are largest, and an upper bound of all."""
     constant, linear, square = polynomial[:, :3].T
-    end = torch.where(linear < 0, -1.0, 1.0).to(linear)  # either one where linear is 0
+    end = torch.where((linear == 0) & (square > 0), 1, linear.sign())  # of an even parabola either end, not its middle
     y = torch.where(square < 0, (linear / (-2 * square)).clamp(-1, 1), end)
     return y, constant + y * (linear + y * square) + polynomial[:, 3:].abs().sum(1)
 

@@ -126,3 +126,5 @@ def test_largest_by_hand():
     y, upper = largest(rows)
     assert upper.tolist() == [0.25, 6.5, 1, 3, 7]
     assert y.tolist() == [0.5, -1, 1, 0, 1]
+    y, upper = largest(torch.tensor([[1.0, 0, 2, 0.25]], dtype=F64))  # 1 + 2y², as large at -1 as at 1
+    assert (y.abs().item(), upper.item()) == (1, 3.25)
