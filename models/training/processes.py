@@ -5,6 +5,7 @@ is that of the whole batch whatever the shares' sizes. Batch norm sees a process
 statistics are the mean over processes.
 """
 
+import atexit
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -55,6 +56,7 @@ class Processes:
             torch.cuda.set_device(own)
         if not dist.is_initialized():
             dist.init_process_group("nccl" if cuda else "gloo")
+            atexit.register(_leave)
         return cls(dist.get_rank(), dist.get_world_size(), own)
 
     @property
@@ -136,3 +138,9 @@ def like(value: Any, pattern: Any) -> Any:
     if isinstance(pattern, DTensor) and isinstance(value, Tensor) and value.shape == pattern.shape:
         return distribute_tensor(value.to(pattern.device), pattern.device_mesh, pattern.placements)
     return value
+
+
+def _leave() -> None:
+    """End the group's threads before Python ends: one that still runs then can abort the process."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
