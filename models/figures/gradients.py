@@ -44,6 +44,7 @@ def _panels(
                 continue
             for activation in activations:
                 _draw(axes, line(first[network, activation]), **_look(activations, activation))
+            _scale(axes)
             axes.set_title(_short(network), fontsize=8)
         for axes in grid[-1]:
             axes.set_xlabel(along)
@@ -69,8 +70,11 @@ def layers(results: list[tuple[str, str, dict[str, Any]]]) -> bytes:
             for when, dashes in (("start", ":"), ("end", "-")):
                 _draw(above, _relative(found[when]["weights"]), **colour, ls=dashes)
                 _draw(below, _known(found[when]["signals"]), **colour, ls=dashes)
+        for name, (above, below) in zip(networks, grid.T, strict=True):
             above.set(title=name, xlabel="convolution")
             below.set(xlabel="block")
+            _scale(above)
+            _scale(below)
         grid[0, 0].set_ylabel("gradient, to the last")
         grid[1, 0].set_ylabel("size of the signal")
         handles = [Line2D([], [], label=a, color=_look(activations, a)["color"]) for a in activations]
@@ -81,6 +85,9 @@ def layers(results: list[tuple[str, str, dict[str, Any]]]) -> bytes:
 
 def _draw(axes: Axes, values: list[float], **look: Any) -> None:
     axes.plot(range(1, len(values) + 1), values, lw=1.1, **look)
+
+
+def _scale(axes: Axes) -> None:
     axes.set_yscale("log")
     axes.axhline(1, color=style.PALE_GREY, lw=0.8, zorder=0)
     axes.xaxis.set_major_locator(MaxNLocator(3, integer=True))

@@ -302,4 +302,7 @@ def test_norms_missing_after_a_kill_are_measured_on_resuming(tmp_path: Path):
     again = depth.train(study, run, tmp_path / "results", tmp_path / "runs")
     assert again["gradients"] == whole["gradients"]
     kept.unlink()  # then nothing is known of the start, and nothing else is given out for it
-    assert [g["epoch"] for g in depth.train(study, run, tmp_path / "results", tmp_path / "runs")["gradients"]] == [2]
+    result = depth.train(study, run, tmp_path / "results", tmp_path / "runs")
+    assert [g["epoch"] for g in result["gradients"]] == [2]
+    assert "layers" in whole
+    assert "layers" not in result

@@ -88,7 +88,7 @@ def _train(study: Study, run: Run, trainer: Trainer, kept: "_Kept") -> dict[str,
         "seconds": {},
         "gradients": kept.ratios,
     }
-    if run.seed == study.seeds[0]:  # the figure shows one seed
+    if run.seed == study.seeds[0] and kept.records[0]["epoch"] == 0:  # the figure shows one seed, from its start on
         result["layers"] = {"start": kept.records[0], "end": kept.records[-1]}
     return result
 
