@@ -24,7 +24,7 @@ RESULTS = Path(__file__).parent / "results"
 README = Path(__file__).parent.parent / "README.md"
 MARKERS = ("<!-- gpu-table -->", "<!-- /gpu-table -->")
 NO_CLAIM = (
-    "No GPU time is claimed yet: `make gpu`, on a machine with a CUDA device, measures and puts a table in this place."
+    "There is no table of GPU times yet: `make gpu`, on a machine with a CUDA device, measures and puts one here."
 )
 OUT_OF_MEMORY = "out of memory"
 COPY = "copy"
@@ -244,7 +244,7 @@ def ratio(row: dict[str, Any], backend: str, baseline: str) -> str:
 
 
 def readme_section(summaries: Iterable[Summary]) -> str:
-    """Return what the README says of GPUs: a table for each, or that no time is claimed."""
+    """Return what the README says of GPUs: a table for each, or that there is none."""
     return "\n\n".join(map(_readme_table, summaries)) or NO_CLAIM
 
 

@@ -78,7 +78,7 @@ def _differences(network: str, content: dict[str, Any]) -> str:
 
 
 def _findings(summary: dict[str, Any], results: dict[str, dict[str, Any]]) -> list[str]:
-    found = []
+    found = ["- All of this is said of one learning rate: at another the order may be another."]
     for network, content in summary["networks"].items():
         entries = content["activations"]
         found.append(f"- {network}: {_clear_differences(entries, summary['baseline'])}")

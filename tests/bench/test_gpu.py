@@ -478,9 +478,9 @@ def test_page_without_clocks():
 README = "# kafops\n\nBefore.\n\n<!-- gpu-table -->\n\nold\n\n<!-- /gpu-table -->\n\nAfter.\n"
 
 
-def test_readme_without_a_result_claims_no_time():
+def test_readme_without_a_result_has_no_table():
     section = gpu_report.readme_section([])
-    assert "No GPU time is claimed yet" in section
+    assert "There is no table of GPU times yet" in section
     assert gpu_report.with_section(README, section) == README.replace("old", section)
 
 
