@@ -153,7 +153,7 @@ def _derivatives(
     if not any(needed):
         return (None,) * 3
     if order == 2:
-        raise RuntimeError(f"{kernels.THIRD}, with kernel={_NAMES[kernel]!r}")
+        raise RuntimeError(kernels.too_high(_NAMES[kernel], order + 1, 0))
     scaled = gamma.sqrt().unsqueeze(1) * coefficients
     full = gamma.expand(_rows(coefficients, gamma, dictionary))
 

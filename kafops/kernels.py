@@ -1,4 +1,4 @@
-"""Kernels κ(u) that a kernel activation function can be made of, with their first two derivatives.
+"""Kernels κ(u) that a kernel activation function can be made of, with their derivatives.
 
 A curve is f(x) = Σ_d α_d κ(u_d) with u_d = √γ (x − δ_d). All kernels have κ(0) = 1 and the curvature of the Gaussian,
 κ″(0) = −2, so that γ means the same for each: near its point each is 1 − γ (x − δ)². They differ in their tails:
@@ -25,11 +25,11 @@ from torch import Tensor
 
 from kafops.transforms import Product
 
-__all__ = ["KERNELS", "Kernel", "named", "value"]
+__all__ = ["HIGHEST", "KERNELS", "Kernel", "named", "too_high", "value"]
 
+HIGHEST = 12  # order n + 2m of n derivatives in x and m in gamma that is offered
 _KNOT = math.sqrt(1.5)  # of the B-spline, in u
 _FAR = 1e18  # beyond which a kernel is 0 to rounding; its square is finite in float32
-THIRD = "kafops computes first and second derivatives only; a third derivative of a kernel was asked for"
 
 
 @dataclass(frozen=True)
@@ -39,16 +39,18 @@ class Kernel:
     Attributes:
         name: as the argument `kernel` of layers and functions has it.
         code: the number that stands for it in operators and state_dicts. Never changes.
-        derivatives: κ, κ′ and κ″, each for a tensor of finite u.
-        spacing: the default of γΔ², as a fraction.
+        derivative: (u, n) -> κ^(n)(u) at every element of a tensor of finite u, n up to `smoothness`.
+        t: the default of γΔ², as a fraction.
         kinks: the u at which a derivative of some order jumps.
+        smoothness: how many derivatives are offered: all that there are, and of analytic kernels `HIGHEST`.
     """
 
     name: str
     code: int
-    derivatives: tuple[Callable[[Tensor], Tensor], ...]
-    spacing: tuple[int, int] = (1, 6)
+    derivative: Callable[[Tensor, int], Tensor]
+    t: tuple[int, int] = (1, 6)
     kinks: tuple[float, ...] = ()
+    smoothness: int = HIGHEST
 
 
 def named(kernel: str) -> Kernel:
@@ -72,58 +74,59 @@ def value(
     u: Tensor,  # any shape
     order: int = 0,
 ) -> Tensor:  # as u
-    """Return κ(u), or its first or second derivative, at every element of u.
+    """Return κ(u), or its derivative of some order, at every element of u.
 
-    May be differentiated as long as the order stays at most 2. At the knots of a B-spline and in the middle of a Matérn
-    kernel there is no third derivative, and for the others it is not offered.
+    May be differentiated as long as the order stays within the kernel's smoothness: at the knots of a B-spline and in
+    the middle of a Matérn kernel there is no third derivative, and of the others no more than 12 are offered.
 
     Args:
         kernel: a name in `KERNELS`.
         u: floating tensor, in units of 1/√γ; half precision is computed in float32.
-        order: 0, 1 or 2.
+        order: 0 to 12, or to 2 for "matern32" and "bspline".
 
     Raises:
         TypeError, ValueError: no such kernel; order out of range.
-        RuntimeError: on differentiation, an order above 2 is asked for.
+        RuntimeError: on differentiation, an order out of range is asked for.
 
     Example:
         >>> kafops.kernels.value("matern32", torch.zeros(()), order=2)  # -2
     """
     chosen = named(kernel)
-    if order not in (0, 1, 2):
-        raise ValueError(f"order must be 0, 1 or 2, got {order!r}")
+    if isinstance(order, bool) or not isinstance(order, int) or not 0 <= order <= chosen.smoothness:
+        raise ValueError(f"order must be an integer from 0 to {chosen.smoothness} for {kernel!r}, got {order!r}")
     if u.dtype in (torch.float16, torch.bfloat16):  # computed in float32, and rounded once
         return value(kernel, u.float(), order).to(u.dtype)
     if torch.compiler.is_compiling():  # which cannot trace a rule for forward mode, and differentiates once only
-        return chosen.derivatives[order](u)
+        return chosen.derivative(u, order)
     return _Value.apply(u, order, kernel)
 
 
-def _gaussian(u: Tensor) -> Tensor:
-    return torch.exp(-u * u)
+def too_high(kernel: str, n: int, m: int) -> str:
+    """Return the message for a derivative, n times in x (or the dictionary) and m times in gamma, beyond what is offered."""
+    k = KERNELS[kernel]
+    got = f"kernel {kernel!r} was to be differentiated n = {n} times in x or its dictionary and m = {m} times in gamma"
+    if k.smoothness < HIGHEST:
+        return f"{got}, but it has no more than {k.smoothness} derivatives (n + m ≤ {k.smoothness})"
+    return f"{got}; kafops offers derivatives up to n + 2m = {HIGHEST}"
 
 
-def _gaussian_1(u: Tensor) -> Tensor:
-    return -2 * u * torch.exp(-u * u)
+def _gaussian(u: Tensor, n: int) -> Tensor:
+    """(−1)^n H_n(u) exp(−u²), H_n the Hermite polynomials."""
+    u = u.clamp(-1e2, 1e2) if n else u  # where the powers are finite and the exponential 0
+    before, h = torch.zeros_like(u), torch.exp(-u * u)
+    for k in range(n):
+        before, h = h, -2 * (u * h + k * before)
+    return h
 
 
-def _gaussian_2(u: Tensor) -> Tensor:
-    u = u.clamp(-1e4, 1e4)  # where the square is finite and the exponential 0
-    return (4 * u * u - 2) * torch.exp(-u * u)
-
-
-def _rational_quadratic(u: Tensor) -> Tensor:
-    return 1 / (1 + u * u)
-
-
-def _rational_quadratic_1(u: Tensor) -> Tensor:
-    k = _rational_quadratic(u)
-    return -2 * u * k * k
-
-
-def _rational_quadratic_2(u: Tensor) -> Tensor:
-    k = _rational_quadratic(u)
-    return k * k * (6 - 8 * k)  # (6u² − 2) κ³ without u², which overflows
+def _rational_quadratic(u: Tensor, n: int) -> Tensor:
+    """(−1)^n n! Im w^(n + 1) with w = (u + i)/(1 + u²), as κ = Im 1/(u − i)."""
+    t = 1 / (1 + u * u)
+    a, b = real, imaginary = u * t, t
+    for k in range(n):
+        factor = -(k + 1)
+        real, imaginary = factor * (real * a - imaginary * b), factor * (real * b + imaginary * a)
+    return imaginary
 
 
 def _size(u: Tensor) -> Tensor:  # |u|, but 1 for its derivative at 0, where torch.abs has 0
@@ -134,46 +137,27 @@ def _distance(u: Tensor) -> Tensor:  # s of "matern32"
     return math.sqrt(2) * _size(u).clamp(max=1e4)  # where exp(−s) is 0
 
 
-def _matern32(u: Tensor) -> Tensor:
+def _matern32(u: Tensor, n: int) -> Tensor:
     s = _distance(u)
-    return (1 + s) * torch.exp(-s)
+    return ((1 + s), -2 * u, 2 * (s - 1))[n] * torch.exp(-s)
 
 
-def _matern32_1(u: Tensor) -> Tensor:
-    return -2 * u * torch.exp(-_distance(u))
-
-
-def _matern32_2(u: Tensor) -> Tensor:
-    s = _distance(u)
-    return 2 * (s - 1) * torch.exp(-s)
-
-
-def _knots(u: Tensor) -> Tensor:  # how many knots away, up to 2
-    return (_size(u) / _KNOT).clamp(max=2)
-
-
-def _bspline(u: Tensor) -> Tensor:
-    w = _knots(u)
-    return torch.where(w < 1, 1 + w * w * (0.75 * w - 1.5), (2 - w) ** 3 / 4)
-
-
-def _bspline_1(u: Tensor) -> Tensor:
-    w = _knots(u)
-    return torch.where(w < 1, w * (2.25 * w - 3), -0.75 * (2 - w) ** 2) * (u.sign() / _KNOT)
-
-
-def _bspline_2(u: Tensor) -> Tensor:
-    w = _knots(u)
+def _bspline(u: Tensor, n: int) -> Tensor:
+    w = (_size(u) / _KNOT).clamp(max=2)  # how many knots away
+    if n == 0:
+        return torch.where(w < 1, 1 + w * w * (0.75 * w - 1.5), (2 - w) ** 3 / 4)
+    if n == 1:
+        return torch.where(w < 1, w * (2.25 * w - 3), -0.75 * (2 - w) ** 2) * (u.sign() / _KNOT)
     return torch.where(w < 1, 3 * w - 2, 2 - w)
 
 
 KERNELS: dict[str, Kernel] = {
     k.name: k
     for k in (
-        Kernel("gaussian", 0, (_gaussian, _gaussian_1, _gaussian_2)),
-        Kernel("rational_quadratic", 1, (_rational_quadratic, _rational_quadratic_1, _rational_quadratic_2)),
-        Kernel("matern32", 2, (_matern32, _matern32_1, _matern32_2), kinks=(0.0,)),
-        Kernel("bspline", 3, (_bspline, _bspline_1, _bspline_2), (3, 2), tuple(i * _KNOT for i in (-2, -1, 0, 1, 2))),
+        Kernel("gaussian", 0, _gaussian),
+        Kernel("rational_quadratic", 1, _rational_quadratic),
+        Kernel("matern32", 2, _matern32, kinks=(0.0,), smoothness=2),
+        Kernel("bspline", 3, _bspline, (3, 2), tuple(i * _KNOT for i in (-2, -1, 0, 1, 2)), smoothness=2),
     )
 }
 
@@ -185,7 +169,7 @@ class _Value(torch.autograd.Function):
 
     @staticmethod
     def forward(u: Tensor, order: int, kernel: str) -> Tensor:
-        return KERNELS[kernel].derivatives[order](u.clamp(-_FAR, _FAR))
+        return KERNELS[kernel].derivative(u.clamp(-_FAR, _FAR), order)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -203,6 +187,6 @@ class _Value(torch.autograd.Function):
 
 
 def _next(ctx: Any) -> Tensor:
-    if ctx.order == 2:
-        raise RuntimeError(THIRD)
+    if ctx.order == KERNELS[ctx.kernel].smoothness:
+        raise RuntimeError(too_high(ctx.kernel, ctx.order + 1, 0))
     return _Value.apply(ctx.saved_tensors[0], ctx.order + 1, ctx.kernel)

@@ -236,7 +236,7 @@ class KAF(nn.Module):
 
     def _check_gamma(self, gamma: float | Tensor | None, dtype: torch.dtype) -> Tensor:  # [C] or [1], float64
         wanted = "gamma must be a positive finite number, or a floating tensor [C] or [1] of such"
-        over, under = kernels.KERNELS[self.kernel].spacing
+        over, under = kernels.KERNELS[self.kernel].t
         if gamma is None:
             if self.dictionary_size == 1:
                 raise ValueError("gamma must be given for dictionary_size=1, where no spacing sets it; got gamma=None")

@@ -1,0 +1,163 @@
+"""Bases: fixed functions beneath a curve, f(x) = base(x) + Σ_d α_d κ(√γ (x − δ_d)).
+
+- `"identity"`: x.
+- `"relu"`: max(x, 0), with slope 0 at 0 as PyTorch's.
+- `"silu"`: x σ(x), σ(x) = 1/(1 + e^−x).
+- `"gelu"`: x Φ(x), Φ the distribution function of N(0, 1): the exact form, not that by tanh.
+
+At ±inf a base has its limit, 0 for "silu" and "gelu" at −inf, and so have its derivatives.
+
+Source: Hendrycks and Gimpel, "Gaussian Error Linear Units", 2016, for "gelu" and "silu".
+"""
+
+import difflib
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+__all__ = ["BASES", "Base", "code", "named", "value"]
+
+_FAR = 1e4  # beyond which "silu" and "gelu" are "relu" to the last digit
+
+
+@dataclass(frozen=True)
+class Base:
+    """One base.
+
+    Attributes:
+        name: as the argument `base` of layers and functions has it.
+        code: the number that stands for it in operators and state_dicts; 0 is no base. Never changes.
+        derivative: (x, n) -> the n-th derivative at every finite element of x.
+        kinks: the x at which a derivative of some order jumps.
+    """
+
+    name: str
+    code: int
+    derivative: Callable[[Tensor, int], Tensor]
+    kinks: tuple[float, ...] = ()
+
+
+def named(base: str | None) -> Base | None:
+    """Return the base of that name, None for None.
+
+    Raises:
+        TypeError: base is neither None nor a string.
+        ValueError: there is no such base.
+    """
+    if base is None:
+        return None
+    wanted = f"base must be None or one of {', '.join(map(repr, BASES))}"
+    if not isinstance(base, str):
+        raise TypeError(f"{wanted}, got {type(base).__name__}")
+    if base not in BASES:
+        near = difflib.get_close_matches(base.lower(), BASES, cutoff=0.5)
+        hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
+        raise ValueError(f"{wanted}, got {base!r}{hint}")
+    return BASES[base]
+
+
+def code(base: str | None) -> int:
+    """Return the code of a base, 0 for None. Raises as `named`."""
+    found = named(base)
+    return 0 if found is None else found.code
+
+
+def value(
+    base: str | None,
+    x: Tensor,  # any shape
+    order: int = 0,
+) -> Tensor:  # as x
+    """Return the base, or its derivative of some order, at every element of x; 0 for None.
+
+    PyTorch may differentiate it, in any mode.
+
+    Args:
+        base: None or a name in `BASES`.
+        x: float32 or float64 tensor, any values; NaN gives NaN.
+        order: of the derivative, 0 or more.
+
+    Raises:
+        TypeError, ValueError: no such base; order out of range.
+
+    Example:
+        >>> kafops.bases.value("silu", torch.tensor([-1.0, 0.0, 1.0]), order=1)
+    """
+    found = named(base)
+    if isinstance(order, bool) or not isinstance(order, int) or order < 0:
+        raise ValueError(f"order must be an integer ≥ 0, got {order!r}")
+    if found is None:
+        return torch.zeros_like(x)
+    return found.derivative(x, order)
+
+
+def _identity(x: Tensor, n: int) -> Tensor:
+    return x.clone() if n == 0 else _constant(x, 1.0 if n == 1 else 0.0)
+
+
+def _relu(x: Tensor, n: int) -> Tensor:
+    if n == 0:
+        return F.relu(x)
+    return _constant(x, 0.0) if n > 1 else torch.where(x.isnan(), x, (x > 0).to(x.dtype))
+
+
+def _constant(x: Tensor, c: float) -> Tensor:
+    return torch.where(x.isnan(), x, c)
+
+
+def _with_limits(smooth: Callable[[Tensor, int], Tensor]) -> Callable[[Tensor, int], Tensor]:
+    def derivative(x: Tensor, n: int) -> Tensor:
+        inside = smooth(x.clamp(-_FAR, _FAR), n)  # whose own formulas would be inf · 0 at infinity
+        return torch.where(x.abs() < _FAR, inside, _relu(x, n))
+
+    return derivative
+
+
+def _silu(x: Tensor, n: int) -> Tensor:
+    if n == 0:
+        return F.silu(x)
+    return x * _sigmoid(x, n) + n * _sigmoid(x, n - 1)
+
+
+def _sigmoid(x: Tensor, n: int) -> Tensor:
+    """σ^(n)(x), a polynomial in σ as σ′ = σ − σ²; at −|x|, where it does not cancel: σ^(n)(−x) = (−1)^(n + 1) σ^(n)(x)."""
+    if n == 0:
+        return torch.sigmoid(x)
+    p = [0.0, 1.0]  # of σ
+    for _ in range(n):
+        p = [i * a - (i - 1) * b for i, (a, b) in enumerate(zip([*p, 0.0], [0.0, *p], strict=True))]
+    s = torch.sigmoid(-x.abs())
+    y = torch.zeros_like(s)
+    for c in reversed(p):
+        y = y * s + c
+    return y if n % 2 else torch.where(x > 0, -y, y)
+
+
+def _gelu(x: Tensor, n: int) -> Tensor:
+    if n == 0:
+        return F.gelu(x)
+    if n == 1:
+        return 0.5 * torch.erfc(-x * math.sqrt(0.5)) + x * _normal(x, 0)
+    return x * _normal(x, n - 1) + n * _normal(x, n - 2)
+
+
+def _normal(x: Tensor, n: int) -> Tensor:
+    """The n-th derivative of the density of N(0, 1), (−1)^n He_n(x) φ(x)."""
+    before, h = torch.zeros_like(x), torch.exp(-x * x / 2) / math.sqrt(2 * math.pi)
+    for k in range(n):
+        before, h = h, -x * h - k * before
+    return h
+
+
+BASES: dict[str, Base] = {
+    b.name: b
+    for b in (
+        Base("identity", 1, _identity),
+        Base("relu", 2, _relu, kinks=(0.0,)),
+        Base("silu", 3, _with_limits(_silu)),
+        Base("gelu", 4, _with_limits(_gelu)),
+    )
+}
