@@ -1,22 +1,24 @@
-"""Derivatives: the formulas, once, for the three routes by which PyTorch asks for them.
+"""Derivatives: the formulas, once, for every way in which PyTorch asks for them.
 
-The first derivative of `kaf` is the operator `kaf_backward`, whose derivative is `kaf_double_backward`. A third
-derivative raises, and so does a second one by forward mode over forward mode but in x and alpha.
+With ψ[n, m](x − δ) = ∂ⁿ/∂xⁿ ∂ᵐ/∂γᵐ κ(√γ (x − δ)) and M[n, m](g)_k = Σ_i g_i ψ[n, m](x_i − δ_k), summed over elements,
 
-- Plain eager calls run the operators below PyTorch's autograd dispatch, which spares half of a small call's time:
-  alone where no gradient is wanted, else inside `KAFEagerFunction`.
-- torch.compile, export, whatever else handles calls before autograd, and eager derivatives that shall be differentiated
-  once more get the operators with their registered formulas.
-- torch.func transforms and forward mode, which PyTorch does not offer for registered operators, take `KAFFunction`,
-  `KAFBackwardFunction` and `KAFDoubleBackwardFunction`. Inside torch.compile these break the graph, or raise where it
-  must be whole.
+    kaf[n, m]              Σ_k α_k ψ[n, m](x − δ_k)
+    kaf_backward[n, m](g)  g kaf[n + 1, m],   M[n, m](g),   ⟨α, M[n, m + 1](g)⟩,   −α M[n + 1, m](g)
 
-Forward mode needs no kernel of its own. With J the Jacobian of y = kaf(x, θ) and H_g the Hessian of <g, y>, both over
-(x, θ): the operator `kaf_backward(g)` is Jᵀg, and `kaf_double_backward(v, g)` is (Jv, H_g v). So the tangent of y is
-the first part of the latter, the tangent of Jᵀg is Jᵀġ + H_g v, and <u, Jv> has the gradients Jᵀu in v and H_u v in
-(x, θ).
+the second is the gradient of ⟨g, kaf[n, m]⟩ in x, α, γ and δ, and the gradient of its four parts against the weights
+v, h, s and q is that of
+
+    ⟨g v, kaf[n + 1, m](α)⟩ + ⟨g, kaf[n, m](h)⟩ + ⟨g, kaf[n, m + 1](s α)⟩ + ⟨g, kaf[n + 1, m](−q α)⟩
+
+which is made of calls of the two again: they are closed under differentiation. A base belongs to the true α alone, so
+calls with other coefficients are made without it. Where the graph ends at a second derivative, as it does when a loss
+with a gradient penalty is differentiated, one fused operator, `kaf_double_backward`, takes the place of the sum.
+
+There is one route, on the operators' Autograd key, for eager calls, torch.func and torch.compile. Plain eager calls go
+by `KAFEagerFunction` instead, which spares them half of their time.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -24,29 +26,32 @@ from torch import Tensor
 from torch.overrides import has_torch_function
 
 from kafops import ops
-from kafops.ops import Needs
-from kafops.transforms import add, refuse_compiled_forward_mode, transforms_active
+from kafops.ops import OPERATORS, Needs
+from kafops.transforms import SingleLevelFunction, add, below, product, register, transforms_active
 
 Gradients = tuple[Tensor | None, ...]
 
-_KAF_FLAGS = (Needs.X, Needs.ALPHA, Needs.GAMMA, Needs.DICTIONARY)
-_BACKWARD_FLAGS = (Needs.GRAD, *_KAF_FLAGS)
-_THIRD = "kafops computes first and second derivatives only; a third derivative of a KAF was asked for"
+_KAF, _BACKWARD, _DOUBLE = (OPERATORS[name] for name in ("kaf", "kaf_backward", "kaf_double_backward"))
+_FLAGS = _BACKWARD.flags
+_HALF = (torch.float16, torch.bfloat16)
 
 
-def apply(x: Tensor, alpha: Tensor, gamma: Tensor, dictionary: Tensor | None, boundary: float) -> Tensor:
+def apply(
+    x: Tensor,  # [N, C, *]
+    alpha: Tensor,  # [C, D] or [1, D]
+    gamma: Tensor,  # [C] or [1]
+    dictionary: Tensor | None,  # [C, D] or [1, D]
+    boundary: float,
+    kernel: int,
+    base: int,
+) -> Tensor:  # [N, C, *]
     """Compute kaf by the quickest route that supports what is active."""
-    if torch.compiler.is_compiling():
-        refuse_compiled_forward_mode()
-        return ops.kaf(x, alpha, gamma, dictionary, boundary)
-    if transforms_active():
-        return KAFFunction.apply(x, alpha, gamma, dictionary, boundary)
-    if _watched((x, alpha, gamma, dictionary)):
-        return ops.kaf(x, alpha, gamma, dictionary, boundary)
+    if torch.compiler.is_compiling() or transforms_active() or _watched((x, alpha, gamma, dictionary)):
+        return ops.kaf(x, alpha, gamma, dictionary, boundary, kernel, base)
     if torch.is_grad_enabled() and torch._C._any_requires_grad(x, alpha, gamma, dictionary):
-        return KAFEagerFunction.apply(x, alpha, gamma, dictionary, boundary)
+        return KAFEagerFunction.apply(x, alpha, gamma, dictionary, boundary, kernel, base)
     with torch._C._AutoDispatchBelowAutograd():
-        return ops.kaf(x, alpha, gamma, dictionary, boundary)
+        return ops.kaf(x, alpha, gamma, dictionary, boundary, kernel, base)
 
 
 def _watched(tensors: tuple[Tensor | None, ...]) -> bool:
@@ -54,86 +59,8 @@ def _watched(tensors: tuple[Tensor | None, ...]) -> bool:
     return has_torch_function(tensors) or torch._C._get_tracing_state() is not None
 
 
-def _backward(grad: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    """`kaf_backward` by the quickest route that supports what is active."""
-    if not torch.compiler.is_compiling():
-        if transforms_active():
-            return KAFBackwardFunction.apply(grad, *arguments)
-        if not torch.is_grad_enabled() and not _watched((grad, *arguments[:4])):
-            with torch._C._AutoDispatchBelowAutograd():
-                return ops.kaf_backward(grad, *arguments)
-    return ops.kaf_backward(grad, *arguments)
-
-
-def _double_backward(*arguments: Any) -> tuple[Tensor, ...]:
-    """`kaf_double_backward` by the route that is differentiable under the active transforms."""
-    if not torch.compiler.is_compiling() and transforms_active():
-        return KAFDoubleBackwardFunction.apply(*arguments)
-    return ops.kaf_double_backward(*arguments)
-
-
-def _setup_kaf(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    *tensors, ctx.boundary = inputs
-    ctx.save_for_backward(*tensors)
-    ctx.set_materialize_grads(False)
-
-
-def _kaf_backward(ctx: Any, grad: Tensor | None) -> Gradients:
-    if grad is None:
-        return (None,) * 5
-    needs = _needs(ctx.needs_input_grad, _KAF_FLAGS)
-    gradients = _backward(grad, *ctx.saved_tensors, ctx.boundary, needs)
-    return *_only(gradients, _KAF_FLAGS, needs), None
-
-
-def _setup_kaf_backward(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
-    *tensors, ctx.boundary, needs = inputs
-    ctx.needs = needs if tensors[-1] is not None else needs & ~Needs.DICTIONARY
-    ctx.save_for_backward(*tensors)
-    ctx.set_materialize_grads(False)
-
-
-def _kaf_backward_backward(ctx: Any, *grads: Tensor | None) -> Gradients:
-    wanted = _only(grads, _KAF_FLAGS, ctx.needs)
-    if all(g is None for g in wanted):
-        return (None,) * 7
-    needs = _needs(ctx.needs_input_grad, _BACKWARD_FLAGS)
-    gradients = _double_backward(*wanted, *ctx.saved_tensors, ctx.boundary, needs)
-    return *_only(gradients, _BACKWARD_FLAGS, needs), None, None
-
-
-def _kaf_double_backward_backward(ctx: Any, *grads: Tensor | None) -> Gradients:
-    u, *third = _only(grads, _BACKWARD_FLAGS, ctx.needs)
-    if any(g is not None for g in third):
-        raise RuntimeError(_THIRD)
-    if u is None:
-        return (None,) * 11
-    *v, _, x, alpha, gamma, dictionary = ctx.saved_tensors
-    arguments = (x, alpha, gamma, dictionary, ctx.boundary)
-    needs_v, needs = _needs(ctx.needs_input_grad, _KAF_FLAGS), _needs(ctx.needs_input_grad[5:], _KAF_FLAGS)
-    first = _only(_backward(u, *arguments, needs_v), _KAF_FLAGS, needs_v)
-    second = _only(_double_backward(*v, u, *arguments, needs)[1:], _KAF_FLAGS, needs)
-    return *first, None, *second, None, None
-
-
-def _needs(needs_input_grad: tuple[bool, ...], flags: tuple[int, ...]) -> int:
-    return sum([flag for flag, needed in zip(flags, needs_input_grad, strict=False) if needed])
-
-
-def _only(gradients: tuple[Tensor | None, ...], flags: tuple[int, ...], needs: int) -> Gradients:
-    """Drop the gradients that nobody asked for, which the operators return as empty tensors."""
-    return tuple([g if needs & flag else None for g, flag in zip(gradients, flags, strict=True)])
-
-
-torch.library.register_autograd("kafops::kaf", _kaf_backward, setup_context=_setup_kaf)
-torch.library.register_autograd("kafops::kaf_backward", _kaf_backward_backward, setup_context=_setup_kaf_backward)
-torch.library.register_autograd(
-    "kafops::kaf_double_backward", _kaf_double_backward_backward, setup_context=_setup_kaf_backward
-)
-
-
 class KAFEagerFunction(torch.autograd.Function):
-    """`kaf` for plain eager calls: (x, alpha, gamma, dictionary or None, boundary) -> y.
+    """`kaf` for plain eager calls: (x, alpha, gamma, dictionary or None, boundary, kernel, base) -> y.
 
     Of the old style, because a setup_context costs 5 µs a call.
     """
@@ -141,109 +68,240 @@ class KAFEagerFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> Tensor:
         """Keep the inputs, nothing else, and compute y."""
-        _setup_kaf(ctx, inputs, None)
+        ctx.save_for_backward(*inputs[:4])
+        ctx.rest = inputs[4:]
+        ctx.set_materialize_grads(False)
         with torch._C._AutoDispatchBelowAutograd():
             return ops.kaf(*inputs)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None) -> Gradients:
-        """Compute Jᵀ grad."""
-        return _kaf_backward(ctx, grad)
+        """Compute the gradients of ⟨grad, y⟩."""
+        if grad is None:
+            return (None,) * 7
+        needs = _bits(ctx.needs_input_grad)
+        boundary, kernel, base = ctx.rest
+        tensors = ctx.saved_tensors
+        if torch.is_grad_enabled() or transforms_active() or _watched((grad, *tensors)):
+            gradients = ops.kaf_backward(grad, *tensors, boundary, needs, kernel, base)
+        else:
+            with torch._C._AutoDispatchBelowAutograd():
+                gradients = ops.kaf_backward(grad, *tensors, boundary, needs, kernel, base)
+        return *_only(gradients, needs), None, None, None
 
 
-class KAFFunction(torch.autograd.Function):
-    """`kaf` for torch.func transforms and forward mode: (x, alpha, gamma, dictionary or None, boundary) -> y."""
-
-    generate_vmap_rule = True
+class _Kaf(SingleLevelFunction):
+    """The operator `kaf`: all its arguments -> y."""
 
     @staticmethod
     def forward(*inputs: Any) -> Tensor:
-        """Compute y."""
-        return ops.kaf(*inputs)
+        with below():
+            return ops.kaf(*inputs)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        """Keep the inputs, nothing else."""
-        _setup_kaf(ctx, inputs, output)
+        ctx.save_for_backward(*inputs[:4])
         ctx.save_for_forward(*inputs[:4])
+        ctx.curve = _Curve(*inputs[4:])
+        ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor | None) -> Gradients:
-        """Compute Jᵀ grad."""
-        return _kaf_backward(ctx, grad)
+    def backward(ctx: Any, w: Tensor | None) -> Gradients:
+        if w is None:
+            return _KAF.no_gradients
+        needs = _bits(ctx.needs_input_grad)
+        return *ctx.curve.backward(w, *ctx.saved_tensors, needs), *(None,) * 5
 
     @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> Tensor | None:
-        """Compute J · tangents; where these are of x and alpha only, the result has a tangent itself."""
-        v_x, v_alpha, v_gamma, v_dictionary, _ = tangents
+    def jvp(ctx: Any, v_x: Tensor | None, v_alpha: Tensor | None, v_gamma: Any, v_dictionary: Any, *_: None) -> Any:
         x, alpha, gamma, dictionary = ctx.saved_tensors
-        arguments = (x, alpha, gamma, dictionary, ctx.boundary)
-        if v_gamma is not None or v_dictionary is not None:
-            return _double_backward(*tangents[:4], x, *arguments, Needs.GRAD)[0]
-        of_x = None if v_x is None else _backward(v_x, *arguments, Needs.X)[0]
-        of_alpha = None if v_alpha is None else KAFFunction.apply(x, v_alpha, gamma, dictionary, ctx.boundary)
-        return add(of_x, of_alpha)
+        curve, points = ctx.curve, (gamma, dictionary)
+        of_x = None if v_x is None else curve.backward(v_x, x, alpha, *points, Needs.X)[0]
+        of_alpha = None if v_alpha is None else curve.bare()(x, v_alpha, *points)
+        of_gamma = None if v_gamma is None else curve.bare(0, 1)(x, product(alpha, v_gamma), *points)
+        of_points = None if v_dictionary is None else curve.bare(1, 0)(x, product(alpha, v_dictionary, -1.0), *points)
+        return add(add(of_x, of_alpha), add(of_gamma, of_points))
 
 
-class KAFBackwardFunction(torch.autograd.Function):
-    """`kaf_backward` for torch.func transforms and forward mode: (grad, kaf's arguments, needs) -> four gradients."""
-
-    generate_vmap_rule = True
+class _KafBackward(SingleLevelFunction):
+    """The operator `kaf_backward`: all its arguments -> the gradients of x, alpha, gamma and dictionary."""
 
     @staticmethod
     def forward(*inputs: Any) -> tuple[Tensor, ...]:
-        """Compute Jᵀ grad."""
-        return ops.kaf_backward(*inputs)
+        with below():
+            return ops.kaf_backward(*inputs)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        """Keep the inputs, nothing else."""
-        _setup_kaf_backward(ctx, inputs, output)
-        ctx.save_for_forward(*inputs[:5])
+        *tensors, boundary, needs = inputs[:7]
+        ctx.save_for_backward(*tensors)
+        ctx.save_for_forward(*tensors)
+        ctx.curve = _Curve(boundary, *inputs[7:])
+        ctx.needs = needs if tensors[-1] is not None else needs & ~Needs.DICTIONARY
+        ctx.set_materialize_grads(False)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> Gradients:
-        """Compute (Jv, H_g v) for v = grads."""
-        return _kaf_backward_backward(ctx, *grads)
+    def backward(ctx: Any, *v: Tensor | None) -> Gradients:
+        weights = _only(v, ctx.needs)
+        if all(t is None for t in weights):
+            return _BACKWARD.no_gradients
+        needs = _bits(ctx.needs_input_grad[1:]) | (Needs.GRAD if ctx.needs_input_grad[0] else 0)
+        return *ctx.curve.double_backward(weights, *ctx.saved_tensors, needs), *(None,) * 6
 
     @staticmethod
-    def jvp(ctx: Any, v_grad: Tensor | None, *tangents: Any) -> Gradients:
-        """Compute Jᵀ v_grad + H_g · tangents."""
-        grad, *arguments = ctx.saved_tensors
-        v = tangents[:4]
-        first: Gradients = (None,) * 4
-        second: Gradients = first
+    def jvp(ctx: Any, v_grad: Any, v_x: Any, v_alpha: Any, v_gamma: Any, v_dictionary: Any, *_: None) -> Gradients:
+        """The tangent is kaf_backward(v_grad) and the derivative of kaf_backward(grad) along the other tangents."""
+        grad, x, alpha, gamma, dictionary = ctx.saved_tensors
+        curve, needs, points = ctx.curve, ctx.needs, (gamma, dictionary)
+        but_alpha = needs & ~Needs.ALPHA
+        parts: list[Gradients] = []
         if v_grad is not None:
-            first = _backward(v_grad, *arguments, ctx.boundary, ctx.needs)
-        if any(t is not None for t in v):
-            second = _double_backward(*v, grad, *arguments, ctx.boundary, ctx.needs)[1:]
-        return tuple(map(add, first, second))
+            parts.append(curve.backward(v_grad, x, alpha, *points, needs))
+        if v_x is not None:
+            parts.append(curve.derived(1, 0).backward(product(grad, v_x), x, alpha, *points, needs))
+        if v_alpha is not None:
+            parts.append(curve.bare().backward(grad, x, v_alpha, *points, but_alpha))
+        for v, order, sign in ((v_gamma, (0, 1), 1.0), (v_dictionary, (1, 0), -1.0)):
+            if v is None:
+                continue
+            of_x, sums, *rest = curve.bare(*order).backward(grad, x, product(alpha, v, sign), *points, needs)
+            shared = sums is not None and sums.shape[0] != alpha.shape[0]
+            parts.append((of_x, None if sums is None else product(sums, v, sign, shared), *rest))
+        tangents = []
+        for flag, like, terms in zip(_FLAGS, (x, alpha, gamma, dictionary), zip(*parts, strict=True), strict=True):
+            total = None
+            for term in terms:
+                total = add(total, term)
+            if total is None:
+                total = torch.zeros_like(like) if needs & flag else x.new_zeros(0)
+            tangents.append(total)
+        return tuple(tangents)
 
 
-class KAFDoubleBackwardFunction(torch.autograd.Function):
-    """`kaf_double_backward` for torch.func transforms and forward mode: (v, grad, kaf's arguments, needs) -> five."""
+class _Curve:
+    """What of a call is no tensor, and the operators for it."""
 
-    generate_vmap_rule = True
+    def __init__(self, boundary: float, kernel: int, base: int, n: int, m: int) -> None:
+        self.boundary, self.kernel, self.base, self.n, self.m = boundary, kernel, base, n, m
 
-    @staticmethod
-    def forward(*inputs: Any) -> tuple[Tensor, ...]:
-        """Compute (Jv, H_g v)."""
-        return ops.kaf_double_backward(*inputs)
+    def derived(self, n: int, m: int) -> "_Curve":
+        """Return the curve differentiated n times more in x, and m times in gamma."""
+        return _Curve(self.boundary, self.kernel, self.base, self.n + n, self.m + m)
 
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        """Keep the inputs, nothing else."""
-        _setup_kaf_backward(ctx, inputs, output)
+    def bare(self, n: int = 0, m: int = 0) -> "_Curve":
+        """Return the same without base, for coefficients other than the true ones."""
+        return _Curve(self.boundary, self.kernel, 0, self.n + n, self.m + m)
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor | None) -> Gradients:
-        """Compute the gradients of <u, Jv> for u = grads[0]; those of the other parts are third derivatives."""
-        return _kaf_double_backward_backward(ctx, *grads)
+    def __call__(self, *tensors: Tensor | None) -> Tensor:
+        return ops.kaf(*tensors, self.boundary, self.kernel, self.base, self.n, self.m)
 
-    @staticmethod
-    def jvp(ctx: Any, *tangents: Any) -> Gradients:
-        """Raise: the tangent of Jv would need second derivatives that are not summed over elements."""
-        raise RuntimeError(
-            f"{_THIRD}, or a second one by forward mode over forward mode, which is offered in x and alpha "
-            "only: use torch.func.hessian, or jacfwd of jacrev"
-        )
+    def backward(self, weight: Tensor, *arguments: Any) -> Gradients:
+        """(weight, x, alpha, gamma, dictionary, needs) -> four gradients, None where not needed."""
+        *tensors, needs = arguments
+        if not needs:
+            return (None,) * 4
+        rest = (self.kernel, self.base, self.n, self.m)
+        return _only(ops.kaf_backward(weight, *tensors, self.boundary, needs, *rest), needs)
+
+    def double_backward(
+        self,
+        v: Gradients,  # weights of the gradients of x, alpha, gamma and dictionary
+        grad: Tensor,
+        x: Tensor,
+        alpha: Tensor,
+        gamma: Tensor,
+        dictionary: Tensor | None,
+        needs: int,
+    ) -> Gradients:
+        """Return the gradients of grad, x, alpha, gamma and dictionary of kaf_backward's parts against v."""
+        if not torch.is_grad_enabled() and self.kernel == self.n == self.m == 0:
+            tensors = (grad, x, alpha, gamma, dictionary)
+            gradients = ops.kaf_double_backward(*v, *tensors, self.boundary, needs, self.base)
+            return tuple(g if needs & flag else None for g, flag in zip(gradients, _DOUBLE.flags, strict=True))
+        return self.composed_double_backward(v, grad, x, alpha, gamma, dictionary, needs)
+
+    def composed_double_backward(
+        self,
+        v: Gradients,
+        grad: Tensor,
+        x: Tensor,
+        alpha: Tensor,
+        gamma: Tensor,
+        dictionary: Tensor | None,
+        needs: int,
+    ) -> Gradients:
+        """Return the same by calls of kaf and kaf_backward, for any κ and order, differentiable."""
+        v_x, v_alpha, v_gamma, v_dictionary = v
+        if x.dtype in _HALF:  # products of which would be rounded
+            v = (_cast(v_x, torch.float32), *v[1:])
+            gradients = self.composed_double_backward(v, grad.float(), x.float(), alpha, gamma, dictionary, needs)
+            return *(_cast(t, x.dtype) for t in gradients[:2]), *gradients[2:]
+        points, needs_grad, needs = (gamma, dictionary), needs & Needs.GRAD, needs & ~Needs.GRAD
+        of_grad: list[Tensor | None] = []
+        parts: list[Gradients] = [(None,) * 4]
+        if v_x is not None:
+            if needs_grad:
+                of_grad.append(self.backward(v_x, x, alpha, *points, Needs.X)[0])
+            parts.append(self.derived(1, 0).backward(grad * v_x, x, alpha, *points, needs))
+        if v_alpha is not None:
+            if needs_grad:
+                of_grad.append(self.bare()(x, v_alpha, *points))
+            parts.append(self.bare().backward(grad, x, v_alpha, *points, needs & ~Needs.ALPHA))
+        for factor, along in (
+            (None if v_gamma is None else v_gamma.unsqueeze(1), self.bare(0, 1)),
+            (None if v_dictionary is None else -v_dictionary, self.bare(1, 0)),
+        ):
+            if factor is None:
+                continue
+            if needs_grad:
+                of_grad.append(along(x, factor * alpha, *points))
+            of_x, sums, *rest = along.backward(grad, x, factor * alpha, *points, needs)
+            parts.append((of_x, None if sums is None else _like(factor * sums, alpha), *rest))
+        return _total(of_grad), *(_total(terms) for terms in zip(*parts, strict=True))
+
+
+def _differentiable_double_backward(*arguments: Any, **named: Any) -> tuple[Tensor, ...]:
+    """`kaf_double_backward` for whoever calls it: its derivatives are those of the sum that it stands for."""
+    a = _DOUBLE.bind(arguments, named)
+    tensors = [a[name] for name in _DOUBLE.tensors]
+    if not transforms_active() and not (torch.is_grad_enabled() and torch._C._any_requires_grad(*tensors)):
+        with torch._C._AutoDispatchBelowAutograd():
+            return ops.kaf_double_backward(*a.values())
+    curve = _Curve(a["boundary"], 0, a["base"], 0, 0)
+    gradients = curve.composed_double_backward(tuple(tensors[:4]), *tensors[4:], a["needs"])
+    return tuple(
+        a["x"].new_zeros(0)
+        if not a["needs"] & flag or a[name] is None
+        else torch.zeros_like(a[name])
+        if g is None
+        else g
+        for name, flag, g in zip(_DOUBLE.outputs, _DOUBLE.flags, gradients, strict=True)
+    )
+
+
+def _bits(needed: Sequence[bool]) -> int:
+    return sum([flag for flag, wanted in zip(_FLAGS, needed, strict=False) if wanted])
+
+
+def _only(gradients: Sequence[Tensor | None], needs: int) -> Gradients:
+    """Drop the gradients that nobody asked for, which the operators return as empty tensors."""
+    return tuple([g if needs & flag else None for g, flag in zip(gradients, _FLAGS, strict=True)])
+
+
+def _total(terms: Sequence[Tensor | None]) -> Tensor | None:
+    given = [t for t in terms if t is not None]
+    return sum(given[1:], given[0]) if given else None
+
+
+def _cast(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    return None if t is None else t.to(dtype)
+
+
+def _like(t: Tensor, p: Tensor) -> Tensor:
+    """Add over channels where they share one row of p."""
+    return t.sum(0, keepdim=True) if p.shape[0] == 1 and t.shape[0] != 1 else t
+
+
+register("kaf", _Kaf, lambda arguments, named: tuple(_KAF.bind(arguments, named).values()))
+register("kaf_backward", _KafBackward, lambda arguments, named: tuple(_BACKWARD.bind(arguments, named).values()))
+ops.implement("kaf_double_backward", _differentiable_double_backward, "Autograd")

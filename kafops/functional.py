@@ -1,52 +1,63 @@
-"""The two functions: argument checks, then the backend that serves the tensor's device."""
+"""The two functions: argument checks, channels brought to dimension 1, then the backend that serves the tensor's device.
+
+A call that is right pays for no check in Python: the operators refuse what does not fit, and the checks then find the
+words for it.
+"""
 
 import math
-import numbers
-from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from kafops import autograd, backends, kernel_sums, kernels, reference
+from kafops import autograd, backends, bases, checks, kernels, reference
 
 __all__ = ["kaf", "kaf_free"]
 
-_X_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
-_PARAMETER_DTYPES = (torch.float32, torch.float64)
+_KERNELS = {k.name: k.code for k in kernels.KERNELS.values()}
+_BASES: dict[str | None, int] = {None: 0} | {b.name: b.code for b in bases.BASES.values()}
+_HALF = (torch.bfloat16, torch.float16)
 
 
 def kaf(
-    x: Tensor,  # [N, C, *]
+    x: Tensor,  # [N, C, *], or with C at channel_dim
     alpha: Tensor,  # [C, D] or [1, D]
     gamma: Tensor,  # [C] or [1]
     boundary: float = 3.0,
     kernel: str = "gaussian",
-) -> Tensor:  # [N, C, *]
+    base: str | None = None,
+    channel_dim: int = 1,
+) -> Tensor:  # as x
     """Kernel activation function on a uniform dictionary.
 
-    .. math:: f_c(x) = \\sum_{d=1}^{D} \\alpha_{c,d} \\exp(-\\gamma_c (x - \\delta_d)^2)
+    .. math:: f_c(x) = \\text{base}(x) + \\sum_{d=1}^{D} \\alpha_{c,d} \\exp(-\\gamma_c (x - \\delta_d)^2)
 
-    with D points δ evenly spaced on [-boundary, boundary] (the single point 0 for D = 1). Differentiable twice in x,
-    alpha and gamma, in reverse and forward mode.
+    with D points δ evenly spaced on [-boundary, boundary] (the single point 0 for D = 1). Differentiable in x, alpha and
+    gamma, n times in x and m times in gamma up to n + 2m = 12, in reverse and forward mode.
 
     Args:
-        x: input [N, C, *], float32, float64, bfloat16 or float16, any strides. Channels are dimension 1. Where alpha
-            and gamma have one row, the curve is shared and x may have any rank.
-        alpha: mixing coefficients [C, D] or [1, D], float32 or float64 whatever the dtype of x.
-        gamma: bandwidths [C] or [1], float32 or float64. Must be positive; values are not checked here.
+        x: input, float32, float64, bfloat16 or float16, any strides. Where alpha and gamma have one row, the curve is
+            shared and x may have any rank.
+        alpha: mixing coefficients [C, D] or [1, D], float32 or float64 whatever the dtype of x. Half precision is
+            accepted and computed with in float32, but an α of 72, as fits to ReLU have, costs 1e-2 of the output in it.
+        gamma: bandwidths [C] or [1], of the same dtypes. Must be positive; values are not checked here.
         boundary: half-width of the dictionary, a positive float in the units of x.
         kernel: "gaussian" (default), or another κ(√γ (x - δ)) in its place: "rational_quadratic", "matern32" or
             "bspline", defined in `kafops.kernels`. These are fused on the CPU, where they cost D kernel values for each
-            element; elsewhere, and under torch.func and forward mode, the plain reference computes them.
+            element; elsewhere they are computed in plain PyTorch.
+        base: function beneath the curve: None (default), "identity", "relu", "silu" or "gelu", defined in `kafops.bases`.
+        channel_dim: dimension of the channels, default 1; -1 for transformers and MLPs. 0 or -1 of an x [C] is a single
+            sample. Of no account where the curve is shared.
 
     Returns:
         Tensor with the shape, dtype and memory format of x. Half-precision x is computed in float32.
 
     Raises:
         TypeError: an argument has the wrong type or dtype.
-        ValueError: shapes do not fit, D = 0, devices differ, boundary is not a positive number, or kernel unknown.
+        ValueError: shapes do not fit, D = 0, devices differ, boundary is not a positive number, or kernel or base unknown.
+        RuntimeError: on differentiation, beyond n + 2m = 12, or the smoothness of "matern32" and "bspline", 2.
 
-    NaN in x gives NaN in that element only; ±inf gives 0.
+    NaN in x gives NaN in that element only; ±inf gives the limit of the base, 0 without one.
 
     Source: Scardapane et al., "Kafnets: kernel-based non-parametric activation functions for neural networks", 2017.
 
@@ -54,42 +65,33 @@ def kaf(
         >>> alpha, gamma = torch.randn(16, 20), torch.full((1,), 1.67)
         >>> y = kafops.kaf(torch.randn(8, 16, 32, 32), alpha, gamma, boundary=3.0)
     """
-    _check(x, alpha, gamma)
-    if isinstance(boundary, bool) or not isinstance(boundary, numbers.Real):
-        raise TypeError(
-            f"boundary must be a Python float, got {type(boundary).__name__}; no gradient flows to it "
-            "(kaf_free takes a dictionary tensor, which can be trained)"
-        )
-    if not 0 < boundary < math.inf:
-        raise ValueError(f"boundary must be a positive finite number, got boundary={boundary}")
-    if kernel != "gaussian":
-        points = alpha.new_empty(0, dtype=torch.float64)
-        return _other(x, alpha, gamma, reference.uniform_dictionary(alpha.shape[1], float(boundary), points), kernel)
-    if backends.choose(x) == "reference":
-        return reference.kaf(x, alpha, gamma, float(boundary))
-    return autograd.apply(x, alpha, gamma, None, float(boundary))
+    if type(boundary) is not float or not 0 < boundary < math.inf:
+        boundary = checks.boundary_of(boundary)
+    return _call(x, alpha, gamma, None, boundary, kernel, base, channel_dim)
 
 
 def kaf_free(
-    x: Tensor,  # [N, C, *]
+    x: Tensor,  # [N, C, *], or with C at channel_dim
     alpha: Tensor,  # [C, D] or [1, D]
     gamma: Tensor,  # [C] or [1]
     dictionary: Tensor,  # [C, D] or [1, D]
     kernel: str = "gaussian",
-) -> Tensor:  # [N, C, *]
+    base: str | None = None,
+    channel_dim: int = 1,
+) -> Tensor:  # as x
     """Kernel activation function on a free dictionary: `kaf` with the points given, and trainable.
 
-    .. math:: f_c(x) = \\sum_{d=1}^{D} \\alpha_{c,d} \\exp(-\\gamma_c (x - \\delta_{c,d})^2)
+    .. math:: f_c(x) = \\text{base}(x) + \\sum_{d=1}^{D} \\alpha_{c,d} \\exp(-\\gamma_c (x - \\delta_{c,d})^2)
 
     Args:
-        x, alpha, gamma, kernel: as for `kaf`.
-        dictionary: points [C, D] or [1, D] in the units of x, any values in any order, float32 or float64.
+        x, alpha, gamma, kernel, base, channel_dim: as for `kaf`.
+        dictionary: points [C, D] or [1, D] in the units of x, any values in any order, of the dtypes of alpha.
 
     Returns:
         Tensor with the shape, dtype and memory format of x.
 
     Raises:
-        TypeError, ValueError: as for `kaf`.
+        TypeError, ValueError, RuntimeError: as for `kaf`.
 
     Source: Scardapane et al., 2017; points and bandwidths trained as in "KAF-Free", Peconi, 2020.
 
@@ -97,68 +99,86 @@ def kaf_free(
         >>> dictionary = torch.linspace(-3, 3, 20).repeat(16, 1).requires_grad_()
         >>> y = kafops.kaf_free(torch.randn(8, 16), torch.randn(16, 20), torch.ones(16), dictionary)
     """
-    _check(x, alpha, gamma)
-    _check_parameter("dictionary", dictionary, 2, x)
-    if dictionary.shape[1] != alpha.shape[1]:
-        raise ValueError(
-            f"dictionary and alpha must have the same number of points D, got dictionary {_shape(dictionary)} "
-            f"and alpha {_shape(alpha)}"
-        )
-    if kernel != "gaussian":
-        return _other(x, alpha, gamma, dictionary, kernel)
-    if backends.choose(x) == "reference":
-        return reference.kaf_free(x, alpha, gamma, dictionary)
-    return autograd.apply(x, alpha, gamma, dictionary, 0.0)
+    if dictionary is None:
+        raise TypeError("dictionary must be a torch.Tensor, got NoneType; kafops.kaf has an even one")
+    return _call(x, alpha, gamma, dictionary, 0.0, kernel, base, channel_dim)
 
 
-def _other(x: Tensor, alpha: Tensor, gamma: Tensor, dictionary: Tensor, kernel: str) -> Tensor:
-    """Compute kaf_free of a kernel other than the Gaussian, its name not yet checked."""
-    kernels.named(kernel)
+def _call(
+    x: Tensor,
+    alpha: Tensor,
+    gamma: Tensor,
+    dictionary: Tensor | None,
+    boundary: float,
+    kernel: str,
+    base: str | None,
+    channel_dim: int,
+) -> Tensor:
+    """Compute a curve; where that fails, find out why."""
+    if torch.compiler.is_compiling():  # where checks cost nothing, and errors do not come back as they were raised
+        return _checked(x, alpha, gamma, dictionary, boundary, kernel, base, channel_dim)
+    try:
+        if channel_dim == 1 and kernel == "gaussian" and backends.choose(x) != "reference":
+            return autograd.apply(x, alpha, gamma, dictionary, boundary, 0, _BASES[base])
+    except Exception:
+        _check(x, alpha, gamma, dictionary, kernel, base, channel_dim)
+        if not any(p is not None and p.dtype in _HALF for p in (alpha, gamma, dictionary)):
+            raise
+    return _checked(x, alpha, gamma, dictionary, boundary, kernel, base, channel_dim)
+
+
+def _checked(
+    x: Tensor,
+    alpha: Tensor,
+    gamma: Tensor,
+    dictionary: Tensor | None,
+    boundary: float,
+    kernel: str,
+    base: str | None,
+    channel_dim: int,
+) -> Tensor:
+    """Compute a curve, all arguments checked first."""
+    _check(x, alpha, gamma, dictionary, kernel, base, channel_dim)
+    alpha, gamma = _precise(alpha), _precise(gamma)
+    dictionary = None if dictionary is None else _precise(dictionary)
+    if channel_dim == 1 or all(p is None or p.shape[0] == 1 for p in (alpha, gamma, dictionary)):
+        return _compute(x, alpha, gamma, dictionary, boundary, kernel, base)
+    if x.dim() == 1:
+        return _compute(x.unsqueeze(0), alpha, gamma, dictionary, boundary, kernel, base).squeeze(0)
+    y = _compute(x.movedim(channel_dim, 1), alpha, gamma, dictionary, boundary, kernel, base)
+    return y.movedim(1, channel_dim)
+
+
+def _compute(
+    x: Tensor,  # [N, C, *]
+    alpha: Tensor,
+    gamma: Tensor,
+    dictionary: Tensor | None,
+    boundary: float,
+    kernel: str,
+    base: str | None,
+) -> Tensor:
     if backends.choose_for(kernel, x) == "reference":
-        return reference.kaf_free(x, alpha, gamma, dictionary, kernel)
-    return kernel_sums.apply(x, alpha, gamma, dictionary, kernel)
+        if dictionary is None:
+            return reference.kaf(x, alpha, gamma, boundary, kernel, base)
+        return reference.kaf_free(x, alpha, gamma, dictionary, kernel, base)
+    return autograd.apply(x, alpha, gamma, dictionary, boundary, _KERNELS[kernel], _BASES[base])
 
 
-def _check(x: Tensor, alpha: Tensor, gamma: Tensor) -> None:
-    """Raise unless the arguments' types, dtypes, shapes and devices fit together."""
-    _check_tensor("x", x, _X_DTYPES)
-    _check_parameter("alpha", alpha, 2, x)
-    _check_parameter("gamma", gamma, 1, x)
-    if alpha.shape[1] == 0:
-        raise ValueError(f"alpha must have at least one coefficient per channel, got shape {_shape(alpha)} with D = 0")
+def _precise(p: Tensor) -> Tensor:
+    return p.float() if p.dtype in _HALF else p
 
 
-def _check_parameter(name: str, p: Tensor, dim: int, x: Tensor) -> None:
-    _check_tensor(name, p, _PARAMETER_DTYPES)
-    if p.dim() != dim:
-        raise ValueError(f"{name} must have shape {'[C, D] or [1, D]' if dim == 2 else '[C] or [1]'}, got {_shape(p)}")
-    if p.device != x.device:
-        raise ValueError(f"{name} is on {p.device} but x is on {x.device}; move one with .to(device)")
-    rows = p.shape[0]
-    if rows == 1:
-        return
-    if x.dim() < 2:
-        raise ValueError(
-            f"x must have shape [N, C, *] where {name} has a row per channel, got x {_shape(x)} and {name} "
-            f"{_shape(p)}; a single shared row takes any x"
-        )
-    if rows != x.shape[1]:
-        raise ValueError(
-            f"{name} must have one row per channel of x (dimension 1) or a single row: x {_shape(x)} has "
-            f"{x.shape[1]} channels, {name} {_shape(p)} has {rows} rows"
-        )
-
-
-def _check_tensor(name: str, t: Tensor, dtypes: Sequence[torch.dtype]) -> None:
-    if not isinstance(t, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor, got {type(t).__name__}")
-    if t.dtype not in dtypes:
-        wanted = ", ".join(str(d).removeprefix("torch.") for d in dtypes)
-        raise TypeError(f"{name} must have one of the dtypes {wanted}, got {name}.dtype={t.dtype}")
-    if t.layout != torch.strided or t.is_nested:
-        layout = "a nested tensor" if t.is_nested else f"layout {t.layout}; call .to_dense()"
-        raise TypeError(f"{name} must be a dense (strided) tensor, got {layout}")
-
-
-def _shape(t: Tensor) -> str:
-    return str(list(t.shape))
+def _check(x: Any, alpha: Any, gamma: Any, dictionary: Any, kernel: Any, base: Any, channel_dim: Any) -> None:
+    """Raise unless the arguments fit together."""
+    kernels.named(kernel)
+    bases.named(base)
+    if isinstance(channel_dim, bool) or not isinstance(channel_dim, int):
+        raise TypeError(f"channel_dim must be an integer, got {type(channel_dim).__name__}")
+    channel = channel_dim
+    if channel_dim < 0 and isinstance(x, Tensor):
+        channel += x.dim()
+    shared = all(isinstance(p, Tensor) and p.shape[:1] == (1,) for p in (alpha, gamma, dictionary) if p is not None)
+    if isinstance(x, Tensor) and channel_dim != 1 and not shared and not 0 <= channel < x.dim():
+        raise ValueError(f"channel_dim must be a dimension of x, got channel_dim={channel_dim} for x {list(x.shape)}")
+    checks.arguments(x, alpha, gamma, dictionary, max(channel, 0), half=True)

@@ -23,9 +23,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kafops.transforms import Product
+from kafops.transforms import product
 
-__all__ = ["HIGHEST", "KERNELS", "Kernel", "named", "too_high", "value"]
+__all__ = ["HIGHEST", "KERNELS", "Kernel", "check_order", "named", "value"]
 
 HIGHEST = 12  # order n + 2m of n derivatives in x and m in gamma that is offered
 _KNOT = math.sqrt(1.5)  # of the B-spline, in u
@@ -101,13 +101,19 @@ def value(
     return _Value.apply(u, order, kernel)
 
 
-def too_high(kernel: str, n: int, m: int) -> str:
-    """Return the message for a derivative, n times in x (or the dictionary) and m times in gamma, beyond what is offered."""
-    k = KERNELS[kernel]
-    got = f"kernel {kernel!r} was to be differentiated n = {n} times in x or its dictionary and m = {m} times in gamma"
-    if k.smoothness < HIGHEST:
-        return f"{got}, but it has no more than {k.smoothness} derivatives (n + m ≤ {k.smoothness})"
-    return f"{got}; kafops offers derivatives up to n + 2m = {HIGHEST}"
+def check_order(code: int, n: int, m: int) -> None:
+    """Raise unless the n-th derivative in x (or the dictionary) of the m-th in gamma is offered, of the kernel with a code.
+
+    Raises:
+        RuntimeError: it is not.
+    """
+    k = next(k for k in KERNELS.values() if k.code == code)
+    if n + m <= k.smoothness and n + 2 * m <= HIGHEST:
+        return
+    got = f"kernel {k.name!r} was to be differentiated n = {n} times in x or its dictionary and m = {m} times in gamma"
+    if n + m > k.smoothness and k.smoothness < HIGHEST:
+        raise RuntimeError(f"{got}, but it has no more than {k.smoothness} derivatives (n + m ≤ {k.smoothness})")
+    raise RuntimeError(f"{got}; kafops offers derivatives up to n + 2m = {HIGHEST}")
 
 
 def _gaussian(u: Tensor, n: int) -> Tensor:
@@ -183,10 +189,9 @@ class _Value(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, v: Tensor, *_: None) -> Tensor:
-        return Product.apply(v, _next(ctx))
+        return product(v, _next(ctx))
 
 
 def _next(ctx: Any) -> Tensor:
-    if ctx.order == KERNELS[ctx.kernel].smoothness:
-        raise RuntimeError(too_high(ctx.kernel, ctx.order + 1, 0))
+    check_order(KERNELS[ctx.kernel].code, ctx.order + 1, 0)
     return _Value.apply(ctx.saved_tensors[0], ctx.order + 1, ctx.kernel)

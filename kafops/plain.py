@@ -51,7 +51,7 @@ def kaf_backward(
     weight = grad.to(terms.x.dtype)
     dx = terms.like_x(weight * _curve(terms, alpha, base, n + 1, m)) if needs & 1 else x.new_empty(0)
     dalpha = _like(terms.moments(weight, n, m), alpha) if needs & 2 else x.new_empty(0)
-    dgamma = ddictionary = x.new_empty(0)
+    dgamma, ddictionary = x.new_empty(0), x.new_empty(0)
     if needs & 4:
         dgamma = _like((alpha.double() * terms.moments(weight, n, m + 1)).sum(1), gamma)
     if needs & 8 and dictionary is not None:
@@ -86,8 +86,7 @@ class _Terms:
 
     def each(self, n: int, m: int) -> Iterator[Tensor]:
         """ψ[n, m](x − δ_k) for each k, 0 where x is infinite."""
-        if n + m > self.kernel.smoothness or n + 2 * m > kernels.HIGHEST:
-            raise RuntimeError(kernels.too_high(self.kernel.name, n, m))
+        kernels.check_order(self.kernel.code, n, m)
         a = [1.0]
         for j in range(m):
             a = [

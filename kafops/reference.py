@@ -7,7 +7,7 @@ build the tensor of all N x D kernel values, so they cost D times the memory of 
 import torch
 from torch import Tensor
 
-from kafops import kernels
+from kafops import bases, kernels
 
 # Beyond this |x| every kernel value is 0, unless gamma is below 1e-33; its square is still finite in float32. Without
 # the clamp the derivatives at ±inf would be inf · 0 = nan.
@@ -15,34 +15,42 @@ _FAR = 1e18
 
 
 def kaf(
-    x: Tensor,  # [N, C, *]
+    x: Tensor,  # [N, C, *], or with C at channel_dim
     alpha: Tensor,  # [C, D] or [1, D]
     gamma: Tensor,  # [C] or [1]
-    boundary: float,
+    boundary: float = 3.0,
     kernel: str = "gaussian",
-) -> Tensor:  # [N, C, *]
-    """f_c(x) = Σ_d alpha[c, d] exp(-gamma[c] (x - δ_d)²) with D points δ evenly spaced on [-boundary, boundary].
+    base: str | None = None,
+    channel_dim: int = 1,
+) -> Tensor:  # as x
+    """f_c(x) = base(x) + Σ_d alpha[c, d] exp(-gamma[c] (x - δ_d)²) with D points δ evenly spaced on [-boundary, boundary].
 
-    With a kernel κ of `kafops.kernels`, κ(√gamma[c] (x - δ_d)) in place of the Gaussian.
+    With a kernel κ of `kafops.kernels`, κ(√gamma[c] (x - δ_d)) in place of the Gaussian; base is None or one of
+    `kafops.bases`.
     """
-    return kaf_free(x, alpha, gamma, uniform_dictionary(alpha.shape[1], boundary, like=_arithmetic(alpha, x)), kernel)
+    points = uniform_dictionary(alpha.shape[1], boundary, like=_arithmetic(alpha, x))
+    return kaf_free(x, alpha, gamma, points, kernel, base, channel_dim)
 
 
 def kaf_free(
-    x: Tensor,  # [N, C, *]
+    x: Tensor,  # [N, C, *], or with C at channel_dim
     alpha: Tensor,  # [C, D] or [1, D]
     gamma: Tensor,  # [C] or [1]
     dictionary: Tensor,  # [C, D] or [1, D]
     kernel: str = "gaussian",
-) -> Tensor:  # [N, C, *]
-    """f_c(x) = Σ_d alpha[c, d] exp(-gamma[c] (x - dictionary[c, d])²), any points in any order.
+    base: str | None = None,
+    channel_dim: int = 1,
+) -> Tensor:  # as x
+    """f_c(x) = base(x) + Σ_d alpha[c, d] exp(-gamma[c] (x - dictionary[c, d])²), any points in any order.
 
-    With a kernel κ of `kafops.kernels`, κ(√gamma[c] (x - dictionary[c, d])) in place of the Gaussian.
+    With a kernel κ of `kafops.kernels`, κ(√gamma[c] (x - dictionary[c, d])) in place of the Gaussian; base is None or
+    one of `kafops.bases`.
     """
-    ones = (1,) * (x.dim() - 2)
-    alpha, dictionary = (_arithmetic(p, x).reshape(len(p), *ones, p.shape[1]) for p in (alpha, dictionary))
-    gamma = _arithmetic(gamma, x).reshape(len(gamma), *ones, 1)  # all [C or 1, 1..., D or 1]
-    if x.dim() < 2:
+    shared = len(alpha) == len(gamma) == len(dictionary) == 1
+    after = 0 if shared or x.dim() == 0 else x.dim() - 1 - channel_dim % x.dim()  # dimensions behind the channels'
+    alpha, dictionary = (_arithmetic(p, x).reshape(len(p), *(1,) * after, p.shape[1]) for p in (alpha, dictionary))
+    gamma = _arithmetic(gamma, x).reshape(len(gamma), *(1,) * after, 1)  # all [C or 1, 1..., D or 1]
+    if shared:
         alpha, gamma, dictionary = alpha[0], gamma[0], dictionary[0]
     z = _arithmetic(x, x).clamp(-_FAR, _FAR).unsqueeze(-1)  # [N, C, *, 1]
     if kernel == "gaussian":
@@ -51,7 +59,8 @@ def kaf_free(
         z = torch.where(x.isnan().unsqueeze(-1), x.unsqueeze(-1), z)  # whose derivative is NaN too
         values = kernels.value(kernel, gamma.sqrt() * (z - dictionary))
         values = torch.where(x.isinf().unsqueeze(-1), 0, values)  # slow tails have not ended where z is clamped
-    return _memory_format_of(x, (alpha * values).sum(-1).to(x.dtype))
+    curve = (alpha * values).sum(-1)
+    return _memory_format_of(x, (curve if base is None else bases.value(base, _arithmetic(x, x)) + curve).to(x.dtype))
 
 
 def uniform_dictionary(dictionary_size: int, boundary: float, like: Tensor) -> Tensor:  # [1, D]

@@ -1,14 +1,25 @@
-"""What torch.func transforms and forward mode need: to be noticed, and sums and products that they differentiate.
+"""Derivatives of operators by one route for all transforms, and sums and products for use within it.
 
-The lowest module: it knows nothing of KAFs.
+`register` puts a function on an operator's Autograd key: eager calls, torch.func to any nesting, forward mode and
+torch.compile all come by there. In a jvp, PyTorch silently drops the outer tangents of its own operators, so a jvp is
+made of `add` and `product`, which are operators with such derivatives themselves.
+
+Below all that knows of KAFs.
 """
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._functorch.utils import enable_single_level_autograd_function
+from torch.autograd.function import _SingleLevelFunction
 
-__all__ = ["Product", "Sum", "add", "refuse_compiled_forward_mode", "transforms_active"]
+__all__ = ["SingleLevelFunction", "add", "below", "product", "register", "transforms_active"]
+
+SingleLevelFunction = _SingleLevelFunction  # an autograd.Function of one level of derivatives, not of all at once
+_library = torch.library.Library("kafops", "FRAGMENT")
 
 
 def transforms_active() -> bool:
@@ -16,78 +27,136 @@ def transforms_active() -> bool:
     return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
 
 
-def refuse_compiled_forward_mode() -> None:
-    """Raise where forward mode is active; for code that torch.compile traces.
+@contextmanager
+def below() -> Iterator[None]:
+    """One level of derivatives further down, and recording there: else derivatives of derivatives would be wrong."""
+    with (
+        torch.enable_grad(),
+        torch.autograd.forward_ad._set_fwd_grad_enabled(True),
+        torch._C._AutoDispatchBelowAutograd(),
+    ):
+        yield
 
-    Raises:
-        RuntimeError: a forward-mode level is active.
+
+def register(name: str, function: type[Any], filled: Callable[..., tuple[Any, ...]]) -> None:
+    """Give an operator of kafops the derivatives of a `SingleLevelFunction`, whose forward calls it `below` itself.
+
+    Args:
+        name: of the operator.
+        function: of all its arguments.
+        filled: (positional arguments, named arguments) -> all arguments in order.
     """
-    if torch.autograd.forward_ad._current_level >= 0:
-        raise RuntimeError(
-            "kafops cannot be differentiated in forward mode inside torch.compile, where PyTorch would return a zero "
-            "tangent; call torch.func.jvp, jacfwd or hessian outside torch.compile"
-        )
 
+    def kernel(*arguments: Any, **named: Any) -> Any:
+        with enable_single_level_autograd_function():
+            return function.apply(*filled(arguments, named))
 
-class Sum(torch.autograd.Function):
-    """a + b, of one shape, for use inside a jvp, where PyTorch silently drops the tangents of its own operators."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(a: Tensor, b: Tensor) -> Tensor:
-        """Compute a + b."""
-        return a + b
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        """Keep nothing."""
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        """Hand the gradient on to both."""
-        return grad, grad
-
-    @staticmethod
-    def jvp(ctx: Any, v_a: Tensor, v_b: Tensor) -> Tensor:
-        """Add the tangents."""
-        return Sum.apply(v_a, v_b)
-
-
-class Product(torch.autograd.Function):
-    """a · b, of one shape, for use inside a jvp, where PyTorch silently drops the tangents of its own operators."""
-
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(a: Tensor, b: Tensor) -> Tensor:
-        """Compute a · b."""
-        return a * b
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        """Keep both factors."""
-        ctx.save_for_backward(*inputs)
-        ctx.save_for_forward(*inputs)
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        """Compute grad · b and grad · a."""
-        a, b = ctx.saved_tensors
-        return grad * b, grad * a
-
-    @staticmethod
-    def jvp(ctx: Any, v_a: Tensor | None, v_b: Tensor | None) -> Tensor | None:
-        """Compute v_a · b + a · v_b, which has tangents itself."""
-        a, b = ctx.saved_tensors
-        return add(
-            None if v_a is None else Product.apply(v_a, b),
-            None if v_b is None else Product.apply(a, v_b),
-        )
+    _library.impl(name, kernel, "Autograd")
 
 
 def add(a: Tensor | None, b: Tensor | None) -> Tensor | None:
-    """Return a + b for use inside a jvp, where None stands for a tangent of zero."""
+    """Return a + b, of one shape and dtype; None stands for 0."""
     if a is None or b is None:
         return b if a is None else a
-    return Sum.apply(a, b)
+    return _sum(a, b)
+
+
+def product(a: Tensor, b: Tensor, factor: float = 1.0, total: bool = False) -> Tensor:
+    """Return factor · a · b, where b has one number for each index of the first dimensions of a.
+
+    Args:
+        a, b: tensors; dimensions of size 1 fit any.
+        factor: a number.
+        total: whether to add over the first dimension, which stays with size 1.
+    """
+    return _product(a, b, factor, total)
+
+
+_library.define("jvp_sum(Tensor a, Tensor b) -> Tensor")
+_library.define("jvp_product(Tensor a, Tensor b, float factor, bool total) -> Tensor")
+_sum = torch.ops.kafops.jvp_sum.default
+_product = torch.ops.kafops.jvp_product.default
+
+
+def _compute_product(a: Tensor, b: Tensor, factor: float, total: bool) -> Tensor:
+    y = a * _along(b, a) * factor
+    return y.sum(0, keepdim=True) if total else y
+
+
+def _along(b: Tensor, a: Tensor) -> Tensor:
+    return b.reshape(b.shape + (1,) * (a.dim() - b.dim()))
+
+
+# For all devices, and for fake tensors.
+_library.impl("jvp_sum", torch.add, "CompositeExplicitAutograd")
+_library.impl("jvp_product", _compute_product, "CompositeExplicitAutograd")
+
+
+class _Sum(_SingleLevelFunction):
+    @staticmethod
+    def forward(a: Tensor, b: Tensor) -> Tensor:
+        with below():
+            return _sum(a, b)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        return grad, grad
+
+    @staticmethod
+    def jvp(ctx: Any, v_a: Tensor | None, v_b: Tensor | None) -> Tensor | None:
+        return add(v_a, v_b)
+
+
+class _Product(_SingleLevelFunction):
+    @staticmethod
+    def forward(*inputs: Any) -> Tensor:
+        with below():
+            return _product(*inputs)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        a, b, ctx.factor, ctx.total = inputs
+        ctx.save_for_backward(a, b)
+        ctx.save_for_forward(a, b)
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, Tensor | None, None, None]:
+        if grad is None:
+            return (None,) * 4
+        a, b = ctx.saved_tensors
+        weight = ctx.factor * grad
+        of_a = (weight * _along(b, a)).sum_to_size(a.shape) if ctx.needs_input_grad[0] else None
+        of_b = (weight * a).sum_to_size(_along(b, a).shape).reshape(b.shape) if ctx.needs_input_grad[1] else None
+        return of_a, of_b, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, v_a: Tensor | None, v_b: Tensor | None, *_: None) -> Tensor | None:
+        a, b = ctx.saved_tensors
+        rest = ctx.factor, ctx.total
+        return add(None if v_a is None else product(v_a, b, *rest), None if v_b is None else product(a, v_b, *rest))
+
+
+register("jvp_sum", _Sum, lambda arguments, named: arguments)
+register("jvp_product", _Product, lambda arguments, named: arguments)
+
+
+@torch.library.register_vmap("kafops::jvp_sum")
+def _sum_vmap(info: Any, dims: tuple[int | None, ...], a: Tensor, b: Tensor) -> tuple[Tensor, int]:
+    return _sum(_samples(info, a, dims[0]), _samples(info, b, dims[1])), 0
+
+
+@torch.library.register_vmap("kafops::jvp_product")
+def _product_vmap(info: Any, dims: Any, a: Tensor, b: Tensor, factor: float, total: bool) -> tuple[Tensor, int]:
+    a, b = _samples(info, a, dims[0]), _samples(info, b, dims[1])
+    if not total:
+        return _product(a, b, factor, False), 0
+    return _product(a.movedim(1, 0), b.movedim(1, 0), factor, True), 1
+
+
+def _samples(info: Any, t: Tensor, dim: int | None) -> Tensor:  # [B, ...]
+    return t.unsqueeze(0).expand(info.batch_size, *t.shape) if dim is None else t.movedim(dim, 0)
