@@ -3,11 +3,11 @@
 from kafops import ops as ops  # defines the schemas before any backend registers kernels for them
 
 # isort: split
-from kafops import backends, bounds, init, kernels, reference
+from kafops import backends, bases, bounds, init, kernels, reference
 from kafops.backends import backend
 from kafops.convert import Replacement, ReplacementReport, replace_activations
 from kafops.functional import kaf, kaf_free
-from kafops.modules import KAF, KAF1d, KAF2d, KAF3d, LazyKAF1d, LazyKAF2d, LazyKAF3d
+from kafops.modules import KAF, KAF1d, KAF2d, KAF3d, LazyKAF, LazyKAF1d, LazyKAF2d, LazyKAF3d
 
 __version__ = "0.1.0"
 
@@ -16,6 +16,7 @@ __all__ = [
     "KAF1d",
     "KAF2d",
     "KAF3d",
+    "LazyKAF",
     "LazyKAF1d",
     "LazyKAF2d",
     "LazyKAF3d",
@@ -23,6 +24,7 @@ __all__ = [
     "ReplacementReport",
     "backend",
     "backends",
+    "bases",
     "bounds",
     "init",
     "kaf",

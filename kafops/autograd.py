@@ -268,7 +268,8 @@ def _differentiable_double_backward(*arguments: Any, **named: Any) -> tuple[Tens
         with torch._C._AutoDispatchBelowAutograd():
             return ops.kaf_double_backward(*a.values())
     curve = _Curve(a["boundary"], 0, a["base"], 0, 0)
-    gradients = curve.composed_double_backward(tuple(tensors[:4]), *tensors[4:], a["needs"])
+    grad, x, alpha, gamma, dictionary = tensors[4:]
+    gradients = curve.composed_double_backward(tuple(tensors[:4]), grad, x, alpha, gamma, dictionary, a["needs"])
     return tuple(
         a["x"].new_zeros(0)
         if not a["needs"] & flag or a[name] is None

@@ -123,7 +123,7 @@ def _silu(x: Tensor, n: int) -> Tensor:
 
 
 def _sigmoid(x: Tensor, n: int) -> Tensor:
-    """σ^(n)(x), a polynomial in σ as σ′ = σ − σ²; at −|x|, where it does not cancel: σ^(n)(−x) = (−1)^(n + 1) σ^(n)(x)."""
+    """σ^(n)(x), a polynomial in σ as σ′ = σ − σ²; made at −|x|, where it does not cancel."""
     if n == 0:
         return torch.sigmoid(x)
     p = [0.0, 1.0]  # of σ

@@ -98,8 +98,8 @@ def _rows(name: str, p: Tensor, x: Tensor, channel: int) -> None:
         return
     if x.dim() <= channel:
         raise ValueError(
-            f"x must have shape [N, C, *], with channels at dimension {channel}, where {name} has a row per channel, got "
-            f"x {_shape(x)} and {name} {_shape(p)}; a single shared row takes any x, and channel_dim=0 a single sample [C]"
+            f"x must have shape [N, C, *], with channels at dimension {channel}, where {name} has a row per channel, "
+            f"got x {_shape(x)} and {name} {_shape(p)}; a single shared row takes any x, channel_dim=0 a sample [C]"
         )
     if rows != x.shape[channel]:
         raise ValueError(

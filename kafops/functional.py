@@ -1,4 +1,4 @@
-"""The two functions: argument checks, channels brought to dimension 1, then the backend that serves the tensor's device.
+"""The two functions: argument checks, channels brought to dimension 1, then the backend that serves the device.
 
 A call that is right pays for no check in Python: the operators refuse what does not fit, and the checks then find the
 words for it.
@@ -32,8 +32,8 @@ def kaf(
 
     .. math:: f_c(x) = \\text{base}(x) + \\sum_{d=1}^{D} \\alpha_{c,d} \\exp(-\\gamma_c (x - \\delta_d)^2)
 
-    with D points δ evenly spaced on [-boundary, boundary] (the single point 0 for D = 1). Differentiable in x, alpha and
-    gamma, n times in x and m times in gamma up to n + 2m = 12, in reverse and forward mode.
+    with D points δ evenly spaced on [-boundary, boundary] (the single point 0 for D = 1). Differentiable in x, alpha
+    and gamma, n times in x and m times in gamma up to n + 2m = 12, in reverse and forward mode.
 
     Args:
         x: input, float32, float64, bfloat16 or float16, any strides. Where alpha and gamma have one row, the curve is
@@ -45,7 +45,8 @@ def kaf(
         kernel: "gaussian" (default), or another κ(√γ (x - δ)) in its place: "rational_quadratic", "matern32" or
             "bspline", defined in `kafops.kernels`. These are fused on the CPU, where they cost D kernel values for each
             element; elsewhere they are computed in plain PyTorch.
-        base: function beneath the curve: None (default), "identity", "relu", "silu" or "gelu", defined in `kafops.bases`.
+        base: function beneath the curve: None (default), "identity", "relu", "silu" or "gelu", defined in
+            `kafops.bases`.
         channel_dim: dimension of the channels, default 1; -1 for transformers and MLPs. 0 or -1 of an x [C] is a single
             sample. Of no account where the curve is shared.
 
@@ -54,7 +55,8 @@ def kaf(
 
     Raises:
         TypeError: an argument has the wrong type or dtype.
-        ValueError: shapes do not fit, D = 0, devices differ, boundary is not a positive number, or kernel or base unknown.
+        ValueError: shapes do not fit, D = 0, devices differ, boundary is not a positive number, or kernel or base is
+            unknown.
         RuntimeError: on differentiation, beyond n + 2m = 12, or the smoothness of "matern32" and "bspline", 2.
 
     NaN in x gives NaN in that element only; ±inf gives the limit of the base, 0 without one.

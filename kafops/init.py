@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kafops import expectations, kernels
+from kafops import bases, expectations, kernels
 
 __all__ = ["Initializer", "Isometric", "Normal", "Target", "gradient_factor", "resolve", "ridge"]
 
@@ -168,12 +168,21 @@ _NAMED: dict[str, Initializer | Target] = {
     "elu": F.elu,
     "silu": F.silu,
     "tanh": torch.tanh,
+    "gelu": F.gelu,
     "identity": torch.clone,
+    "zeros": Normal(std=0.0),
 }
 
 
-def resolve(init: str | Initializer | Target, dictionary: Tensor, kernel: str = "gaussian") -> Initializer:
-    """Turn a layer's `init` argument into an `Initializer` for a dictionary [D] and a kernel.
+def default(base: str | None) -> str:
+    """Return the name of the start that a layer has by default."""
+    return "elu" if base is None else "zeros"
+
+
+def resolve(
+    init: str | Initializer | Target, dictionary: Tensor, kernel: str = "gaussian", base: str | None = None
+) -> Initializer:
+    """Turn a layer's `init` argument into an `Initializer` for a dictionary [D], a kernel and a base.
 
     Raises:
         TypeError: init is neither name nor callable, or a target returns no floating tensor.
@@ -189,7 +198,8 @@ def resolve(init: str | Initializer | Target, dictionary: Tensor, kernel: str = 
         return init.for_kernel(kernel)
     if not callable(init):
         raise TypeError(f"init must be a name, a kafops.init.Initializer or a callable, got {type(init).__name__}")
-    return _Fit(tuple(_sample(init, dictionary).tolist()), kernel)
+    beneath = bases.value(base, dictionary)
+    return _Fit(tuple((_sample(init, dictionary) - beneath).tolist()), kernel)
 
 
 def ridge(

@@ -102,7 +102,7 @@ def value(
 
 
 def check_order(code: int, n: int, m: int) -> None:
-    """Raise unless the n-th derivative in x (or the dictionary) of the m-th in gamma is offered, of the kernel with a code.
+    """Raise unless a kernel, given by code, may be differentiated n times in x (or the dictionary) and m in gamma.
 
     Raises:
         RuntimeError: it is not.

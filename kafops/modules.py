@@ -10,51 +10,61 @@ from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import Parameter, UninitializedParameter, is_lazy
 
+from kafops import bases, kernels, reference
 from kafops import bounds as certified
 from kafops import init as initial
-from kafops import kernels, reference
 from kafops.functional import kaf, kaf_free
 
-__all__ = ["KAF", "KAF1d", "KAF2d", "KAF3d", "LazyKAF1d", "LazyKAF2d", "LazyKAF3d"]
+__all__ = ["KAF", "KAF1d", "KAF2d", "KAF3d", "LazyKAF", "LazyKAF1d", "LazyKAF2d", "LazyKAF3d"]
+
+
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
 class KAF(nn.Module):
     """Kernel activation function: one learned curve per channel, for inputs [N, C, *] of any rank.
 
-    .. math:: f_c(x) = \\sum_{d=1}^{D} \\alpha_{c,d} \\exp(-\\gamma_c (x - \\delta_d)^2)
+    .. math:: f_c(x) = \\text{base}(x) + \\sum_{d=1}^{D} \\alpha_{c,d} \\exp(-\\gamma_c (x - \\delta_d)^2)
 
     with D points δ evenly spaced on [-boundary, boundary], Δ apart (the single point 0 for D = 1). Beyond the boundary
-    a curve returns to 0 within a few Δ, so x should be normalised; with the default 3, unit variance suits.
+    a curve returns to its base within a few Δ, to 0 where it has none; x should be normalised then, and with the
+    default boundary of 3, unit variance suits.
 
     Args:
         num_parameters: number of channels C, or 1 to share one curve among all, as `torch.nn.PReLU` does.
         dictionary_size: number of points D, default 20.
         boundary: half-width of the dictionary in the units of x, default 3.
-        init: the curves to start from. "elu" (default), "relu", "silu", "tanh", "identity" or any callable
-            Tensor → Tensor: a ridge fit to that function; "isometric": random curves that keep gradients in scale in
-            deep networks; "normal": random coefficients of std 0.3, with which gradients of deep networks explode; or
-            an object of `kafops.init`, such as `Normal(std=0.8)`.
+        init: the curves to start from. None (default) is "elu" without a base and "zeros" with one, which leaves the
+            base alone. "elu", "relu", "silu", "gelu", "tanh", "identity" or any callable Tensor → Tensor: a ridge fit
+            to that function, less the base; "isometric": random curves that keep gradients in scale in deep networks;
+            "normal": random coefficients of std 0.3, with which gradients of deep networks explode; or an object of
+            `kafops.init`, such as `Normal(std=0.8)`.
         gamma: bandwidth in units of 1/x², a number or a tensor [C] or [1]; default 1/(6Δ²) (but see kernel). Required
             for D = 1.
         learn_gamma: train the bandwidth of each channel, as its logarithm, so that it stays positive.
         learn_dictionary: train the points of each channel, from the even spacing on. Costs little more.
-        device, dtype: of the parameters; float32 or float64. The default is torch's default dtype, or float32 where
-            that is a half type.
+        device, dtype: of the parameters. The default is torch's default dtype, or float32 where that is a half type.
+            bfloat16 and float16 are computed with in float32, but cost 1e-2 of the output where coefficients are as
+            large as those of fits (72); with a base they are small.
         kernel: "gaussian" (default), or another κ(√γ (x - δ)) in its place: "rational_quadratic", "matern32" or
             "bspline", defined in `kafops.kernels`. They cost more (docs/other-kernels.md). The default of gamma is
             1/(6Δ²) for all but "bspline", which has 3/(2Δ²): its knots are the points then.
+        base: fixed function beneath the curves, keyword only: None (default), "identity", "relu", "silu" or "gelu",
+            defined in `kafops.bases`. The layer starts as its base then, unless init says otherwise.
+        channel_dim: dimension of x that has the channels, keyword only, default 1; -1 in transformers and MLPs.
 
     Shape:
-        Input [N, C, *] in float32, float64, bfloat16 or float16 (any shape where num_parameters is 1); output alike.
+        Input [N, C, *], or with C at channel_dim, in float32, float64, bfloat16 or float16 (any shape where
+        num_parameters is 1); output alike.
 
     State:
         Parameter `alpha` [C, D]; `gamma` [C], a buffer, or where learned the parameter `log_gamma` [C]; parameter
-        `dictionary` [C, D] where learned. Absent ones are None; `bandwidths()` and `points()` serve both cases. A
-        state_dict also holds the boundary, as extra state, and the kernel if it is not the Gaussian: loading into a
-        layer of another boundary or kernel raises.
+        `dictionary` [C, D] where learned. Absent ones are None; `bandwidths()` and `points()` serve both cases. Buffer
+        `curve` [3], float64, says what curves these are: the boundary and the codes of kernel and base. Loading into a
+        layer of others raises. States of version 0.1 load, too.
 
-    All state stays float32 or float64: `.half()`, `.bfloat16()` and the like leave it in float32, because coefficients
-    in half precision cost 1e-2 in the output. After `.to_empty()` call `reset_parameters()`, which restores gamma too.
+    `.half()`, `.bfloat16()` and the like leave the layer's state in float32, because coefficients in half precision
+    cost 1e-2 in the output. After `.to_empty()` call `reset_parameters()`, which restores gamma and curve too.
 
     Raises:
         TypeError, ValueError: an argument is out of its range; x does not fit (from `kafops.kaf`).
@@ -74,20 +84,27 @@ class KAF(nn.Module):
     gamma: Tensor | None
     log_gamma: Tensor | None
     dictionary: Tensor | None
-    kernel: str = "gaussian"  # of layers that were pickled when there was no other
+    curve: Tensor
+    # Of layers that were pickled when there was nothing else.
+    kernel: str = "gaussian"
+    base: str | None = None
+    channel_dim: int = 1
 
     def __init__(
         self,
         num_parameters: int,
         dictionary_size: int = 20,
         boundary: float = 3.0,
-        init: str | initial.Initializer | Callable[[Tensor], Tensor] = "elu",
+        init: str | initial.Initializer | Callable[[Tensor], Tensor] | None = None,
         gamma: float | Tensor | None = None,
         learn_gamma: bool = False,
         learn_dictionary: bool = False,
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
         kernel: str = "gaussian",
+        *,
+        base: str | None = None,
+        channel_dim: int = 1,
     ) -> None:
         super().__init__()
         lazy = isinstance(self, LazyModuleMixin)
@@ -95,18 +112,19 @@ class KAF(nn.Module):
         self.dictionary_size = _positive_int("dictionary_size", dictionary_size)
         self.boundary = _positive_number("boundary", boundary)
         self.kernel = kernels.named(kernel).name
+        bases.named(base)
+        self.base = base
+        self.channel_dim = _int("channel_dim", channel_dim, "an integer")
         if dtype is None:
             dtype = torch.promote_types(torch.get_default_dtype(), torch.float32)
-        elif dtype not in (torch.float32, torch.float64):
-            raise TypeError(
-                f"dtype must be torch.float32 or torch.float64, got {dtype}; "
-                "the input may be bfloat16 or float16 all the same"
-            )
+        elif dtype not in _DTYPES:
+            raise TypeError(f"dtype must be one of {', '.join(map(str, _DTYPES))}, got {dtype}")
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.learn_gamma, self.learn_dictionary = learn_gamma, learn_dictionary
         self._start_gamma = self._check_gamma(gamma, dtype)
-        self._init = initial.resolve(init, self._grid(), self.kernel)
-        self._init_name = init if isinstance(init, str) else getattr(init, "__name__", None) or repr(init)
+        start = initial.default(base) if init is None else init
+        self._init = initial.resolve(start, self._grid(), self.kernel, base)
+        self._init_name = start if isinstance(start, str) else getattr(start, "__name__", None) or repr(start)
 
         def empty(*columns: int) -> Any:
             if lazy:
@@ -118,10 +136,11 @@ class KAF(nn.Module):
         self.dictionary = empty(self.dictionary_size) if learn_dictionary else None
         # A lazy gamma is None, not an UninitializedBuffer, which torch cannot deepcopy.
         self.register_buffer("gamma", None if lazy or learn_gamma else self.alpha.new_empty(self.num_parameters))
+        self.register_buffer("curve", self._curve().to(device))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Draw new curves by `init`, and put gamma and dictionary back to their initial values."""
+        """Draw new curves by `init`, and put gamma, dictionary and curve back to their initial values."""
         self._fill(*self._initial_values(self.num_parameters))
 
     def bandwidths(self) -> Tensor:  # [C]
@@ -159,12 +178,13 @@ class KAF(nn.Module):
         points = self.boundary if self.dictionary is None else self.dictionary
         return certified.curve_bounds(self.alpha, self.bandwidths(), points, lower, upper, self.kernel)
 
-    def forward(self, x: Tensor) -> Tensor:  # [N, C, *] -> [N, C, *]
+    def forward(self, x: Tensor) -> Tensor:  # as x
         """Apply each channel's curve; shape, dtype and memory format are those of x."""
-        self._check_rank(x)
+        if self._ranks:
+            self._check_rank(x)
         if self.dictionary is not None:
-            return kaf_free(x, self.alpha, self.bandwidths(), self.dictionary, self.kernel)
-        return kaf(x, self.alpha, self.bandwidths(), self.boundary, self.kernel)
+            return kaf_free(x, self.alpha, self.bandwidths(), self.dictionary, self.kernel, self.base, self.channel_dim)
+        return kaf(x, self.alpha, self.bandwidths(), self.boundary, self.kernel, self.base, self.channel_dim)
 
     def extra_repr(self) -> str:
         """Return the arguments that the layer was built with; of gamma, not what it was trained to."""
@@ -174,39 +194,70 @@ class KAF(nn.Module):
         parts.append(f"gamma={gamma.item():.4g}" if len(gamma) == 1 else f"gamma={len(gamma)} values")
         parts += [f"{name}=True" for name in ("learn_gamma", "learn_dictionary") if getattr(self, name)]
         parts += [f"kernel={self.kernel}"] * (self.kernel != "gaussian")
+        parts += [f"base={self.base}"] * (self.base is not None)
+        parts += [f"channel_dim={self.channel_dim}"] * (self.channel_dim != 1)
         return ", ".join(parts)
 
-    def get_extra_state(self) -> Tensor:
-        """Return the boundary, and the kernel's code if it is not the Gaussian's 0.
+    def _curve(self) -> Tensor:  # [3], float64, on the CPU
+        """Boundary, code of the kernel, code of the base: what the attributes say, for `curve` to keep."""
+        values = [self.boundary, kernels.KERNELS[self.kernel].code, bases.code(self.base)]
+        return torch.tensor(values, dtype=torch.float64, device="cpu")
 
-        A tensor, so that formats which hold only tensors can save it: [], or [2] with a code.
-        """
-        code = kernels.KERNELS[self.kernel].code
-        return torch.tensor([self.boundary, code] if code else self.boundary, dtype=torch.float64, device="cpu")
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        key, old = prefix + "curve", prefix + "_extra_state"
+        saved = state_dict.pop(old, None)  # of 0.1: the boundary [], or [2] with the kernel's code
+        if saved is not None and key not in state_dict:
+            state_dict[key] = torch.cat([saved.flatten().double(), torch.zeros(3 - saved.numel(), dtype=torch.float64)])
+        saved = state_dict.get(key)
+        if isinstance(saved, Tensor) and not saved.is_meta:
+            self._check_curve(saved)
+            state_dict[key] = self._curve().to(saved.device)  # exact, whatever the state_dict was cast to
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
-    def set_extra_state(self, state: Tensor) -> None:
-        """Raise unless boundary and kernel in a state_dict are this layer's: the same alpha would be another curve."""
-        if state.is_meta:
-            return
-        boundary, code = state.tolist() if state.dim() else (state.item(), 0)
-        names = {k.code: k.name for k in kernels.KERNELS.values()}
-        saved = names.get(round(code), f"number {code:g}, which this version of kafops does not know")
-        if saved != self.kernel:
-            raise ValueError(
-                f"kernel in the state_dict is {saved} but this layer was built with kernel={self.kernel!r}; build it "
-                "with the kernel in the state_dict"
-            )
+    def _check_curve(self, saved: Tensor) -> None:
+        """Raise unless `curve` in a state_dict is this layer's: the same alpha would be another curve."""
+        if saved.shape != (3,):
+            raise ValueError(f"curve in the state_dict must have shape [3], got {list(saved.shape)}")
+        boundary, *codes = saved.tolist()
+        named: tuple[tuple[str, str | None, dict[int, str | None]], ...] = (
+            ("kernel", self.kernel, {k.code: k.name for k in kernels.KERNELS.values()}),
+            ("base", self.base, {0: None} | {b.code: b.name for b in bases.BASES.values()}),
+        )
+        for (name, own, names), code in zip(named, codes, strict=True):
+            found = names.get(round(code), f"number {code:g}, which this version of kafops does not know")
+            if found != own:
+                raise ValueError(
+                    f"{name} in the state_dict is {found} but this layer was built with {name}={own!r}; build it with "
+                    f"the {name} in the state_dict"
+                )
         # Whoever casts or averages whole state_dicts rounds it.
-        close = math.isclose(boundary, self.boundary, rel_tol=4 * torch.finfo(state.dtype).eps)
+        close = math.isclose(boundary, self.boundary, rel_tol=4 * torch.finfo(saved.dtype).eps)
         if self.dictionary is None and not close:
             raise ValueError(
                 f"boundary in the state_dict is {boundary:g} but this layer was built with "
                 f"boundary={self.boundary:g}; build it with boundary={boundary:g}"
             )
 
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Take the state of a pickled layer, which version 0.1 wrote without `curve`."""
+        super().__setstate__(state)
+        if "curve" not in self._buffers:
+            self.register_buffer("curve", self._curve().to(self.alpha.device))
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "KAF":
-        """Move or convert the state as `nn.Module` does, but never below float32."""
-        return super()._apply(lambda t: _apply_precise(fn, t), recurse)
+        """Move or convert as `nn.Module` does, but the layer's own state never below float32."""
+        own: dict[int, Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]] = {}
+        for p in (self.alpha, self.log_gamma, self.dictionary, self.gamma):
+            if p is not None:
+                own[id(p)] = _apply_precise
+                own[id(p.grad)] = _apply_precise
+        own[id(self.curve)] = _apply_move
+        own.pop(id(None), None)
+        super()._apply(lambda t: own[id(t)](fn, t) if id(t) in own else fn(t), recurse=False)
+        if recurse:
+            for child in self.children():
+                child._apply(fn)
+        return self
 
     def _initial_values(self, num_parameters: int) -> tuple[Tensor, Tensor]:  # alpha [C, D], gamma [C]
         gamma = self._start_gamma.expand(num_parameters)
@@ -221,6 +272,7 @@ class KAF(nn.Module):
             self.log_gamma.copy_(gamma.log())
         if self.dictionary is not None:
             self.dictionary.copy_(self._grid())
+        self.curve.copy_(self._curve())
 
     def _grid(self) -> Tensor:  # [D], float64
         like = torch.empty(0, dtype=torch.float64, device="cpu")
@@ -311,17 +363,21 @@ class _LazyKAF(LazyModuleMixin, KAF):
         self,
         dictionary_size: int = 20,
         boundary: float = 3.0,
-        init: str | initial.Initializer | Callable[[Tensor], Tensor] = "elu",
+        init: str | initial.Initializer | Callable[[Tensor], Tensor] | None = None,
         gamma: float | Tensor | None = None,
         learn_gamma: bool = False,
         learn_dictionary: bool = False,
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
         kernel: str = "gaussian",
+        *,
+        base: str | None = None,
+        channel_dim: int = 1,
     ) -> None:
         super().__init__(
-            0, dictionary_size, boundary, init, gamma, learn_gamma, learn_dictionary, device, dtype, kernel
-        )
+            0, dictionary_size, boundary, init, gamma, learn_gamma, learn_dictionary, device, dtype, kernel,
+            base=base, channel_dim=channel_dim,
+        )  # fmt: skip
 
     def reset_parameters(self) -> None:
         """Draw new curves; before the first call there are none, and nothing happens."""
@@ -331,13 +387,19 @@ class _LazyKAF(LazyModuleMixin, KAF):
     def initialize_parameters(self, x: Tensor) -> None:
         """Take the number of channels from x."""
         self._check_rank(x)
-        if is_lazy(self.alpha):
-            self._materialize(x.shape[1])
+        if not is_lazy(self.alpha):
+            return
+        if not -x.dim() <= self.channel_dim < x.dim():
+            raise ValueError(
+                f"channel_dim must be a dimension of x, got channel_dim={self.channel_dim} for x {list(x.shape)}"
+            )
+        self._materialize(x.shape[self.channel_dim])
 
     def _materialize(self, num_parameters: int) -> None:
         if num_parameters < 1:
             raise ValueError(
-                f"x must have at least one channel (dimension 1) where {type(self).__name__} starts, got 0"
+                f"x must have at least one channel (dimension {self.channel_dim}) where {type(self).__name__} starts, "
+                "got 0"
             )
         if len(self._start_gamma) not in (1, num_parameters):
             raise ValueError(f"gamma must have shape [{num_parameters}] or [1], got {list(self._start_gamma.shape)}")
@@ -357,9 +419,17 @@ class _LazyKAF(LazyModuleMixin, KAF):
         if isinstance(alpha, Tensor) and not is_lazy(alpha) and is_lazy(self.alpha):
             self._materialize(alpha.shape[0] if alpha.dim() else 1)
 
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        super()._save_to_state_dict(destination, prefix, keep_vars)  # of the mixin, which knows no extra state
-        destination[prefix + "_extra_state"] = self.get_extra_state()
+
+class LazyKAF(_LazyKAF):
+    """A `KAF` that takes num_parameters from the first x it sees, and then is one.
+
+    Arguments are those of `KAF`, without num_parameters.
+
+    Example:
+        >>> y = kafops.LazyKAF(channel_dim=-1)(torch.randn(8, 16, 64))
+    """
+
+    cls_to_become = KAF
 
 
 class LazyKAF1d(_LazyKAF, KAF1d):
@@ -399,7 +469,7 @@ class LazyKAF3d(_LazyKAF, KAF3d):
 
 
 def _apply_precise(fn: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:
-    """Apply a move or conversion; where it leads to a half type, move alone and keep float32."""
+    """Apply a move or conversion; where it leads to a half type, move alone and keep float32 at least."""
     try:
         converted = fn(t)
     except ValueError:
@@ -407,17 +477,27 @@ def _apply_precise(fn: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:
             raise
         converted = fn(torch.empty(0, dtype=t.dtype, device=t.device))  # torch lacks bfloat16() of lazy parameters
         return t.to(converted.device, torch.promote_types(converted.dtype, torch.float32))
-    if converted.dtype in (torch.float32, torch.float64):
+    if converted.dtype in (torch.float32, torch.float64, t.dtype):
         return converted
     if not converted.is_floating_point():
-        raise TypeError(f"a KAF layer's state is float32 or float64, it cannot be converted to {converted.dtype}")
+        raise TypeError(f"a KAF layer's state is floating, it cannot be converted to {converted.dtype}")
     return t.to(converted.device, torch.float32)
 
 
-def _positive_int(name: str, value: int) -> int:
+def _apply_move(fn: Callable[[Tensor], Tensor], t: Tensor) -> Tensor:
+    """Apply a move or conversion, of which a move alone."""
+    converted = fn(t)
+    return converted if converted.dtype == t.dtype else t.to(converted.device)
+
+
+def _int(name: str, value: int, wanted: str) -> int:
     if isinstance(value, bool) or not isinstance(value, numbers.Integral):
-        raise TypeError(f"{name} must be an integer ≥ 1, got {type(value).__name__} {value!r}")
-    if value < 1:
+        raise TypeError(f"{name} must be {wanted}, got {type(value).__name__} {value!r}")
+    return int(value)
+
+
+def _positive_int(name: str, value: int) -> int:
+    if _int(name, value, "an integer ≥ 1") < 1:
         raise ValueError(f"{name} must be an integer ≥ 1, got {name}={value}")
     return int(value)
 

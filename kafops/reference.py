@@ -23,7 +23,7 @@ def kaf(
     base: str | None = None,
     channel_dim: int = 1,
 ) -> Tensor:  # as x
-    """f_c(x) = base(x) + Σ_d alpha[c, d] exp(-gamma[c] (x - δ_d)²) with D points δ evenly spaced on [-boundary, boundary].
+    """f_c(x) = base(x) + Σ_d alpha[c, d] exp(-gamma[c] (x - δ_d)²), D points δ even on [-boundary, boundary].
 
     With a kernel κ of `kafops.kernels`, κ(√gamma[c] (x - δ_d)) in place of the Gaussian; base is None or one of
     `kafops.bases`.
