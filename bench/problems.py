@@ -3,7 +3,7 @@
 import contextlib
 import functools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -28,6 +28,7 @@ class Problem:
     x: Tensor  # [N, C, H, W]
     grad: Tensor  # [N, C, H, W], dL/dy
     parameters: tuple[Tensor, ...]  # alpha [C, D], gamma [C], for a free dictionary its points [C, D]; a PReLU's weight
+    options: dict[str, Any] = field(default_factory=dict)  # keyword arguments of the function
 
     @property
     def leaves(self) -> tuple[Tensor, ...]:
@@ -38,9 +39,13 @@ class Problem:
         """Return the arguments of the function that this is an input of."""
         return (self.x, *self.parameters, *([BOUNDARY] if len(self.parameters) == 2 else []))
 
+    def call(self, curve: Curve) -> Tensor:
+        """Return the function of this input."""
+        return curve(*self.arguments(), **self.options)
+
     def of(self, *parameters: Tensor) -> "Problem":
         """Return the same input for a function with other parameters."""
-        return Problem(self.x, self.grad, parameters)
+        return Problem(self.x, self.grad, parameters)  # and no options
 
     def passes(self, n: int) -> int:
         """Return the bytes of n passes over a tensor as large as x."""
@@ -61,20 +66,29 @@ def problem(
     memory_format: torch.memory_format = torch.contiguous_format,
     dictionary_size: int = DICTIONARY_SIZE,
     free: bool = False,
+    shape: tuple[int, ...] = SHAPE,
+    gamma_by_channel: bool = False,
+    base: str | None = None,
+    channel_dim: int = 1,
 ) -> Problem:
     """Make x ~ N(0, 1), dL/dy ~ N(0, 1) and alpha ~ N(0, 0.8²), the same for the same arguments."""
     generator = torch.Generator().manual_seed(0)
     x, grad = (
-        torch.randn(SHAPE, generator=generator).to(dtype).to(memory_format=memory_format).requires_grad_(leaf)
+        torch.randn(shape, generator=generator).to(dtype).to(memory_format=memory_format).requires_grad_(leaf)
         for leaf in (True, False)
     )
-    channels = SHAPE[1]
+    channels = shape[channel_dim]
     alpha = ALPHA_STD * torch.randn(channels, dictionary_size, generator=generator)
     step = 2 * BOUNDARY / (dictionary_size - 1)
     gamma = torch.full((channels,), 1 / (6 * step**2))
+    if gamma_by_channel:
+        gamma = gamma * torch.linspace(0.8, 1.25, channels)
+    options: dict[str, Any] = {} if base is None else {"base": base}
+    if channel_dim != 1:
+        options["channel_dim"] = channel_dim
     if not free:
         alpha.requires_grad_()
-        return Problem(x, grad, (alpha, gamma))
+        return Problem(x, grad, (alpha, gamma), options)
     points = torch.linspace(-BOUNDARY, BOUNDARY, dictionary_size)
     dictionary = points + 0.3 * step * torch.randn(channels, dictionary_size, generator=generator)
     return Problem(x, grad, tuple(t.requires_grad_() for t in (alpha, gamma, dictionary)))
@@ -85,7 +99,7 @@ def forward(curve: Curve, p: Problem) -> Call:
 
     def call() -> tuple[Tensor, ...]:
         with torch.no_grad():
-            return (curve(*p.arguments()),)
+            return (p.call(curve),)
 
     return call
 
@@ -94,7 +108,7 @@ def forward_backward(curve: Curve, p: Problem) -> Call:
     """Return the call that makes y, dL/dx and the parameters' gradients."""
 
     def call() -> tuple[Tensor, ...]:
-        y = curve(*p.arguments())
+        y = p.call(curve)
         return (y.detach(), *torch.autograd.grad(y, p.leaves, p.grad))
 
     return call
@@ -104,7 +118,7 @@ def gradient_penalty(curve: Curve, p: Problem) -> Call:
     """Return the call that differentiates Σ (dL/dx)² by x and the parameters."""
 
     def call() -> tuple[Tensor, ...]:
-        (grad_x,) = torch.autograd.grad(curve(*p.arguments()), p.x, p.grad, create_graph=True)
+        (grad_x,) = torch.autograd.grad(p.call(curve), p.x, p.grad, create_graph=True)
         return torch.autograd.grad(grad_x.square().sum(), p.leaves)
 
     return call
@@ -171,7 +185,7 @@ def exact(make: Callable[[Curve, Problem], Call], p: Problem, chunk: int = 8) ->
     parameters = tuple(t.detach().double().requires_grad_(t.requires_grad) for t in p.parameters)
     parts = []
     for x, grad in zip(p.x.detach().split(chunk), p.grad.split(chunk), strict=True):
-        part = Problem(x.double().requires_grad_(), grad.double(), parameters)
+        part = Problem(x.double().requires_grad_(), grad.double(), parameters, p.options)
         parts.append(make(curve, part)())
     whole = []
     for outputs in zip(*parts, strict=True):

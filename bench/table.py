@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import kafops
-from bench import problems, trainings
+from bench import points, problems, trainings
 from bench.problems import Call, Curve, Problem
 from models.images import CIFAR10
 from models.networks import build
@@ -104,6 +104,11 @@ TWENTY = Baseline("kafops, D = 20", FLOAT32.call)
 ONE_THREAD = Baseline("kafops, 1 thread", one_thread)
 
 
+def of_case(name: str, **case: Any) -> Baseline:
+    """Make kafops on another problem the baseline."""
+    return Baseline(name, lambda mode, p: mode.call(kafops.kaf, problems.problem(**case)))
+
+
 def kaf_row(mode: Mode, baseline: Baseline, limit: float | None, variant: str = "", **case: Any) -> Row:
     """Compare a call of kafops on `problems.problem(**case)` with a baseline."""
 
@@ -134,6 +139,18 @@ def small_call() -> Pair:
     return Pair(call(kafops.KAF2d(channels)), call(nn.PReLU(channels)), calls=100)
 
 
+def empty_call() -> Pair:
+    """Forward and backward of no elements: what a call costs that computes nothing."""
+    x = torch.empty(0, problems.SMALL_SHAPE[1], requires_grad=True)
+    layers = kafops.KAF(x.shape[1]), nn.PReLU(x.shape[1])
+
+    def call(layer: nn.Module) -> Call:
+        leaves = (x, *layer.parameters())
+        return lambda: torch.autograd.grad(layer(x), leaves, x.detach())
+
+    return Pair(call(layers[0]), call(layers[1]), calls=100)
+
+
 def training_step() -> Pair:
     """One step of SGD of a ResNet20 of width 16 on a batch of 128 images 3 x 32 x 32."""
     images, labels = torch.rand(128, 3, 32, 32), torch.arange(128) % 10
@@ -154,6 +171,23 @@ def training_step() -> Pair:
     return Pair(step(lambda channels: kafops.KAF2d(channels, init="isometric")), step(lambda channels: nn.ReLU()))
 
 
+def channels_last_rows() -> tuple[Row, ...]:
+    """Compare channels_last with contiguous for numbers of channels that fill registers, and that do not."""
+    last = torch.channels_last
+    return tuple(
+        kaf_row(mode, of_case(f"contiguous, {c} channels", shape=shape), 1.5, f"channels_last, {c} channels",
+                shape=shape, memory_format=last)
+        for c in (20, 24, 40, 48)
+        for shape in ((128, c, 32, 32),)
+        for mode in (FORWARD, BOTH)
+    )  # fmt: skip
+
+
+def laplacian_bytes() -> tuple[int, int]:
+    """Return the most bytes held by a step with the Laplacian of a KAF network, and of one with tanh."""
+    return tuple(points.peak_bytes(points.laplacian_step(a)) for a in (points.kaf, nn.Tanh))  # type: ignore[return-value]
+
+
 def kept_bytes() -> tuple[int, int]:
     """Return the bytes that kafops keeps for backward, and those of x and the parameters."""
     p = problems.problem()
@@ -167,8 +201,25 @@ TARGETS = (
     kaf_row(BOTH, PRELU, 1),
     kaf_row(FORWARD, SILU, 3),
     kaf_row(BOTH, SILU, 3.5),
-    kaf_row(FORWARD, FLOAT32, 1.3, "channels_last", memory_format=torch.channels_last),
-    kaf_row(BOTH, FLOAT32, 1.3, "channels_last", memory_format=torch.channels_last),
+    kaf_row(FORWARD, FLOAT32, 1.5, "channels_last", memory_format=torch.channels_last),
+    kaf_row(BOTH, FLOAT32, 1.5, "channels_last", memory_format=torch.channels_last),
+    *channels_last_rows(),
+    *(
+        kaf_row(mode, of_case(f"one γ, {name}", memory_format=layout), 1.2, f"γ by channel, {name}",
+                gamma_by_channel=True, memory_format=layout)
+        for name, layout in (("contiguous", torch.contiguous_format), ("channels_last", torch.channels_last))
+        for mode in (FORWARD, BOTH)
+    ),
+    *(
+        kaf_row(BOTH, of_case("no base"), limit, f"base {base}", base=base)
+        for base, limit in (("identity", 1.1), ("relu", 1.1), ("silu", 1.35), ("gelu", 1.35))
+    ),
+    *(
+        kaf_row(mode, of_case("(8, 256, 32, 32) in channels_last", shape=(8, 256, 32, 32),
+                              memory_format=torch.channels_last), 1.1, "(8192, 256), channel_dim=-1",
+                shape=(8192, 256), channel_dim=-1)
+        for mode in (FORWARD, BOTH)
+    ),
     kaf_row(FORWARD, FLOAT32, 1.3, "bfloat16", dtype=torch.bfloat16),
     kaf_row(BOTH, FLOAT32, 1.3, "bfloat16", dtype=torch.bfloat16),
     kaf_row(FORWARD, FLOAT32, 1.3, "float16", dtype=torch.float16),
@@ -177,7 +228,16 @@ TARGETS = (
     kaf_row(BOTH, TWENTY, 3.2, "D = 64", dictionary_size=64),
     kaf_row(BOTH, COMPILED_FREE, 1 / 15, "free dictionary", free=True),
     kaf_row(PENALTY, EAGER, 1 / 100),
-    Row("small call", "forward + backward, KAF2d on (8, 16, 8, 8)", "nn.PReLU(16)", 3, small_call),
+    Row("small call", "forward + backward, KAF2d on (8, 16, 8, 8)", "nn.PReLU(16)", 2, small_call),
+    Row("empty call", "forward + backward of no elements, KAF(16)", "nn.PReLU(16)", 1.6, empty_call),
+    Row(
+        "laplacian", "Laplacian of a 3×64 network at 4096 points, training step", "the same with tanh", 4,
+        lambda: Pair(points.laplacian_step(points.kaf), points.laplacian_step(nn.Tanh)), 10,
+    ),
+    Row(
+        "vmap", "vmap(grad(network)) at 4096 points", "the gradient of the batch", 2,
+        lambda: Pair(points.gradients_by_vmap(), points.gradients_of_a_batch()), 20,
+    ),
     Row("training step", "ResNet20 training step, batch 128, 3×32×32", "the same with ReLU", 1.15, training_step, 20),
     kaf_row(BOTH, ONE_THREAD, 1 / 1.6, "2 threads"),
     Row(
@@ -200,7 +260,10 @@ TARGETS = (
         lambda: Pair(trainings.attack(2), trainings.attack(1)), 8,
     ),
 )  # fmt: skip
-KEPT_BYTES = ("kept bytes", "bytes kept for backward", "bytes of x and the parameters", 1.0)
+BYTES = {
+    ("kept bytes", "bytes kept for backward", "bytes of x and the parameters", 1.0): kept_bytes,
+    ("laplacian bytes", "Laplacian of a 3×64 network, bytes held at once", "the same with tanh", 2.0): laplacian_bytes,
+}
 CONTEXT = (
     *(kaf_row(FORWARD, baseline, None) for baseline in (EAGER, COMPILED, TWO_EXPONENTIALS, PRELU, RELU)),
     *(kaf_row(BOTH, baseline, None) for baseline in (EAGER, RELU)),

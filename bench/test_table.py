@@ -42,10 +42,11 @@ def test_time(row: Row, benchmark: Any, request: pytest.FixtureRequest) -> None:
             benchmark.extra_info["baseline_error"] = problems.error(pair.baseline(), exact)
 
 
-def test_kept_bytes(benchmark: Any) -> None:
-    kept, allowed = benchmark.pedantic(table.kept_bytes, rounds=1)
-    describe(benchmark, *table.KEPT_BYTES)
-    benchmark.extra_info |= {"unit": "B", "calls": 1, "candidate": [kept], "baseline": [allowed]}
+@pytest.mark.parametrize("row", table.BYTES, ids=lambda row: row[0].replace(" ", "_"))
+def test_bytes(row: tuple[str, str, str, float], benchmark: Any) -> None:
+    measured, allowed = benchmark.pedantic(table.BYTES[row], rounds=1)
+    describe(benchmark, *row)
+    benchmark.extra_info |= {"unit": "B", "calls": 1, "candidate": [measured], "baseline": [allowed]}
 
 
 def describe(benchmark: Any, key: str, what: str, baseline: str, limit: float | None) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from kafops import bases, kernels, reference
+from kafops import bases, checks, kernels, reference
 
 _KERNELS = {k.code: k for k in kernels.KERNELS.values()}
 _BASES = {0: None} | {b.code: b.name for b in bases.BASES.values()}
@@ -72,6 +72,7 @@ class _Terms:
     def __init__(
         self, x: Tensor, alpha: Tensor, gamma: Tensor, dictionary: Tensor | None, boundary: float, kernel: int
     ) -> None:
+        checks.arguments(x, alpha, gamma, dictionary)
         self.of, self.kernel = x, _KERNELS[kernel]
         self.x = x.to(torch.promote_types(x.dtype, torch.float32))
         if dictionary is None:

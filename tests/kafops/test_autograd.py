@@ -8,6 +8,8 @@ import torch.autograd.forward_ad as forward_ad
 from cases import LAYOUTS
 from forms import NAMES, assert_equal_to_rounding, forms, kaf, make_arguments, reference
 
+import kafops
+
 shared = pytest.mark.parametrize("shared", [False, True], ids=["per_channel", "shared"])
 
 
@@ -151,22 +153,150 @@ def test_checkpointing_gives_identical_gradients(free, use_reentrant):
         torch.testing.assert_close(a.double(), want, rtol=1e-5, atol=1e-5 * float(want.abs().max()))
 
 
-def third(f, arguments, i):
-    """A third derivative in argument i, by three calls of torch.autograd.grad."""
-    y = f(*arguments).sin().sum()
-    for _ in range(2):
-        (g,) = torch.autograd.grad(y, arguments[i], create_graph=True)
-        y = g.pow(2).sum()
-    return torch.autograd.grad(y, arguments[i])
+def first(f):
+    """The gradients of Σ sin f, differentiable."""
+
+    def gradients(*arguments):
+        return torch.autograd.grad(f(*arguments).sin().sum(), arguments, create_graph=True)
+
+    return gradients
+
+
+def second(f):
+    """The gradients of the squared norm of those."""
+
+    def gradients(*arguments):
+        penalty = sum((g * g).sum() for g in first(f)(*arguments))
+        return torch.autograd.grad(penalty, arguments, create_graph=True)
+
+    return gradients
 
 
 @forms
-def test_third_derivative_raises(free):
-    arguments = make_arguments(free)
-    for i in range(len(arguments)):
-        third(reference, arguments, i)
-        with pytest.raises(RuntimeError, match="third derivative"):
-            third(kaf, arguments, i)
+@shared
+def test_third_order(free, shared):
+    arguments = make_arguments(free, (3, 2), size=3, shared=shared)
+    assert torch.autograd.gradgradcheck(first(kaf), arguments)
+
+
+@forms
+def test_fourth_order(free):
+    arguments = make_arguments(free, (2, 2), size=2)
+    assert torch.autograd.gradgradcheck(second(kaf), arguments)
+
+
+@pytest.mark.parametrize("rows", [(1, 2, 2), (2, 1, 1), (1, 1, 2), (1, 2, 1), (2, 2, 1)], ids=str)
+def test_third_order_where_some_parameters_are_shared(rows):
+    """Coefficients such as s α have a row for each channel where either factor has; α's gradient has one."""
+    x, *parameters = make_arguments(True, (3, 2), size=3)
+    parameters = [p.detach()[:n].clone().requires_grad_() for p, n in zip(parameters, rows, strict=True)]
+    assert torch.autograd.gradgradcheck(first(kaf), (x, *parameters))
+    results = [second(f)(x, *parameters) for f in (kaf, reference)]
+    assert_equal_to_rounding(*results)
+    tangents = [t.cos().detach() for t in (x, *parameters)]
+    results = [
+        torch.func.jvp(
+            torch.func.grad(lambda *a, f=f: f(*a).sin().sum(), (0, 1, 2, 3)), (x, *parameters), tuple(tangents)
+        )[1]
+        for f in (kaf, reference)
+    ]
+    assert_equal_to_rounding(*results)
+
+
+@pytest.mark.parametrize("base", ["identity", "relu", "silu", "gelu"])
+def test_a_base_enters_the_true_curve_only(base):
+    """Derivatives of calls with other coefficients are made without it: in every pair of arguments, to third order."""
+
+    def with_base(f):
+        return lambda *arguments: f(*arguments, base=base)
+
+    arguments = make_arguments(True, (4, 3), size=3)
+    for order in (first, second):
+        results = [order(with_base(f))(*arguments) for f in (kafops.kaf_free, kafops.reference.kaf_free)]
+        assert_equal_to_rounding(*results)
+    assert torch.autograd.gradcheck(first(with_base(kafops.kaf_free)), arguments)
+
+
+@pytest.mark.parametrize("kernel", ["rational_quadratic", "matern32", "bspline"])
+def test_other_kernels_as_far_as_they_are_smooth(kernel):
+    """Second derivatives of all; beyond, of the analytic one only."""
+    arguments = make_arguments(True, (4, 3), size=3)
+
+    def with_kernel(f):
+        return lambda *arguments: f(*arguments, kernel)
+
+    assert_equal_to_rounding(*(first(with_kernel(f))(*arguments) for f in (kafops.kaf_free, kafops.reference.kaf_free)))
+    assert torch.autograd.gradcheck(first(with_kernel(kafops.kaf_free)), arguments)
+    if kernel == "rational_quadratic":
+        assert torch.autograd.gradgradcheck(first(with_kernel(kafops.kaf_free)), arguments)
+        return
+    gradients = second(with_kernel(kafops.kaf_free))
+    with pytest.raises(RuntimeError, match=f"kernel '{kernel}' .* no more than 2 derivatives"):
+        gradients(*arguments)
+
+
+def test_orders_end_with_an_error():
+    """n + 2m = 12 is the last; what comes after says so."""
+    x, alpha, gamma = make_arguments(False, (4, 3), size=3)
+    y = kaf(x, alpha, gamma)
+    exact = reference(x, alpha, gamma)
+    for _ in range(12):
+        (y,) = torch.autograd.grad(y.sum(), x, create_graph=True)
+        (exact,) = torch.autograd.grad(exact.sum(), x, create_graph=True)
+    torch.testing.assert_close(y, exact, rtol=1e-10, atol=1e-10 * exact.abs().max().item())
+    with pytest.raises(RuntimeError, match=r"n = 13.*n \+ 2m = 12"):
+        torch.autograd.grad(y.sum(), x)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kernel", ["gaussian", "matern32"])
+def test_second_derivatives_in_half_precision_round_no_products(dtype, kernel):
+    """⟨v g, …⟩ summed over many elements: products rounded to a half type would be 1 % off where they are alike."""
+    x = torch.full((4096, 1), 0.3).to(dtype).requires_grad_()
+    alpha, gamma = torch.ones(1, 5, requires_grad=True), torch.ones(1)
+    for differentiable in (False, True):
+        y = kafops.kaf(x, alpha, gamma, kernel=kernel)
+        (g,) = torch.autograd.grad(y, x, torch.full_like(y, 1.0078125), create_graph=True)
+        (got,) = torch.autograd.grad(g, alpha, torch.full_like(g, 1.0078125), create_graph=differentiable)
+        z = x.detach().double().requires_grad_()
+        y = kafops.reference.kaf(z, alpha.double(), gamma.double(), 3.0, kernel)
+        (g,) = torch.autograd.grad(y, z, torch.full_like(y, 1.0078125), create_graph=True)
+        (want,) = torch.autograd.grad(g, alpha, torch.full_like(g, 1.0078125))
+        torch.testing.assert_close(got, want, rtol=2e-4, atol=2e-4 * want.abs().max().item())
+
+
+@forms
+def test_no_tensor_of_elements_times_points_at_any_order(free):
+    """The most memory that is taken at once, in tensors of the size of x, where one of N × D would be 20."""
+    arguments = make_arguments(free, (64, 8, 32), size=20, dtype=torch.float32)
+    x = arguments[0]
+
+    def step():
+        y = kaf(*arguments)
+        for _ in range(3):
+            (y,) = torch.autograd.grad(y.sin().sum(), x, create_graph=True)
+        y.square().sum().backward()
+
+    step()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        step()
+    largest = max(event.self_cpu_memory_usage for event in profile.events())
+    assert largest <= 6 * x.nbytes  # of one operator: its outputs and nothing else
+
+
+def test_zero_tensors_as_gradients_and_tangents():
+    """PyTorch stands zeros in by tensors without storage; an operator must take them or say no, not crash."""
+    x, alpha, gamma, dictionary = make_arguments(True, (3, 2), size=3)
+    zero = torch._efficientzerotensor((3, 2), dtype=torch.float64)
+    (g,) = torch.autograd.grad(kaf(x, alpha, gamma, dictionary), x, zero)
+    assert g.abs().sum() == 0
+    assert_equal_to_rounding(
+        kaf(zero, alpha, gamma, dictionary), reference(torch.zeros(3, 2, dtype=torch.float64), alpha, gamma, dictionary)
+    )
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(x.detach(), zero)
+        tangent = forward_ad.unpack_dual(kaf(dual, alpha.detach(), gamma.detach(), dictionary.detach())).tangent
+        assert tangent is None or tangent.abs().sum() == 0
 
 
 @forms

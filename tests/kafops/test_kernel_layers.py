@@ -66,7 +66,7 @@ def test_other_layers_take_it(kernel):
 def test_state_of_another_kernel_is_refused(options):
     layers = {kernel: made(kernel, 3, **options) for kernel in ("gaussian", *KERNELS)}
     for a, source in layers.items():
-        state = {k: v.bfloat16() if k == "_extra_state" else v for k, v in source.state_dict().items()}
+        state = {k: v.bfloat16() if k == "curve" else v for k, v in source.state_dict().items()}
         for b, target in layers.items():
             if a == b:
                 target.load_state_dict(state)
@@ -74,9 +74,10 @@ def test_state_of_another_kernel_is_refused(options):
             with pytest.raises(ValueError, match=f"kernel in the state_dict is {a} but .*kernel='{b}'"):
                 target.load_state_dict(state)
     strange = layers["bspline"].state_dict()
-    strange["_extra_state"] = torch.tensor([3.0, 77.0])
-    with pytest.raises(ValueError, match="number 77, which this version of kafops does not know"):
-        layers["bspline"].load_state_dict(strange)
+    for value, name in (([3.0, 77.0, 0.0], "kernel"), ([3.0, 3.0, 77.0], "base")):
+        strange["curve"] = torch.tensor(value)
+        with pytest.raises(ValueError, match=f"{name} .* number 77, which this version of kafops does not know"):
+            layers["bspline"].load_state_dict(strange)
 
 
 def test_state_of_another_boundary_is_refused():
@@ -89,7 +90,7 @@ def test_state_from_before_there_were_kernels():
     old = {"alpha": torch.ones(3, 20), "gamma": torch.ones(3), "_extra_state": torch.tensor(3.0, dtype=F64)}
     layer.load_state_dict(old)
     assert layer.alpha.sum() == 60
-    assert torch.equal(layer.state_dict()["_extra_state"], old["_extra_state"])
+    assert layer.curve.tolist() == [3, 0, 0]
     with pytest.raises(ValueError, match=r"kernel in the state_dict is gaussian but .*kernel='matern32'"):
         made("matern32", 3).load_state_dict(old)
     del layer.__dict__["kernel"]  # as a layer pickled then comes back
