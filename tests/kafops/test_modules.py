@@ -438,3 +438,94 @@ def test_bad_arguments(arguments, error, message):
 def test_bad_input(layer, x, error, message):
     with pytest.raises(error, match=message):
         layer(x)
+
+
+# ---------------------------------------------------------------------------------------- base, and the curve's buffer
+
+
+@pytest.mark.parametrize("base", ["identity", "relu", "silu", "gelu"])
+def test_a_layer_starts_as_its_base(base):
+    layer = KAF2d(3, base=base)
+    x = 4 * torch.randn(2, 3, 4, 4)
+    assert not layer.alpha.any()
+    error = (layer(x).double() - kafops.bases.value(base, x.double())).abs()
+    assert (error <= 2 * 2**-24 * x.abs()).all()
+    assert f"base={base}" in repr(layer)
+    assert "init=zeros" in repr(layer)
+    fitted = KAF(3, base=base, init=base)  # a fit of nothing
+    assert not fitted.alpha.any()
+
+
+def test_the_curve_is_a_buffer_that_loading_checks():
+    layer = KAF(3, 7, 2.0, base="relu", kernel="bspline")
+    assert layer.curve.tolist() == [2, 3, 2]
+    assert layer.curve.dtype == F64
+    assert set(layer.state_dict()) == {"alpha", "gamma", "curve"}
+    with pytest.raises(
+        ValueError, match="base in the state_dict is relu but this layer was built with base=None; build"
+    ):
+        KAF(3, 7, 2.0, kernel="bspline").load_state_dict(layer.state_dict())
+    with pytest.raises(ValueError, match=r"curve in the state_dict must have shape \[3\], got \[2\]"):
+        layer.load_state_dict(layer.state_dict() | {"curve": torch.ones(2)})
+    with pytest.raises(RuntimeError, match=r"Missing key.*curve"):
+        layer.load_state_dict({k: v for k, v in layer.state_dict().items() if k != "curve"})
+
+
+def test_a_state_that_was_cast_loads_exactly():
+    source, target = KAF(3, boundary=1.1), KAF(3, boundary=1.1)
+    target.load_state_dict({k: v.bfloat16() for k, v in source.state_dict().items()})
+    assert target.curve.tolist() == [1.1, 0, 0]
+    target.load_state_dict({k: v.bfloat16() for k, v in source.state_dict().items()}, assign=True)
+    assert target.curve.tolist() == [1.1, 0, 0]
+
+
+def test_functional_call_with_all_of_the_state():
+    layer = KAF(3, learn_gamma=True, base="gelu")
+    state = {k: v.clone() for k, v in layer.state_dict().items()}
+    x = torch.randn(4, 3)
+    assert torch.equal(torch.func.functional_call(layer, state, (x,), strict=True), layer(x))
+
+
+def test_averaging_weights_and_buffers_leaves_the_curve():
+    layer = KAF(3, boundary=1.1)
+    average = torch.optim.swa_utils.AveragedModel(layer, use_buffers=True)
+    for _ in range(3):
+        average.update_parameters(layer)
+    assert average.module.curve.tolist() == [1.1, 0, 0]
+    layer.load_state_dict(average.module.state_dict())
+
+
+@pytest.mark.parametrize("convert", [lambda m: m.half(), lambda m: m.to(torch.bfloat16)], ids=["half", "bfloat16"])
+def test_conversions_treat_what_is_not_the_layers_own_as_any_module(convert):
+    """A subclass with a child, and buffers of every kind; of its own state nothing goes below float32."""
+
+    def with_more(module):
+        module.child = nn.Linear(3, 3)
+        module.extra = nn.Parameter(torch.ones(3))
+        for name, dtype in (("count", torch.int64), ("mask", torch.bool), ("phase", torch.complex64)):
+            module.register_buffer(name, torch.ones(3).to(dtype))
+        return module
+
+    layer, other = with_more(type("Mixed", (KAF,), {})(3, learn_gamma=True)), convert(with_more(nn.Module()))
+    layer.alpha.grad = torch.ones_like(layer.alpha)
+    convert(layer)
+    assert layer.alpha.dtype == layer.alpha.grad.dtype == layer.log_gamma.dtype == torch.float32
+    state = layer.state_dict()
+    assert {name: state[name].dtype for name in other.state_dict()} == {
+        n: t.dtype for n, t in other.state_dict().items()
+    }
+    layer.to("meta")
+    assert {t.device.type for t in layer.state_dict().values()} == {"meta"}
+
+
+def test_lazy_gamma_is_made_where_alpha_is():
+    layer = kafops.LazyKAF1d(device="meta")
+    layer(torch.empty(4, 3, device="meta"))
+    assert layer.gamma.device == layer.alpha.device == layer.curve.device == torch.device("meta")
+
+
+def test_reset_restores_all_of_the_state_after_to_empty():
+    layer = KAF(3, boundary=1.1, base="silu", device="meta")
+    layer.to_empty(device="cpu").reset_parameters()
+    assert layer.curve.tolist() == [1.1, 0, 3]
+    assert torch.equal(layer.gamma, KAF(3, boundary=1.1).gamma)
