@@ -56,13 +56,15 @@ KAF_FN Split<float> times(float a, Split<float> b) {
 }
 
 // Whether the path is right for a channel. No power overflows: the largest is α e^(2 t j e), with e from the far end of the
-// tails to the farthest anchor. And t is moderate, as E is e^(−t h²) where K = 1, so that rounding its exponent costs about
-// t h² roundings of K. False for NaN.
+// tails to the farthest anchor, and with 1 for a smaller α, since sums over elements and 0 e^(2 t j e) have no α that would
+// keep them finite. And t is moderate, as E is e^(−t h²) where K = 1, so that rounding its exponent costs about t h²
+// roundings of K. False for NaN.
 template <class G> __device__ __forceinline__ bool fits(const Uniform& u, int size, float gamma, float alpha) {
   const float t = gamma * u.step * u.step;
   if (!(t >= 1.0f / 1024 && t <= 0.51f)) return false;
   const float farthest = G::last_anchor(size) - G::first_anchor(size) + kGroupReach / sqrtf(t);
-  return fabsf(alpha) <= exp2_approx(120 - 1.44269504f * 2 * G::kHalf * t * farthest);
+  const float most = exp2_approx(120 - 1.44269504f * 2 * G::kHalf * t * farthest);
+  return most >= 1 && fabsf(alpha) <= most;
 }
 
 template <class G> __device__ __forceinline__ Scales scales_of(const Uniform& u, int size, float gamma) {

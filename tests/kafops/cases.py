@@ -98,6 +98,7 @@ class Case:
         free: whether the dictionary is free.
         shared: which of "alpha", "gamma", "dictionary" have one row for all channels.
         varied: whether gamma differs between channels.
+        pruned: whether alpha is 0 in the first row.
     """
 
     shape: tuple[int, ...] = (300, 3)
@@ -111,6 +112,7 @@ class Case:
     free: bool = False
     shared: frozenset[str] = field(default_factory=frozenset)
     varied: bool = False
+    pruned: bool = False
 
     def __str__(self) -> str:
         """Name what differs from the defaults."""
@@ -121,7 +123,7 @@ class Case:
             if value != getattr(default, name):
                 text = f"{value:.3g}" if isinstance(value, float) else str(value).removeprefix("torch.")
                 parts.append(text if name in ("layout", "dtype") else f"{name}={text}")
-        parts += ["free"] * self.free + ["varied"] * self.varied
+        parts += ["free"] * self.free + ["varied"] * self.varied + ["pruned"] * self.pruned
         if self.shared:
             parts.append("shared=" + "+".join(sorted(self.shared)))
         return "-".join(parts)
@@ -153,6 +155,8 @@ class Case:
             return t.to(device, self.parameter_dtype)
 
         alpha = parameter(0.8 * randn(rows("alpha"), self.size))
+        if self.pruned:
+            alpha[0] = 0
         gamma = torch.full((rows("gamma"),), self.gamma, dtype=F64)
         if self.varied:
             gamma *= torch.linspace(1, 1.5, len(gamma), dtype=F64)
@@ -221,6 +225,11 @@ def _cases() -> list[Case]:
         *(Case(shape=(4, 3), size=d, spacing=t, dtype=dtype)
           for d in (1, 20) for t in (1 / 8, 8.0) for dtype in DTYPES),
         *(Case(boundary=b, dtype=dtype, free=f) for b in (1e-3, 1e3) for dtype in DTYPES for f in (False, True)),
+        # A channel of zeros beside others; with so many points that powers in the fast path of GPUs overflow.
+        *(Case(size=d, spacing=t, dtype=dtype, pruned=True)
+          for d, t, dtype in ((34, 1 / 2, BF16), (67, 1 / 2, F32), (91, 1 / 2, F32), (111, 1 / 6, BF16), (111, 1 / 6, F16),
+                              (141, 1 / 4, F32))),
+        Case(pruned=True, free=True),
         Case(size=20, spacing=1e-4),
         Case(size=20, spacing=1e4),
         Case(size=20, spacing=1e7, dtype=F64, parameter_dtype=F64),
