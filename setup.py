@@ -92,7 +92,7 @@ def cuda_extension() -> setuptools.Extension:
     from torch.utils.cpp_extension import CUDAExtension
 
     built = choose_architectures()
-    common = [*OPTIONS, STABLE_ABI, "-DUSE_CUDA"]
+    common = [*OPTIONS, STABLE_ABI, "-DUSE_CUDA", f"-I{ROOT / 'csrc'}"]
     flags = {
         "cxx": [*common, *WARNINGS, "-fvisibility=hidden", "-g0", f'-DKAFOPS_CUDA_ARCHITECTURES="{built}"'],
         "nvcc": [*common, "-Xcompiler=-fvisibility=hidden", "--threads=2"],

@@ -1,18 +1,10 @@
-// Numbers: the types of tensors, the arithmetic done on them, and the two approximate instructions of the GPU.
+// Numbers: the types of tensors, and the arithmetic done on them.
 #pragma once
 #include <cmath>
 #include <cstdint>
 
-#ifdef KAFOPS_EMULATED
-#include "cuda_emulator.h"
-#else
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#define KAF_DYNAMIC_SHARED(name) extern __shared__ __align__(16) unsigned char name[]
-#endif
-
 #include "../kaf_math.h"
-#include "call.h"
+#include "cuda/device.cuh"
 
 namespace kaf {
 
@@ -31,54 +23,11 @@ KAF_FN float to_arithmetic(bfloat16 v) {
   std::memcpy(&f, &bits, 4);
   return f;
 }
+__device__ __forceinline__ float to_arithmetic(float16 v) { return half_to_float(v.bits); }
 
-#ifdef KAFOPS_EMULATED
-
-KAF_FN float to_arithmetic(float16 v) {
-  _Float16 h;
-  std::memcpy(&h, &v.bits, 2);
-  return static_cast<float>(h);
-}
-template <class T> KAF_FN T from_arithmetic(typename Arithmetic<T>::type v) { return v; }
-template <> KAF_FN bfloat16 from_arithmetic<bfloat16>(float v) {
-  uint32_t bits;
-  std::memcpy(&bits, &v, 4);
-  if (v != v) return {0x7fff};
-  return {static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16)};  // to nearest, ties to even
-}
-template <> KAF_FN float16 from_arithmetic<float16>(float v) {
-  const _Float16 h = static_cast<_Float16>(v);
-  float16 r;
-  std::memcpy(&r.bits, &h, 2);
-  return r;
-}
-KAF_FN float exp2_approx(float v) { return kaf_emulator::ex2_approx(v); }
-KAF_FN float reciprocal_approx(float v) { return kaf_emulator::rcp_approx(v); }
-
-#else
-
-__device__ __forceinline__ float to_arithmetic(float16 v) { return __half2float(__ushort_as_half(v.bits)); }
 template <class T> __device__ __forceinline__ T from_arithmetic(typename Arithmetic<T>::type v) { return v; }
-template <> __device__ __forceinline__ bfloat16 from_arithmetic<bfloat16>(float v) {
-  return {__bfloat16_as_ushort(__float2bfloat16_rn(v))};
-}
-template <> __device__ __forceinline__ float16 from_arithmetic<float16>(float v) {
-  return {__half_as_ushort(__float2half_rn(v))};
-}
-// 2^v, relative error 2^-22; subnormal results are 0.
-__device__ __forceinline__ float exp2_approx(float v) {
-  float r;
-  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(v));
-  return r;
-}
-// 1 / v within 1 ulp.
-__device__ __forceinline__ float reciprocal_approx(float v) {
-  float r;
-  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(r) : "f"(v));
-  return r;
-}
-
-#endif
+template <> __device__ __forceinline__ bfloat16 from_arithmetic<bfloat16>(float v) { return {float_to_bfloat16(v)}; }
+template <> __device__ __forceinline__ float16 from_arithmetic<float16>(float v) { return {float_to_half(v)}; }
 
 // v clamped to [low, high]; NaN stays.
 template <class T> __device__ __forceinline__ T clamp(T v, T low, T high) {

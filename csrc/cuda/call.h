@@ -53,7 +53,7 @@ struct Call {
   double boundary;       // of the uniform dictionary, where there is no other
   Uniform uniform;
   bool fast;             // whether the fast path may be taken
-  const void *x, *grad, *v;
+  const void *x, *grad, *v_x;
   void *y, *dx, *dgrad;  // nullptr: not wanted
   void* partial;         // [chunks, columns, slots] in the arithmetic's type
   int slots;

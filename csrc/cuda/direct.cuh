@@ -68,7 +68,7 @@ __device__ __forceinline__ void direct(const Tile<T, kVector>& tile, const Call&
   const A v_gamma = order == kDoubleBackward ? read<A>(call.v_gamma, tile.channel(), 0) : A(0);
   const T* x = tile.column_of(static_cast<const T*>(call.x));
   const T* grad = order == kForward ? nullptr : tile.column_of(static_cast<const T*>(call.grad));
-  const T* v_x = order == kDoubleBackward ? tile.column_of(static_cast<const T*>(call.v)) : nullptr;
+  const T* v_x = order == kDoubleBackward ? tile.column_of(static_cast<const T*>(call.v_x)) : nullptr;
   T* result = order == kForward ? tile.column_of(static_cast<T*>(call.y)) : tile.column_of(static_cast<T*>(call.dx));
   T* dgrad = order == kDoubleBackward ? tile.column_of(static_cast<T*>(call.dgrad)) : nullptr;
 

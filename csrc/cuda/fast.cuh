@@ -26,17 +26,17 @@ namespace kaf {
 
 constexpr float kGroupReach = 9.4868f;  // exp(−reach²) is below the smallest float32
 
-// How points are divided: groups of 2 kHalf + 1, and chunks of as many groups as the kernels have straight code for.
+// How points are divided: groups of 2 kHalf + 1, and windows of as many groups as the kernels have straight code for.
 template <int half> struct Groups {
   static constexpr int kHalf = half, kSize = 2 * half + 1, kCount = (20 + kSize - 1) / kSize, kPoints = kSize * kCount;
   static constexpr bool kDoubled = half == 2;  // whether 2 c_j is kept for j = ±2, which f′ needs
-  static constexpr int kFloats = (kPoints + (kDoubled ? 2 * kCount : 0) + 3) / 4 * 4;  // of a chunk's coefficients
+  static constexpr int kFloats = (kPoints + (kDoubled ? 2 * kCount : 0) + 3) / 4 * 4;  // of a window's coefficients
 
-  static KAF_FN int chunks(int size) { return (size + kPoints - 1) / kPoints; }
+  static KAF_FN int windows(int size) { return (size + kPoints - 1) / kPoints; }
   static KAF_FN float first_anchor(int size) { return kHalf - 0.5f * (size - 1); }
   static KAF_FN float last_anchor(int size) { return first_anchor(size) + (size + kSize - 1) / kSize * kSize - kSize; }
 
-  // Where a chunk has c_j of its group q, and 2 c_j.
+  // Where a window has c_j of its group q, and 2 c_j.
   static KAF_FN int at(int q, int j) { return kSize * q + (j < 0 ? kHalf - j : j); }
   static KAF_FN int doubled_at(int q, int j) { return kPoints + 2 * q + (j < 0); }
 };
@@ -122,7 +122,7 @@ template <class G> __device__ __forceinline__ float polynomial(int q, Powers p, 
   return fmaf(p.s, left, fmaf(p.r, right, c(q, 0)));
 }
 
-// Σ E P over a chunk of groups whose first anchor is given, added to y.
+// Σ E P over a window whose first anchor is given, added to y.
 template <class G>
 __device__ __forceinline__ float add_values(float y, float x, Powers p, float anchor, const Scales& s, const Coefficients<G>& c) {
 #pragma unroll
@@ -130,7 +130,7 @@ __device__ __forceinline__ float add_values(float y, float x, Powers p, float an
   return y;
 }
 
-// Σ E (e P − Q) over a chunk, added to slope; and, with kSums, g E r^j to sums.
+// Σ E (e P − Q) over a window, added to slope; and, with kSums, g E r^j to sums.
 template <bool kSums, class G>
 __device__ __forceinline__ float add_slopes(float slope, float x, float g, Powers p, float anchor, const Scales& s,
                                             const Coefficients<G>& c, float (&sums)[G::kPoints]) {
@@ -154,30 +154,30 @@ __device__ __forceinline__ float add_slopes(float slope, float x, float g, Power
   return slope;
 }
 
-// The shared memory of a block: coefficients [columns_at_once][chunks][kFloats], scales of the points of one chunk
+// The shared memory of a block: coefficients [columns_at_once][windows][kFloats], scales of the points of one window
 // [kPoints][columns_at_once], and behind them sums [kPoints][kThreads].
 template <class G> struct FastShared {
   float *coefficients, *point_scales, *sums;
   __device__ __forceinline__ FastShared(unsigned char* memory, int columns, int size) {
     coefficients = reinterpret_cast<float*>(memory);
-    point_scales = coefficients + columns * G::chunks(size) * G::kFloats;
+    point_scales = coefficients + columns * G::windows(size) * G::kFloats;
     sums = point_scales + G::kPoints * columns;
   }
   static size_t bytes(int columns, int size, bool sums) {
-    return sizeof(float) * (columns * G::chunks(size) * G::kFloats + G::kPoints * columns + (sums ? G::kPoints * kThreads : 0));
+    return sizeof(float) * (columns * G::windows(size) * G::kFloats + G::kPoints * columns + (sums ? G::kPoints * kThreads : 0));
   }
 };
 
 // Fills shared memory for the columns that are active, and returns those of them whose channels fit.
 template <class G, class Tile>
-__device__ __forceinline__ uint32_t prepare_fast(const Tile& tile, const Call& call, int sums_chunk, const FastShared<G>& shared) {
+__device__ __forceinline__ uint32_t prepare_fast(const Tile& tile, const Call& call, int sums_window, const FastShared<G>& shared) {
   __shared__ bool misfit[32];
   const Uniform& u = call.uniform;
-  const int columns = tile.t.columns_at_once, chunks = G::chunks(call.size);
+  const int columns = tile.t.columns_at_once, windows = G::windows(call.size);
   if (threadIdx.x < 32) misfit[threadIdx.x] = false;
   __syncthreads();
-  for (int i = threadIdx.x; i < columns * chunks * G::kPoints; i += kThreads) {
-    const int column = i & (columns - 1), k = i / columns, chunk = k / G::kPoints;
+  for (int i = threadIdx.x; i < columns * windows * G::kPoints; i += kThreads) {
+    const int column = i & (columns - 1), k = i / columns, window = k / G::kPoints;
     const int q = k % G::kPoints / G::kSize, j = k % G::kSize - G::kHalf;
     float c = 0, scale = 0;
     if (tile.is_active(column) && k < call.size) {
@@ -187,10 +187,10 @@ __device__ __forceinline__ uint32_t prepare_fast(const Tile& tile, const Call& c
       scale = point_scale<G>(u, call.size, g, k);
       c = a * scale;
     }
-    float* of_chunk = shared.coefficients + (column * chunks + chunk) * G::kFloats;
-    of_chunk[G::at(q, j)] = c;
-    if (G::kDoubled && (j == 2 || j == -2)) of_chunk[G::doubled_at(q, j)] = 2 * c;
-    if (chunk == sums_chunk) shared.point_scales[k % G::kPoints * columns + column] = scale;
+    float* of_window = shared.coefficients + (column * windows + window) * G::kFloats;
+    of_window[G::at(q, j)] = c;
+    if (G::kDoubled && (j == 2 || j == -2)) of_window[G::doubled_at(q, j)] = 2 * c;
+    if (window == sums_window) shared.point_scales[k % G::kPoints * columns + column] = scale;
   }
   __syncthreads();
   return __ballot_sync(0xffffffffu, !misfit[threadIdx.x % 32]) & tile.active;
@@ -201,7 +201,7 @@ template <class T, bool kVector, class G> struct Fast {
   static constexpr int V = Tile<T, kVector>::kElements;
   const Tile<T, kVector>& tile;
   const Scales scales;
-  const int chunks;
+  const int windows;
   const float first_anchor, slope_factor;
   const FastShared<G>& shared;
   const float* coefficients;  // of the channel
@@ -209,16 +209,16 @@ template <class T, bool kVector, class G> struct Fast {
   __device__ __forceinline__ Fast(const Tile<T, kVector>& t, const Call& call, const FastShared<G>& s)
       : Fast(t, call, read<float>(call.gamma, t.channel(), 0), s) {}
   __device__ __forceinline__ Fast(const Tile<T, kVector>& t, const Call& call, float gamma, const FastShared<G>& s)
-      : tile(t), scales(scales_of<G>(call.uniform, call.size, gamma)), chunks(G::chunks(call.size)),
+      : tile(t), scales(scales_of<G>(call.uniform, call.size, gamma)), windows(G::windows(call.size)),
         first_anchor(G::first_anchor(call.size)), slope_factor(-2 * gamma * call.uniform.step), shared(s),
-        coefficients(s.coefficients + t.column * G::chunks(call.size) * G::kFloats) {}
+        coefficients(s.coefficients + t.column * G::windows(call.size) * G::kFloats) {}
 
-  __device__ __forceinline__ Coefficients<G> of_chunk(int c) const { return Coefficients<G>(coefficients + c * G::kFloats); }
-  __device__ __forceinline__ float anchor(int c) const { return first_anchor + c * G::kPoints; }
+  __device__ __forceinline__ Coefficients<G> of_window(int w) const { return Coefficients<G>(coefficients + w * G::kFloats); }
+  __device__ __forceinline__ float anchor(int w) const { return first_anchor + w * G::kPoints; }
 
   // y = f(x). Tensors are given by the thread's column.
-  template <bool kOneChunk> __device__ __forceinline__ void forward(const T* x, T* y) const {
-    const Coefficients<G> head = of_chunk(0);
+  template <bool kOneWindow> __device__ __forceinline__ void forward(const T* x, T* y) const {
+    const Coefficients<G> head = of_window(0);
     auto place = tile.place(0);
     T next[V];
     tile.fetch(x, place, next);
@@ -234,18 +234,18 @@ template <class T, bool kVector, class G> struct Fast {
         const float z = clamp(at[v], scales.x_low, scales.x_high);
         const Powers p = powers(z, scales);
         out[v] = add_values(0.0f, z, p, first_anchor, scales, head);
-        if constexpr (!kOneChunk)
-          for (int c = 1; c < chunks; ++c) out[v] = add_values(out[v], z, p, anchor(c), scales, of_chunk(c));
+        if constexpr (!kOneWindow)
+          for (int w = 1; w < windows; ++w) out[v] = add_values(out[v], z, p, anchor(w), scales, of_window(w));
       }
       tile.store(y, here, out);
     }
   }
 
-  // dx, unless it is nullptr, and with kSums the sums of one chunk of points, left in shared.sums.
-  template <bool kOneChunk, bool kSums>
-  __device__ __forceinline__ void backward(const T* x, const T* grad, T* dx, int sums_chunk) const {
-    const Coefficients<G> own = of_chunk(sums_chunk);
-    const float own_anchor = anchor(sums_chunk);
+  // dx, unless it is nullptr, and with kSums the sums of one window of points, left in shared.sums.
+  template <bool kOneWindow, bool kSums>
+  __device__ __forceinline__ void backward(const T* x, const T* grad, T* dx, int sums_window) const {
+    const Coefficients<G> own = of_window(sums_window);
+    const float own_anchor = anchor(sums_window);
     float sums[G::kPoints] = {};
     auto place = tile.place(0);
     T next[V], next_grad[V];
@@ -264,9 +264,9 @@ template <class T, bool kVector, class G> struct Fast {
         const float z = clamp(at[v], scales.x_low, scales.x_high);
         const Powers p = powers(z, scales);
         float slope = add_slopes<kSums>(0.0f, z, g[v], p, own_anchor, scales, own, sums);
-        if constexpr (!kOneChunk)
-          for (int c = 0; dx && c < chunks; ++c)
-            if (c != sums_chunk) slope = add_slopes<false>(slope, z, g[v], p, anchor(c), scales, of_chunk(c), sums);
+        if constexpr (!kOneWindow)
+          for (int w = 0; dx && w < windows; ++w)
+            if (w != sums_window) slope = add_slopes<false>(slope, z, g[v], p, anchor(w), scales, of_window(w), sums);
         out[v] = g[v] * (slope_factor * slope);
       }
       if (dx) tile.store(dx, here, out);

@@ -26,7 +26,7 @@ template <class T, bool kVector> __global__ void __launch_bounds__(kThreads, 4) 
         const Fast<T, kVector, ForwardGroups<T>> fast(tile, call, shared);
         const T* x = tile.column_of(static_cast<const T*>(call.x));
         T* y = tile.column_of(static_cast<T*>(call.y));
-        fast.chunks == 1 ? fast.template forward<true>(x, y) : fast.template forward<false>(x, y);
+        fast.windows == 1 ? fast.template forward<true>(x, y) : fast.template forward<false>(x, y);
       }
       tile.active ^= all;
       if (!tile.active) return;
@@ -55,7 +55,7 @@ template <class T, bool kVector> __global__ void __launch_bounds__(kThreads, 3) 
         if (call.alpha_slot < 0) {
           fast.template backward<false, false>(x, grad, dx, 0);
         } else {
-          if (fast.chunks == 1) fast.template backward<true, true>(x, grad, dx, 0);
+          if (fast.windows == 1) fast.template backward<true, true>(x, grad, dx, 0);
           else fast.template backward<false, true>(x, grad, dx, window);
           sum_over_threads(shared.sums, BackwardGroups::kPoints, tile, [&](int w, int column, float total) {
             const int k = window * BackwardGroups::kPoints + w;
@@ -98,20 +98,6 @@ template <class A> __global__ void __launch_bounds__(kThreads) reduce_kernel(con
   if (g.is_double) static_cast<double*>(g.data)[output] = total;
   else static_cast<float*>(g.data)[output] = static_cast<float>(total);
 }
-
-#ifdef KAFOPS_EMULATED
-template <class Kernel, class Argument>
-int launch(Kernel kernel, dim3 grid, size_t shared, Stream, const Argument& argument) {
-  kaf_emulator::launch(kernel, grid, dim3(kThreads), shared, argument);
-  return 0;
-}
-#else
-template <class Kernel, class Argument>
-int launch(Kernel kernel, dim3 grid, size_t shared, Stream stream, const Argument& argument) {
-  kernel<<<grid, kThreads, shared, static_cast<cudaStream_t>(stream)>>>(argument);
-  return cudaGetLastError();
-}
-#endif
 
 // The shared memory and the windows of a call.
 template <class T, Order order> size_t shared_bytes(const Call& call) {

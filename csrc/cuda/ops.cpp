@@ -1,23 +1,21 @@
-// The CUDA kernels of the operators that kafops/ops.py declares: reads tensors into a Call, launches it, reads the result.
+// The CUDA kernels of the operators in kafops/schemas.inc: reads tensors into a Call, launches it, reads the result.
 #include <Python.h>
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
 #include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/macros.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
-#ifndef KAFOPS_EMULATED
-#include <cuda_runtime_api.h>
-#include <torch/csrc/stable/accelerator.h>
-#include <torch/csrc/stable/macros.h>
-#endif
-
 #include <algorithm>
+#include <array>
 #include <bit>
+#include <exception>
 #include <optional>
+#include <string>
 #include <tuple>
 #include <vector>
 
 #include "call.h"
+#include "cuda/device.h"
 
 namespace kaf {
 namespace {
@@ -37,33 +35,23 @@ Type type_of(const Tensor& t, const char* name) {
   }
 }
 
-#ifdef KAFOPS_EMULATED
-bool on_device(const Tensor& t, const Tensor&) { return t.is_cpu(); }
-struct Guard {
-  explicit Guard(const Tensor&) {}
-};
-Stream stream_of(const Tensor&) { return nullptr; }
-void check(int) {}
-#else
-bool on_device(const Tensor& t, const Tensor& x) { return t.is_cuda() && t.get_device_index() == x.get_device_index(); }
-struct Guard {
-  torch::stable::accelerator::DeviceGuard guard;
-  explicit Guard(const Tensor& x) : guard(x.get_device_index()) {}
-};
-Stream stream_of(const Tensor& x) {
-  Stream stream = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));
-  return stream;
+std::string shape_of(const Tensor& t) {
+  std::string text;
+  for (const int64_t n : t.sizes()) text += (text.empty() ? "[" : ", ") + std::to_string(n);
+  return text.empty() ? "[]" : text + "]";
 }
-void check(int code) { STD_CUDA_CHECK(static_cast<cudaError_t>(code)); }
-#endif
+
+void check_device(const Tensor& t, const char* name, const Tensor& x) {
+  STD_TORCH_CHECK(on_device(t) && t.get_device_index() == x.get_device_index(), name, " must be on the device of x");
+}
 
 Parameter parameter(const Tensor& t, const char* name, int64_t dim, int64_t rows, int64_t columns, const Tensor& x) {
   const Type type = type_of(t, name);
-  STD_TORCH_CHECK(on_device(t, x), name, " must be on the device of x");
-  STD_TORCH_CHECK(t.dim() == dim && (type == Type::f32 || type == Type::f64), name, " must be a ", dim,
-                  "-dimensional float32 or float64 tensor");
-  STD_TORCH_CHECK(t.size(0) == rows && (dim == 1 || t.size(1) == columns), name, " has the wrong shape");
+  check_device(t, name, x);
+  STD_TORCH_CHECK(type == Type::f32 || type == Type::f64, name, " must be float32 or float64, got ",
+                  torch::headeronly::toString(t.scalar_type()));
+  STD_TORCH_CHECK(t.dim() == dim && t.size(0) == rows && (dim == 1 || t.size(1) == columns), name, " must be [", rows,
+                  dim == 1 ? std::string() : ", " + std::to_string(columns), "], got ", shape_of(t));
   return {t.data_ptr(), rows == 1 ? 0 : t.stride(0), dim == 2 ? t.stride(1) : 0, type == Type::f64};
 }
 
@@ -80,14 +68,15 @@ struct Arguments {
   Arguments(const Tensor& x_, const Tensor& alpha_, const Tensor& gamma_, const std::optional<Tensor>& dictionary_,
             double boundary)
       : x(x_), alpha(alpha_), gamma(gamma_), dictionary(dictionary_), type(type_of(x_, "x")) {
-    STD_TORCH_CHECK(on_device(x, x), "x must be on a CUDA device");
-    STD_TORCH_CHECK(alpha.dim() == 2 && alpha.size(1) > 0, "alpha must be a matrix with at least one column");
+    STD_TORCH_CHECK(on_device(x), "x must be on a CUDA device");
+    STD_TORCH_CHECK(alpha.dim() == 2 && alpha.size(1) > 0, "alpha must be [C or 1, D] with D > 0, got ", shape_of(alpha));
+    STD_TORCH_CHECK(gamma.dim() == 1, "gamma must be [C or 1], got ", shape_of(gamma));
     const int64_t d = alpha.size(1);
     STD_TORCH_CHECK(d < (1 << 30), "alpha has too many columns, ", d);
     for (const Tensor* p : {&alpha, &gamma, dictionary ? &*dictionary : nullptr})
       if (p && p->dim() > 0 && p->size(0) != 1) {
         STD_TORCH_CHECK(x.dim() >= 2 && p->size(0) == x.size(1), "a parameter has ", p->size(0),
-                        " rows, but x has another number of channels");
+                        " rows, but x, ", shape_of(x), ", has another number of channels");
         channels = p->size(0);
       }
     call.alpha = parameter(alpha, "alpha", 2, alpha.size(0), d, x);
@@ -103,10 +92,12 @@ struct Arguments {
 
   // The data of a tensor of x's shape, copied first where it does not lie in memory as the output.
   const void* data(const Tensor& t, const char* name, const Tensor& output) {
-    STD_TORCH_CHECK(on_device(t, x), name, " must be on the device of x");
+    check_device(t, name, x);
     bool same = t.dim() == x.dim() && t.scalar_type() == x.scalar_type();
     for (int64_t i = 0; same && i < x.dim(); ++i) same = t.size(i) == x.size(i);
-    STD_TORCH_CHECK(same, name, " must have the shape and dtype of x");
+    STD_TORCH_CHECK(same, name, " must have the shape and dtype of x, ", shape_of(x), " ",
+                    torch::headeronly::toString(x.scalar_type()), ", got ", shape_of(t), " ",
+                    torch::headeronly::toString(t.scalar_type()));
     for (int64_t i = 0; i < x.dim(); ++i) same = same && (t.size(i) == 1 || t.stride(i) == output.stride(i));
     if (same) return t.data_ptr();
     copies.push_back(torch::stable::empty_like(output));
@@ -130,7 +121,7 @@ struct Arguments {
 
     const int64_t bytes = type == Type::f64 ? 8 : type == Type::f32 ? 4 : 2;
     t.vectors = runs && t.inner * bytes % 16 == 0;
-    for (const void* p : {call.x, call.grad, call.v, static_cast<const void*>(call.y), static_cast<const void*>(call.dx),
+    for (const void* p : {call.x, call.grad, call.v_x, static_cast<const void*>(call.y), static_cast<const void*>(call.dx),
                           static_cast<const void*>(call.dgrad)})
       t.vectors = t.vectors && reinterpret_cast<uintptr_t>(p) % 16 == 0;
     // The direct path stages points for each column, so it takes fewer at once.
@@ -207,8 +198,27 @@ Tensor gradient(const Tensor& like, bool needed, bool no_elements) {
 }
 Tensor of_x(const Arguments& a, bool needed) { return needed ? a.like_x() : torch::stable::new_empty(a.x, {0}); }
 
-Tensor forward(Tensor x, Tensor alpha, Tensor gamma, std::optional<Tensor> dictionary, double boundary) {
+// Computes what these kernels lack by an operator that the Python package defines, with the same arguments.
+template <class... Outputs, class... Inputs>
+std::tuple<Outputs...> in_python(const char* name, const Inputs&... inputs) {
+  std::array<StableIValue, std::max(sizeof...(Inputs), sizeof...(Outputs))> stack{torch::stable::detail::from(inputs)...};
+  try {
+    STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, "", stack.data(), TORCH_ABI_VERSION));
+  } catch (const std::exception& error) {
+    STD_TORCH_CHECK(false, "kafops' CUDA kernels compute the Gaussian and its first two derivatives, without a base; all "
+                    "else is left to the operator ", name, " of the Python package kafops, which is not imported here, or "
+                    "failed: ", error.what());
+  }
+  return torch::stable::detail::unbox_to_tuple<Outputs...>(stack.data());
+}
+
+Tensor forward(Tensor x, Tensor alpha, Tensor gamma, std::optional<Tensor> dictionary, double boundary, int64_t kernel,
+               int64_t base, int64_t n, int64_t m) {
   Arguments a(x, alpha, gamma, dictionary, boundary);
+  if (kernel || base || n || m) {
+    const char* name = "kafops::plain_kaf";
+    return std::get<0>(in_python<Tensor>(name, x, alpha, gamma, dictionary, boundary, kernel, base, n, m));
+  }
   const Guard guard(x);
   Tensor y = a.like_x();
   if (x.numel() == 0) return y;
@@ -221,8 +231,12 @@ Tensor forward(Tensor x, Tensor alpha, Tensor gamma, std::optional<Tensor> dicti
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor> backward(Tensor grad, Tensor x, Tensor alpha, Tensor gamma,
-                                                    std::optional<Tensor> dictionary, double boundary, int64_t needs) {
+                                                    std::optional<Tensor> dictionary, double boundary, int64_t needs,
+                                                    int64_t kernel, int64_t base, int64_t n, int64_t m) {
   Arguments a(x, alpha, gamma, dictionary, boundary);
+  if (kernel || base || n || m)
+    return in_python<Tensor, Tensor, Tensor, Tensor>("kafops::plain_kaf_backward", grad, x, alpha, gamma, dictionary,
+                                                     boundary, needs, kernel, base, n, m);
   const Guard guard(x);
   const bool need_dictionary = dictionary && (needs & kNeedDictionary), empty = x.numel() == 0;
   Tensor dx = of_x(a, needs & kNeedX), dalpha = gradient(alpha, needs & kNeedAlpha, empty),
@@ -245,11 +259,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(Tensor grad, Tensor x, Tenso
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> double_backward(
     std::optional<Tensor> v_x, std::optional<Tensor> v_alpha, std::optional<Tensor> v_gamma,
     std::optional<Tensor> v_dictionary, Tensor grad, Tensor x, Tensor alpha, Tensor gamma,
-    std::optional<Tensor> dictionary, double boundary, int64_t needs) {
+    std::optional<Tensor> dictionary, double boundary, int64_t needs, int64_t base) {
   Arguments a(x, alpha, gamma, dictionary, boundary);
+  STD_TORCH_CHECK(dictionary || !v_dictionary, "v_dictionary needs a dictionary, got None");
+  if (base)
+    return in_python<Tensor, Tensor, Tensor, Tensor, Tensor>("kafops::plain_kaf_double_backward", v_x, v_alpha, v_gamma,
+                                                             v_dictionary, grad, x, alpha, gamma, dictionary, boundary,
+                                                             needs, base);
   const Guard guard(x);
   const bool need_dictionary = dictionary && (needs & kNeedDictionary), empty = x.numel() == 0;
-  STD_TORCH_CHECK(dictionary || !v_dictionary, "a gradient of the dictionary's gradient needs a dictionary");
   Tensor dgrad = of_x(a, needs & kNeedGrad), dx = of_x(a, needs & kNeedX),
          dalpha = gradient(alpha, needs & kNeedAlpha, empty), dgamma = gradient(gamma, needs & kNeedGamma, empty),
          ddictionary = gradient(dictionary ? *dictionary : alpha, need_dictionary, empty);
@@ -257,15 +275,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> double_backward(
     if (!v) return Parameter{};
     return parameter(*v, name, like.dim(), like.size(0), like.dim() == 2 ? like.size(1) : 1, x);
   };
-  a.call.v_alpha = read(v_alpha, alpha, "the gradient of alpha's gradient");
-  a.call.v_gamma = read(v_gamma, gamma, "the gradient of gamma's gradient");
-  if (v_dictionary) a.call.v_dictionary = read(v_dictionary, *dictionary, "the gradient of dictionary's gradient");
+  a.call.v_alpha = read(v_alpha, alpha, "v_alpha");
+  a.call.v_gamma = read(v_gamma, gamma, "v_gamma");
+  if (v_dictionary) a.call.v_dictionary = read(v_dictionary, *dictionary, "v_dictionary");
   a.want_sums(needs & kNeedAlpha, need_dictionary, needs & kNeedGamma);
   if (empty || (a.call.slots == 0 && !(needs & (kNeedX | kNeedGrad)))) return {dgrad, dx, dalpha, dgamma, ddictionary};
   const Tensor layout = needs & kNeedX ? dx : needs & kNeedGrad ? dgrad : a.like_x();
   a.call.x = a.data(x, "x", layout);
   a.call.grad = a.data(grad, "grad", layout);
-  if (v_x) a.call.v = a.data(*v_x, "the gradient of x's gradient", layout);
+  if (v_x) a.call.v_x = a.data(*v_x, "v_x", layout);
   if (needs & kNeedX) a.call.dx = dx.data_ptr();
   if (needs & kNeedGrad) a.call.dgrad = dgrad.data_ptr();
   a.set_tiling(layout, true);
@@ -277,24 +295,6 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> double_backward(
 
 }  // namespace
 }  // namespace kaf
-
-#ifdef KAFOPS_EMULATED
-
-STABLE_TORCH_LIBRARY(kafops_emulated, m) {
-  m.def("kaf(Tensor x, Tensor alpha, Tensor gamma, Tensor? dictionary, float boundary) -> Tensor");
-  m.def("kaf_backward(Tensor grad, Tensor x, Tensor alpha, Tensor gamma, Tensor? dictionary, float boundary, int needs) "
-        "-> (Tensor, Tensor, Tensor, Tensor)");
-  m.def("kaf_double_backward(Tensor? grad_x, Tensor? grad_alpha, Tensor? grad_gamma, Tensor? grad_dictionary, "
-        "Tensor grad, Tensor x, Tensor alpha, Tensor gamma, Tensor? dictionary, float boundary, int needs) "
-        "-> (Tensor, Tensor, Tensor, Tensor, Tensor)");
-}
-STABLE_TORCH_LIBRARY_IMPL(kafops_emulated, CPU, m) {
-  m.impl("kaf", TORCH_BOX(&kaf::forward));
-  m.impl("kaf_backward", TORCH_BOX(&kaf::backward));
-  m.impl("kaf_double_backward", TORCH_BOX(&kaf::double_backward));
-}
-
-#else
 
 STABLE_TORCH_LIBRARY_IMPL(kafops, CUDA, m) {
   m.impl("kaf", TORCH_BOX(&kaf::forward));
@@ -313,5 +313,3 @@ PyMODINIT_FUNC PyInit__C_cuda() {
                                nullptr, nullptr, nullptr, nullptr};
   return PyModule_Create(&module);
 }
-
-#endif

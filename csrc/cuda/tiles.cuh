@@ -52,7 +52,7 @@ template <class T, bool kVector> struct Tile {
     chunk = block % chunks;
     j = block / chunks * t.columns_at_once + column;
     const int64_t rest = t.columns - (j - column);
-    active = rest >= 32 ? 0xffffffffu : (1u << rest) - 1;
+    active = 0xffffffffu >> (32 - (rest < t.columns_at_once ? static_cast<int>(rest) : t.columns_at_once));
     const int64_t row = chunk / t.run_blocks * t.rows_per_block, start = chunk % t.run_blocks * t.run;
     const int64_t rows = t.rows - row, run = t.inner - start;
     count = (rows < t.rows_per_block ? static_cast<int>(rows) : t.rows_per_block) *

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 import torch
 
+from kafops.backends import plain_operators as plain_operators  # that the kernels call for what they lack
+
 MINIMUM = (7, 5)  # compute capability that the kernels are written for
 
 load_error: str | None = None

@@ -11,6 +11,7 @@ import sysconfig
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
+from types import ModuleType
 
 ROOT = Path(__file__).parents[2]
 FLAGS = [
@@ -21,7 +22,6 @@ FLAGS = [
     "-fvisibility=hidden",
     "-Wall",
     "-Wno-unknown-pragmas",
-    "-DKAFOPS_EMULATED",
 ]
 # nvcc lets memory be read as vectors of its elements; a product and a sum are one operation only where code says so.
 FLAGS += ["-fno-strict-aliasing", "-ffp-contract=off"]
@@ -89,7 +89,9 @@ def compile_module(
     if cxx is None:
         raise RuntimeError("no C++ compiler: looked for $CXX, c++, g++, clang++")
     package = Path(importlib.util.find_spec("torch").origin).parent  # found, but not imported: that takes seconds
-    compile_flags = [*FLAGS, *flags, f"-I{Path(__file__).parent}", f"-I{ROOT / 'csrc'}"]
+    # A CPU's files in place of a GPU's are found before those in csrc/.
+    here = Path(__file__).parent
+    compile_flags = [*FLAGS, *flags, f"-I{here / 'include'}", f"-I{here}", f"-I{ROOT / 'csrc'}"]
     for folder in (package / "include", package / "include/torch/csrc/api/include", sysconfig.get_paths()["include"]):
         compile_flags += ["-isystem", str(folder)]
     link_flags = ["-shared"]
@@ -115,6 +117,14 @@ def compile_module(
     library = folder / f"{name}.so"
     make(library, [cxx, *map(str, objects), *link_flags])
     return library
+
+
+def load(library: Path) -> ModuleType:
+    """Import a module of Python that `compile_module` made."""
+    spec = importlib.util.spec_from_file_location(library.stem, library)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def sanitizer_environment() -> dict[str, str]:

@@ -1,6 +1,5 @@
 """The CUDA emulator on kernels that are right, and on kernels with one known fault each (faults.cpp)."""
 
-import importlib.util
 import os
 import subprocess
 import sys
@@ -8,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from emulator_build import compile_module, compiler, sanitizer_environment
+from emulator_build import compile_module, compiler, load, sanitizer_environment
 
 pytestmark = pytest.mark.skipif(compiler() is None, reason="no C++ compiler")
 
@@ -18,13 +17,6 @@ SOURCE = Path(__file__).with_name("faults.cpp")
 BLOCK = 256
 GUARD = 1024  # elements on each side of y
 SANITIZE = "KAFOPS_TEST_EMULATOR_SANITIZE"  # set in the process that repeats these tests under the sanitizers
-
-
-def load(library):
-    spec = importlib.util.spec_from_file_location("faults", library)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="session")

@@ -22,12 +22,17 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "tests" / "emulator"))
 import emulator_build  # noqa: E402
 
-SOURCES = [ROOT / "csrc/cuda/ops.cpp", *sorted((ROOT / "csrc/cuda").glob("*.cu"))]
+SOURCES = [
+    ROOT / "csrc/cuda/ops.cpp",
+    *sorted((ROOT / "csrc/cuda").glob("*.cu")),
+    ROOT / "tests/emulator/library.cpp",
+]
+FLAGS = ['-DKAFOPS_CUDA_ARCHITECTURES="emulated"']
 _overrides: list[torch.library.Library] = []  # as long as the process lives
 
 
 def library(sanitize: bool) -> Path:
-    return emulator_build.compile_module("kafops_cuda", SOURCES, sanitize=sanitize, stable_torch=True)
+    return emulator_build.compile_module("kafops_cuda", SOURCES, FLAGS, sanitize=sanitize, stable_torch=True)
 
 
 def pytest_configure() -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from kafops import plain
 from kafops.backends.triton.geometry import SUMS, Geometry, Tiling, geometry
 from kafops.ops import Needs
 
@@ -31,8 +32,20 @@ def _kernels() -> Any:
 # ------------------------------------------------------------------------------------------------------- operators
 
 
-def kaf(x: Tensor, alpha: Tensor, gamma: Tensor, dictionary: Tensor | None, boundary: float) -> Tensor:
-    """Compute the operator `kaf` of kafops/ops.py."""
+def kaf(
+    x: Tensor,
+    alpha: Tensor,
+    gamma: Tensor,
+    dictionary: Tensor | None,
+    boundary: float,
+    kernel: int = 0,
+    base: int = 0,
+    n: int = 0,
+    m: int = 0,
+) -> Tensor:
+    """Compute the operator `kaf` of kafops/schemas.inc."""
+    if kernel or base or n or m:
+        return plain.complete_kaf(kaf, x, alpha, gamma, dictionary, boundary, kernel, base, n, m)
     call = _Call("kaf", x, alpha, gamma, dictionary, boundary)
     y = torch.empty_like(x)
     if x.numel() > 0:
@@ -41,25 +54,6 @@ def kaf(x: Tensor, alpha: Tensor, gamma: Tensor, dictionary: Tensor | None, boun
 
 
 def kaf_backward(
-    grad: Tensor, x: Tensor, alpha: Tensor, gamma: Tensor, dictionary: Tensor | None, boundary: float, needs: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Compute the operator `kaf_backward` of kafops/ops.py."""
-    call = _Call("kaf_backward", x, alpha, gamma, dictionary, boundary, grad=grad)
-    dx = torch.empty_like(x) if needs & Needs.X else None
-    sums = _Sums(call, needs)
-    if call.has_work(needs):
-        options = call.fast(not needs & Needs.GAMMA) | call.folds()
-        programs = -(-call.D // 20) if options["FAST"] and needs & Needs.ALPHA else 1
-        call.launch(_kernels().kaf_backward_kernel, {"dx_ptr": dx, **sums.partial}, options, programs)
-    dalpha, dgamma, ddictionary = sums.add()
-    return _or_empty(dx, x), dalpha, dgamma, ddictionary
-
-
-def kaf_double_backward(
-    grad_x: Tensor | None,
-    grad_alpha: Tensor | None,
-    grad_gamma: Tensor | None,
-    grad_dictionary: Tensor | None,
     grad: Tensor,
     x: Tensor,
     alpha: Tensor,
@@ -67,15 +61,52 @@ def kaf_double_backward(
     dictionary: Tensor | None,
     boundary: float,
     needs: int,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Compute the operator `kaf_double_backward` of kafops/ops.py."""
-    call = _Call("kaf_double_backward", x, alpha, gamma, dictionary, boundary, grad=grad, v_x=grad_x)
+    kernel: int = 0,
+    base: int = 0,
+    n: int = 0,
+    m: int = 0,
+) -> tuple[Tensor, ...]:
+    """Compute the operator `kaf_backward` of kafops/schemas.inc."""
+    if kernel or base or n or m:
+        arguments = (grad, x, alpha, gamma, dictionary, boundary, needs, kernel, base, n, m)
+        return plain.complete_kaf_backward(kaf_backward, *arguments)
+    call = _Call("kaf_backward", x, alpha, gamma, dictionary, boundary, grad=grad)
+    dx = torch.empty_like(x) if needs & Needs.X else None
+    sums = _Sums(call, needs)
+    if call.has_work(needs):
+        options = call.fast(not needs & Needs.GAMMA) | call.folds()
+        windows = -(-call.D // 20) if options["FAST"] and needs & Needs.ALPHA else 1
+        call.launch(_kernels().kaf_backward_kernel, {"dx_ptr": dx, **sums.partial}, options, windows)
+    dalpha, dgamma, ddictionary = sums.add()
+    return _or_empty(dx, x), dalpha, dgamma, ddictionary
+
+
+def kaf_double_backward(
+    v_x: Tensor | None,
+    v_alpha: Tensor | None,
+    v_gamma: Tensor | None,
+    v_dictionary: Tensor | None,
+    grad: Tensor,
+    x: Tensor,
+    alpha: Tensor,
+    gamma: Tensor,
+    dictionary: Tensor | None,
+    boundary: float,
+    needs: int,
+    base: int = 0,
+) -> tuple[Tensor, ...]:
+    """Compute the operator `kaf_double_backward` of kafops/schemas.inc."""
+    if base:
+        v = (v_x, v_alpha, v_gamma, v_dictionary)
+        arguments = (*v, grad, x, alpha, gamma, dictionary, boundary, needs, base)
+        return plain.complete_kaf_double_backward(kaf_double_backward, *arguments)
+    call = _Call("kaf_double_backward", x, alpha, gamma, dictionary, boundary, grad=grad, v_x=v_x)
     dgrad = torch.empty_like(x) if needs & Needs.GRAD else None
     dx = torch.empty_like(x) if needs & Needs.X else None
     sums = _Sums(call, needs)
     if call.has_work(needs):
-        v = {"v_alpha_ptr": grad_alpha, "v_gamma_ptr": grad_gamma, "v_dictionary_ptr": grad_dictionary}
-        pointers = {name: None if t is None else t.contiguous() for name, t in v.items()}
+        v_parameters = {"v_alpha_ptr": v_alpha, "v_gamma_ptr": v_gamma, "v_dictionary_ptr": v_dictionary}
+        pointers = {name: None if t is None else t.contiguous() for name, t in v_parameters.items()}
         pointers |= {"dgrad_ptr": dgrad, "dx_ptr": dx, **sums.partial}
         call.launch(_kernels().kaf_double_backward_kernel, pointers, {})
     dalpha, dgamma, ddictionary = sums.add()
@@ -135,22 +166,22 @@ class _Call:
         vector = min(g.ALIGN, g.W)
         return {"VECTOR": vector, "WRAPS": min(g.R, max(1, g.R * g.W // (vector * g.tiling.threads)))}
 
-    def launch(self, kernel: Any, pointers: dict[str, Any], constants: dict[str, Any], programs: int = 1) -> None:
-        """Launch a kernel with the arguments that all have, and some of its own."""
+    def launch(self, kernel: Any, pointers: dict[str, Any], constants: dict[str, Any], windows: int = 1) -> None:
+        """Launch a kernel with the arguments that all have, and some of its own, once for each window of points."""
 
         def row(p: Tensor | None) -> int:
             return 0 if p is None or len(p) == 1 else p.stride(0)
 
         g = self.geometry
-        spacing = 2 * self.boundary / max(self.D - 1, 1)
+        step = 2 * self.boundary / max(self.D - 1, 1)
         arguments = {
             "x_ptr": self.x, "alpha_ptr": self.alpha, "gamma_ptr": self.gamma, "dictionary_ptr": self.dictionary,
-            "boundary": self.boundary, "spacing": spacing, "per_spacing": 1 / spacing if spacing else 0.0, "D": self.D,
+            "boundary": self.boundary, "step": step, "inverse_step": 1 / step if step else 0.0, "D": self.D,
             "alpha_row": row(self.alpha), "gamma_row": row(self.gamma), "dictionary_row": row(self.dictionary),
         }  # fmt: skip
         arguments |= {f"{name}_ptr": t for name, t in self.data.items()}
         arguments |= pointers | g.integers | g.constants | constants
-        _launch(self.x.device, kernel, (g.programs, programs), g.tiling, arguments, g.R * g.W)
+        _launch(self.x.device, kernel, (g.programs, windows), g.tiling, arguments, g.R * g.W)
 
 
 class _Sums:

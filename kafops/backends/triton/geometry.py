@@ -16,7 +16,7 @@ class Tiling:
             has its own constants, and its own sums, in registers.
         tiles: of a program, at most; as many terms a thread adds up, one after the other, in float32.
         programs: no more than these while a program has less than `tiles`: about as many as run at once.
-        rows_from: L from which on tiles lie within one channel: the rows regime.
+        runs_from: L from which on tiles lie within the runs of one channel: the runs regime.
         columns: that a tile of the columns regime has, at most.
         registers: of a thread, at most; None leaves them to the compiler.
     """
@@ -26,7 +26,7 @@ class Tiling:
     vector: int
     tiles: int = 32
     programs: int = 512
-    rows_from: int = 16
+    runs_from: int = 16
     columns: int = 32
     registers: int | None = None
 
@@ -37,23 +37,23 @@ class Tiling:
 
 SUMS = Tiling(128, 8, 8)  # of the kernel that adds partial sums
 _NVIDIA = {
-    ("kaf", "rows"): Tiling(128, 8, 8),
+    ("kaf", "runs"): Tiling(128, 8, 8),
     ("kaf", "columns"): Tiling(128, 4, 4),
-    ("kaf_backward", "rows"): Tiling(128, 4, 8),
+    ("kaf_backward", "runs"): Tiling(128, 4, 8),
     ("kaf_backward", "columns"): Tiling(128, 2, 2),
-    ("kaf_double_backward", "rows"): Tiling(128, 8, 8),
+    ("kaf_double_backward", "runs"): Tiling(128, 8, 8),
     ("kaf_double_backward", "columns"): Tiling(128, 8, 4),
 }
 # Left alone, the compiler takes 128 registers for half precision, and two words more on the stack.
-_SM_120 = _NVIDIA | {("kaf_backward", "rows"): replace(_NVIDIA["kaf_backward", "rows"], registers=160)}
+_SM_120 = _NVIDIA | {("kaf_backward", "runs"): replace(_NVIDIA["kaf_backward", "runs"], registers=160)}
 # Programs of four warps of 64, on up to 304 multiprocessors.
 _AMD = {key: replace(t, threads=256, programs=1024) for key, t in _NVIDIA.items()}
 # An operation costs the interpreter the same on one element and on thousands.
-_INTERPRETED = dict.fromkeys(_NVIDIA, Tiling(1024, 16, 4, tiles=16, programs=1, rows_from=100, columns=256))
+_INTERPRETED = dict.fromkeys(_NVIDIA, Tiling(1024, 16, 4, tiles=16, programs=1, runs_from=100, columns=256))
 
 
 def tiling(operator: str, regime: str, architecture: str) -> Tiling:
-    """Return the tiling for "kaf", "kaf_backward" or "kaf_double_backward", in the "rows" or the "columns" regime.
+    """Return the tiling for "kaf", "kaf_backward" or "kaf_double_backward", in the "runs" or the "columns" regime.
 
     Args:
         operator, regime: as above.
@@ -69,9 +69,9 @@ class Geometry:
 
     Attributes:
         B, C, L: sizes outside the channels, of the channels, and inside them; C = 1 where a curve is shared by all.
-        R, W, ALIGN, ROWS, ALONG_L: constants of the kernels.
+        R, W, ALIGN, RUNS, ALONG_L: constants of the kernels.
         tiles: of each program.
-        row_chunks, column_chunks: numbers of programs along B, and along L (where ROWS) or M.
+        row_chunks, column_chunks: numbers of programs along B, and along L (where RUNS) or M.
         tiling: what it was made from.
     """
 
@@ -81,7 +81,7 @@ class Geometry:
     R: int
     W: int
     ALIGN: int
-    ROWS: bool
+    RUNS: bool
     ALONG_L: bool
     tiles: int
     row_chunks: int
@@ -91,24 +91,24 @@ class Geometry:
     @property
     def programs(self) -> int:
         """Their number."""
-        return self.row_chunks * self.column_chunks * (self.C if self.ROWS else 1)
+        return self.row_chunks * self.column_chunks * (self.C if self.RUNS else 1)
 
     @property
     def partial_sums(self) -> tuple[int, int]:
         """Shape of one sum's partial results: [chunks, columns]."""
-        if self.ROWS:
+        if self.RUNS:
             return self.row_chunks * self.column_chunks, self.C
         return self.row_chunks, self.C * self.L
 
     @property
     def constants(self) -> dict[str, Any]:
         """What a kernel is compiled for."""
-        return {name: getattr(self, name) for name in ("R", "W", "ALIGN", "ROWS", "ALONG_L")}
+        return {name: getattr(self, name) for name in ("R", "W", "ALIGN", "RUNS", "ALONG_L")}
 
     @property
     def integers(self) -> dict[str, int]:
         """What a kernel is not compiled for."""
-        units = (self.L if self.ROWS else self.C * self.L) // self.ALIGN
+        units = (self.L if self.RUNS else self.C * self.L) // self.ALIGN
         return {
             "B": self.B, "C": self.C, "L": self.L, "units": units, "column_chunks": self.column_chunks,
             "tiles": self.tiles,
@@ -127,13 +127,13 @@ def geometry(operator: str, architecture: str, B: int, C: int, L: int, itemsize:
         itemsize: bytes of an element.
         aligned: whether all tensors begin at a multiple of 16 bytes.
     """
-    rows = C == 1 or tiling(operator, "rows", architecture).rows_from <= L
-    t = tiling(operator, "rows" if rows else "columns", architecture)
-    width, M, full = L if rows else C * L, C * L, max(16 // itemsize, 1)
+    runs = C == 1 or tiling(operator, "runs", architecture).runs_from <= L
+    t = tiling(operator, "runs" if runs else "columns", architecture)
+    width, M, full = L if runs else C * L, C * L, max(16 // itemsize, 1)
     vector = math.gcd(width, min(t.vector, full)) if aligned else 1
-    tile = t.threads * (max(t.elements, full) if rows else t.elements)
+    tile = t.threads * (max(t.elements, full) if runs else t.elements)
     widths = [2**i for i in range(tile.bit_length()) if i == 0 or 2 ** (i - 1) < width]
-    if rows:
+    if runs:
         # Few elements beside the end of a row, then long runs.
         W = min((w for w in widths if w >= 16 or w == widths[-1]), key=lambda w: -(-L // w) * w * (1 + 4 / w))
     else:
@@ -144,8 +144,8 @@ def geometry(operator: str, architecture: str, B: int, C: int, L: int, itemsize:
     while R > 1 and R * M >= 2**31:  # offsets within a tile are int32
         R //= 2
     row_tiles, column_tiles = -(-B // R), -(-width // W)
-    along_l = rows and (C == 1 or column_tiles >= 8)
-    total = row_tiles * column_tiles * (C if rows else 1)
+    along_l = runs and (C == 1 or column_tiles >= 8)
+    total = row_tiles * column_tiles * (C if runs else 1)
     tiles = min(t.tiles, max(1, total // t.programs))
     along = column_tiles if along_l else row_tiles
     chunks = -(-along // tiles)
@@ -153,7 +153,7 @@ def geometry(operator: str, architecture: str, B: int, C: int, L: int, itemsize:
     return Geometry(
         B, C, L, R, W,
         ALIGN=vector,
-        ROWS=rows,
+        RUNS=runs,
         ALONG_L=along_l,
         tiles=tiles,
         row_chunks=row_tiles if along_l else chunks,

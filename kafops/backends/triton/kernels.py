@@ -1,7 +1,7 @@
 """The Triton kernels. Imports triton, so only `kafops.backends.triton` imports it, and only when there is work.
 
 Geometry. Memory is a matrix [B, M] with M = C L columns, of which column j has channel j // L. A program takes `tiles`
-tiles [R, W] of it, one after the other along B, or along L where ALONG_L. ROWS: a tile lies within one channel, and
+tiles [R, W] of it, one after the other along B, or along L where ALONG_L. RUNS: a tile lies within one channel, and
 every parameter below is a scalar. Otherwise a tile has W columns of any channels, and every parameter is a vector [W].
 Scalars and vectors broadcast against [R, W] alike, so that both cases share all formulas.
 
@@ -83,35 +83,35 @@ def _sum_rows(t):
 
 
 @triton.jit
-def _sum_tile(t, ROWS: tl.constexpr):
-    """Sum a tile [R, W] to a scalar where ROWS, else to [W]."""
-    if ROWS:
+def _sum_tile(t, RUNS: tl.constexpr):
+    """Sum a tile [R, W] to a scalar where RUNS, else to [W]."""
+    if RUNS:
         return tl.sum(t)
     else:
         return _sum_rows(t)
 
 
 @triton.jit
-def _fold(t, VECTOR: tl.constexpr, WRAPS: tl.constexpr, ROWS: tl.constexpr):
-    """Sum the elements of a tile [R, W] that one thread holds: VECTOR neighbours (where ROWS), WRAPS rows.
+def _fold(t, VECTOR: tl.constexpr, WRAPS: tl.constexpr, RUNS: tl.constexpr):
+    """Sum the elements of a tile [R, W] that one thread holds: VECTOR neighbours (where RUNS), WRAPS rows.
 
-    To [threads] where ROWS, else to [R / WRAPS, W].
+    To [threads] where RUNS, else to [R / WRAPS, W].
     """
     R: tl.constexpr = t.shape[0]
     W: tl.constexpr = t.shape[1]
-    if ROWS and VECTOR > 1:
+    if RUNS and VECTOR > 1:
         t = tl.sum(tl.reshape(t, [R, W // VECTOR, VECTOR]), 2)
     if WRAPS > 1:
         t = tl.sum(tl.reshape(t, [WRAPS, R // WRAPS, t.shape[1]]), 0)
-    if ROWS:
+    if RUNS:
         t = tl.reshape(t, [t.numel])
     return t
 
 
 @triton.jit
-def _zeros(VECTOR: tl.constexpr, WRAPS: tl.constexpr, R: tl.constexpr, W: tl.constexpr, ROWS: tl.constexpr):
+def _zeros(VECTOR: tl.constexpr, WRAPS: tl.constexpr, R: tl.constexpr, W: tl.constexpr, RUNS: tl.constexpr):
     """What `_fold` makes of a tile of zeros."""
-    if ROWS:
+    if RUNS:
         return tl.zeros([R * W // (VECTOR * WRAPS)], tl.float32)
     else:
         return tl.zeros([R // WRAPS, W], tl.float32)
@@ -123,17 +123,17 @@ def _zeros(VECTOR: tl.constexpr, WRAPS: tl.constexpr, R: tl.constexpr, W: tl.con
 @triton.jit
 def _place(
     B, C, L, units, column_chunks, tiles,
-    R: tl.constexpr, W: tl.constexpr, ALIGN: tl.constexpr, ROWS: tl.constexpr, ALONG_L: tl.constexpr,
+    R: tl.constexpr, W: tl.constexpr, ALIGN: tl.constexpr, RUNS: tl.constexpr, ALONG_L: tl.constexpr,
 ):  # fmt: skip
     """Find a program's first tile.
 
-    units ALIGN is the number of columns that a tile may run along: L where ROWS, else M. Written so, the compiler sees
+    units ALIGN is the number of columns that a tile may run along: L where RUNS, else M. Written so, the compiler sees
     what it is a multiple of, and accesses as many elements at once.
 
     Returns:
         offset of the tile, advance from one tile to the next, row stride M;
         rows and columns from the tile's corner on, at most those of the program's tiles;
-        channel; where the program's partial sums go, as an index of [chunks, C (ROWS) or M]; whether each such exists.
+        channel; where the program's partial sums go, as an index of [chunks, C (RUNS) or M]; whether each such exists.
     """
     width = units.to(tl.int64) * ALIGN
     program = tl.program_id(0)
@@ -143,7 +143,7 @@ def _place(
     rows_each = R if ALONG_L else R * tiles
     columns_each = W * tiles if ALONG_L else W
     column = column_chunk * columns_each
-    if ROWS:
+    if RUNS:
         channel = (row_chunk % C).to(tl.int64)
         row_chunk = (row_chunk // C).to(tl.int64)
         stride = width * C
@@ -180,9 +180,9 @@ def _tile(i, stride, rows, columns, R: tl.constexpr, W: tl.constexpr, ALONG_L: t
 
 
 @triton.jit
-def _any(condition, ROWS: tl.constexpr):
+def _any(condition, RUNS: tl.constexpr):
     """Whether it holds for any channel of a tile."""
-    return condition if ROWS else tl.max(condition.to(tl.int32), 0) != 0
+    return condition if RUNS else tl.max(condition.to(tl.int32), 0) != 0
 
 
 @triton.jit
@@ -214,9 +214,9 @@ def _store(ptr, offsets, inside, value):
 
 
 @triton.jit
-def _half(spacing, FLOAT: tl.constexpr):
+def _half(step, FLOAT: tl.constexpr):
     """Δ/2 as hi + lo."""
-    half = tl.full([], spacing, tl.float64) * 0.5
+    half = tl.full([], step, tl.float64) * 0.5
     if FLOAT == tl.float64:
         return half, half
     else:
@@ -269,19 +269,19 @@ def _bandwidth(gamma_ptr, FLOAT: tl.constexpr):
 
 
 @triton.jit
-def _fast_constants(gamma_ptr, spacing, per_spacing, D, MANY: tl.constexpr):
-    """What FAST needs to know of a channel, Δ = spacing.
+def _fast_constants(gamma_ptr, step, inverse_step, D, MANY: tl.constexpr):
+    """What FAST needs to know of a channel.
 
     Returns:
         ok: whether t = γΔ² suits FAST; limit: where |x| is clamped, with all Gaussians 0 from there on;
         t log2 e as hi + lo; 1/Δ as hi + lo; κ = 2γΔ log2 e as hi + lo; 2γΔ.
     """
     gamma = tl.load(gamma_ptr).to(tl.float64)
-    delta = tl.full([], spacing, tl.float64)
-    t = gamma * delta * delta
+    step = tl.full([], step, tl.float64)
+    t = gamma * step * step
     t_hi, t_lo = _split(t * LOG2E)
-    inverse_hi, inverse_lo = _split(tl.full([], per_spacing, tl.float64))
-    kappa_hi, kappa_lo = _split(gamma * delta * 2 * LOG2E)
+    inverse_hi, inverse_lo = _split(tl.full([], inverse_step, tl.float64))
+    kappa_hi, kappa_lo = _split(gamma * step * 2 * LOG2E)
     t32 = t.to(tl.float32)
     end = (D - 1) * 0.5
     last = (D + 4) // 5 * 5 - 3 - end  # anchor, up to two steps beyond the last point where the group is not full
@@ -291,8 +291,8 @@ def _fast_constants(gamma_ptr, spacing, per_spacing, D, MANY: tl.constexpr):
     reach = edge if MANY else edge + tl.maximum(last, end - 2) - 1
     # E is exp(-4 t) where K = 1 for j = ±2, and the roundings of its exponent count as much more: t stays moderate.
     ok = (t32 >= 0.0009765625) & (t32 <= 0.51) & (4 * t32 * reach + 4 * tl.sqrt(104 * t32) <= 70)
-    limit = (edge + tl.sqrt(104 / t32)) * delta.to(tl.float32)
-    return ok, limit, t_hi, t_lo, inverse_hi, inverse_lo, kappa_hi, kappa_lo, (gamma * delta * 2).to(tl.float32)
+    limit = (edge + tl.sqrt(104 / t32)) * step.to(tl.float32)
+    return ok, limit, t_hi, t_lo, inverse_hi, inverse_lo, kappa_hi, kappa_lo, (gamma * step * 2).to(tl.float32)
 
 
 @triton.jit
@@ -376,7 +376,7 @@ def _slope(x, r, s, c, first, D, inverse_hi, inverse_lo, t_log2e, f, GROUPS: tl.
 @triton.jit
 def _add_to_sums(
     sums, x, r, s, g, first, D, inverse_hi, inverse_lo, t_log2e,
-    GROUPS: tl.constexpr, VECTOR: tl.constexpr, WRAPS: tl.constexpr, ROWS: tl.constexpr,
+    GROUPS: tl.constexpr, VECTOR: tl.constexpr, WRAPS: tl.constexpr, RUNS: tl.constexpr,
 ):  # fmt: skip
     """sums + Σ_elements g E r^j, for GROUPS groups from `first` on and j = -2 ... 2."""
     result = ()
@@ -384,7 +384,7 @@ def _add_to_sums(
         w = g * _group(x, _anchor(first + q, D), inverse_hi, inverse_lo, t_log2e)[1]
         terms = (w * (s * s), w * s, w, w * r, w * (r * r))
         for j in tl.static_range(5):
-            result += (sums[5 * q + j] + _fold(terms[j], VECTOR, WRAPS, ROWS),)
+            result += (sums[5 * q + j] + _fold(terms[j], VECTOR, WRAPS, RUNS),)
     return result
 
 
@@ -399,7 +399,7 @@ def _stack(a, b, c, d):
 
 
 @triton.jit
-def _store_sums(ptr, exists, sums, first, D, t_hi, t_lo, GROUPS: tl.constexpr, ROWS: tl.constexpr):
+def _store_sums(ptr, exists, sums, first, D, t_hi, t_lo, GROUPS: tl.constexpr, RUNS: tl.constexpr):
     """dα_k = w_j Σ g E r^j, reduced over the program's threads."""
     count: tl.constexpr = 5 * GROUPS
     zero = tl.zeros_like(sums[0])
@@ -413,7 +413,7 @@ def _store_sums(ptr, exists, sums, first, D, t_hi, t_lo, GROUPS: tl.constexpr, R
         anchor = _anchor(first + i // 5, D)
         k = first * 5 + i
         inside = (k < D) & (i < count)
-        if ROWS:
+        if RUNS:
             tl.store(ptr + k, total * _constant(j, anchor, t_hi, t_lo), inside)
         else:
             w = _constant(j[None, :], anchor[None, :], t_hi[:, None], t_lo[:, None])
@@ -426,14 +426,14 @@ def _store_sums(ptr, exists, sums, first, D, t_hi, t_lo, GROUPS: tl.constexpr, R
 @triton.jit(do_not_specialize=INTEGERS)
 def kaf_kernel(
     x_ptr, y_ptr, alpha_ptr, gamma_ptr, dictionary_ptr,
-    boundary: tl.float64, spacing: tl.float64, per_spacing: tl.float64,
+    boundary: tl.float64, step: tl.float64, inverse_step: tl.float64,
     B, C, L, D, units, column_chunks, tiles, alpha_row, gamma_row, dictionary_row,
-    R: tl.constexpr, W: tl.constexpr, ALIGN: tl.constexpr, ROWS: tl.constexpr, ALONG_L: tl.constexpr,
+    R: tl.constexpr, W: tl.constexpr, ALIGN: tl.constexpr, RUNS: tl.constexpr, ALONG_L: tl.constexpr,
     FAST: tl.constexpr, GROUPS: tl.constexpr, MANY: tl.constexpr,
 ):  # fmt: skip
     """y = Σ_k α_k K."""
     offset, advance, stride, rows, columns, channel, _, _ = _place(
-        B, C, L, units, column_chunks, tiles, R, W, ALIGN, ROWS, ALONG_L
+        B, C, L, units, column_chunks, tiles, R, W, ALIGN, RUNS, ALONG_L
     )
     x_ptr += offset
     y_ptr += offset
@@ -442,22 +442,22 @@ def kaf_kernel(
     if dictionary_ptr is not None:
         dictionary_ptr += channel * dictionary_row
     if FAST:
-        fast = _fast_constants(gamma_ptr, spacing, per_spacing, D, MANY)
+        fast = _fast_constants(gamma_ptr, step, inverse_step, D, MANY)
         ok = fast[0]
-        if _any(ok, ROWS):
+        if _any(ok, RUNS):
             _forward_fast(
                 x_ptr, y_ptr, alpha_ptr, fast, D, advance, stride, rows, columns, tiles, R, W, ALONG_L, GROUPS, MANY
             )
-        if _any(ok == 0, ROWS):
-            if not ROWS:
+        if _any(ok == 0, RUNS):
+            if not RUNS:
                 tl.debug_barrier()  # what FAST wrote for channels that it does not suit is overwritten
             _forward_direct(
-                x_ptr, y_ptr, alpha_ptr, gamma_ptr, dictionary_ptr, None if ROWS else ok == 0, boundary, spacing, D,
+                x_ptr, y_ptr, alpha_ptr, gamma_ptr, dictionary_ptr, None if RUNS else ok == 0, boundary, step, D,
                 advance, stride, rows, columns, tiles, R, W, ALONG_L,
             )  # fmt: skip
     else:
         _forward_direct(
-            x_ptr, y_ptr, alpha_ptr, gamma_ptr, dictionary_ptr, None, boundary, spacing, D,
+            x_ptr, y_ptr, alpha_ptr, gamma_ptr, dictionary_ptr, None, boundary, step, D,
             advance, stride, rows, columns, tiles, R, W, ALONG_L,
         )  # fmt: skip
 
@@ -483,12 +483,12 @@ def _forward_fast(
 
 @triton.jit
 def _forward_direct(
-    x_ptr, y_ptr, alpha_ptr, gamma_ptr, dictionary_ptr, mine, boundary, spacing, D,
+    x_ptr, y_ptr, alpha_ptr, gamma_ptr, dictionary_ptr, mine, boundary, step, D,
     advance, stride, rows, columns, tiles, R: tl.constexpr, W: tl.constexpr, ALONG_L: tl.constexpr,
 ):  # fmt: skip
     FLOAT: tl.constexpr = _float(x_ptr)
     gamma_log2e = _bandwidth(gamma_ptr, FLOAT)[1]
-    half_hi, half_lo = _half(spacing, FLOAT)
+    half_hi, half_lo = _half(step, FLOAT)
     for i in range(tiles):
         offsets, inside = _tile(i, stride, rows, columns, R, W, ALONG_L)
         x = _far(_load(x_ptr + i * advance, offsets, inside, FLOAT))
@@ -504,9 +504,9 @@ def _forward_direct(
 def kaf_backward_kernel(
     grad_ptr, x_ptr, alpha_ptr, gamma_ptr, dictionary_ptr,
     dx_ptr, alpha_sums_ptr, gamma_sums_ptr, dictionary_sums_ptr,
-    boundary: tl.float64, spacing: tl.float64, per_spacing: tl.float64,
+    boundary: tl.float64, step: tl.float64, inverse_step: tl.float64,
     B, C, L, D, units, column_chunks, tiles, alpha_row, gamma_row, dictionary_row,
-    R: tl.constexpr, W: tl.constexpr, ALIGN: tl.constexpr, ROWS: tl.constexpr, ALONG_L: tl.constexpr,
+    R: tl.constexpr, W: tl.constexpr, ALIGN: tl.constexpr, RUNS: tl.constexpr, ALONG_L: tl.constexpr,
     FAST: tl.constexpr, GROUPS: tl.constexpr, MANY: tl.constexpr, VECTOR: tl.constexpr, WRAPS: tl.constexpr,
 ):  # fmt: skip
     """dx = g Σ_k -2γ d α K    dα_k = Σ_n g K    dγ = -Σ_n g Σ_k α d² K    dδ_k = 2γ α Σ_n g d K.
@@ -514,7 +514,7 @@ def kaf_backward_kernel(
     The sums over elements n are those of one program: [chunks, columns, D] for each k, [chunks, columns] for dγ.
     """
     offset, advance, stride, rows, columns, channel, partial, exists = _place(
-        B, C, L, units, column_chunks, tiles, R, W, ALIGN, ROWS, ALONG_L
+        B, C, L, units, column_chunks, tiles, R, W, ALIGN, RUNS, ALONG_L
     )
     x_ptr += offset
     grad_ptr += offset
@@ -525,33 +525,33 @@ def kaf_backward_kernel(
     if dx_ptr is not None:
         dx_ptr += offset
     if FAST:
-        fast = _fast_constants(gamma_ptr, spacing, per_spacing, D, MANY)
+        fast = _fast_constants(gamma_ptr, step, inverse_step, D, MANY)
         ok = fast[0]
-        if _any(ok, ROWS):
+        if _any(ok, RUNS):
             _backward_fast(
                 grad_ptr, x_ptr, alpha_ptr, dx_ptr, alpha_sums_ptr, partial, exists & ok, fast, D, advance, stride,
-                rows, columns, tiles, R, W, ROWS, ALONG_L, GROUPS, MANY, VECTOR, WRAPS,
+                rows, columns, tiles, R, W, RUNS, ALONG_L, GROUPS, MANY, VECTOR, WRAPS,
             )  # fmt: skip
-        if _any(ok == 0, ROWS) & (tl.program_id(1) == 0):
-            if not ROWS:
+        if _any(ok == 0, RUNS) & (tl.program_id(1) == 0):
+            if not RUNS:
                 tl.debug_barrier()
             _backward_direct(
                 grad_ptr, x_ptr, alpha_ptr, gamma_ptr, dictionary_ptr, dx_ptr, alpha_sums_ptr, gamma_sums_ptr,
-                dictionary_sums_ptr, partial, exists, None if ROWS else ok == 0, boundary, spacing, D, advance, stride,
-                rows, columns, tiles, R, W, ROWS, ALONG_L,
+                dictionary_sums_ptr, partial, exists, None if RUNS else ok == 0, boundary, step, D, advance, stride,
+                rows, columns, tiles, R, W, RUNS, ALONG_L,
             )  # fmt: skip
     else:
         _backward_direct(
             grad_ptr, x_ptr, alpha_ptr, gamma_ptr, dictionary_ptr, dx_ptr, alpha_sums_ptr, gamma_sums_ptr,
-            dictionary_sums_ptr, partial, exists, None, boundary, spacing, D, advance, stride, rows, columns, tiles,
-            R, W, ROWS, ALONG_L,
+            dictionary_sums_ptr, partial, exists, None, boundary, step, D, advance, stride, rows, columns, tiles,
+            R, W, RUNS, ALONG_L,
         )  # fmt: skip
 
 
 @triton.jit
 def _backward_fast(
     grad_ptr, x_ptr, alpha_ptr, dx_ptr, alpha_sums_ptr, partial, exists, fast, D, advance, stride, rows, columns, tiles,
-    R: tl.constexpr, W: tl.constexpr, ROWS: tl.constexpr, ALONG_L: tl.constexpr,
+    R: tl.constexpr, W: tl.constexpr, RUNS: tl.constexpr, ALONG_L: tl.constexpr,
     GROUPS: tl.constexpr, MANY: tl.constexpr, VECTOR: tl.constexpr, WRAPS: tl.constexpr,
 ):  # fmt: skip
     _, limit, t_hi, t_lo, inverse_hi, inverse_lo, kappa_hi, kappa_lo, scale = fast
@@ -563,7 +563,7 @@ def _backward_fast(
     sums = ()
     if alpha_sums_ptr is not None:
         for _ in tl.static_range(5 * GROUPS):
-            sums += (_zeros(VECTOR, WRAPS, R, W, ROWS),)
+            sums += (_zeros(VECTOR, WRAPS, R, W, RUNS),)
     for i in range(tiles):
         offsets, inside = _tile(i, stride, rows, columns, R, W, ALONG_L)
         x = _clamped(_load(x_ptr + i * advance, offsets, inside, tl.float32), limit)
@@ -579,20 +579,20 @@ def _backward_fast(
                         f = _slope(x, r, s, more, other, D, inverse_hi, inverse_lo, t_hi, f, GROUPS, MANY)
                 _store(dx_ptr + i * advance, offsets, inside, g * (f * -scale))
         if alpha_sums_ptr is not None:
-            sums = _add_to_sums(sums, x, r, s, g, first, D, inverse_hi, inverse_lo, t_hi, GROUPS, VECTOR, WRAPS, ROWS)
+            sums = _add_to_sums(sums, x, r, s, g, first, D, inverse_hi, inverse_lo, t_hi, GROUPS, VECTOR, WRAPS, RUNS)
     if alpha_sums_ptr is not None:
-        _store_sums(alpha_sums_ptr + partial * D, exists, sums, first, D, t_hi, t_lo, GROUPS, ROWS)
+        _store_sums(alpha_sums_ptr + partial * D, exists, sums, first, D, t_hi, t_lo, GROUPS, RUNS)
 
 
 @triton.jit
 def _backward_direct(
     grad_ptr, x_ptr, alpha_ptr, gamma_ptr, dictionary_ptr, dx_ptr, alpha_sums_ptr, gamma_sums_ptr, dictionary_sums_ptr,
-    partial, exists, mine, boundary, spacing, D, advance, stride, rows, columns, tiles,
-    R: tl.constexpr, W: tl.constexpr, ROWS: tl.constexpr, ALONG_L: tl.constexpr,
+    partial, exists, mine, boundary, step, D, advance, stride, rows, columns, tiles,
+    R: tl.constexpr, W: tl.constexpr, RUNS: tl.constexpr, ALONG_L: tl.constexpr,
 ):  # fmt: skip
     FLOAT: tl.constexpr = _float(x_ptr)
     gamma, gamma_log2e = _bandwidth(gamma_ptr, FLOAT)
-    half_hi, half_lo = _half(spacing, FLOAT)
+    half_hi, half_lo = _half(step, FLOAT)
     if dx_ptr is not None or gamma_sums_ptr is not None:
         dgamma = tl.zeros([R, W], FLOAT)
         for i in range(tiles):
@@ -611,12 +611,12 @@ def _backward_direct(
                 _store(dx_ptr + i * advance, offsets, _where(inside, mine), g * (slope * (gamma * -2)))
             dgamma = tl.fma(g, -square, dgamma)
         if gamma_sums_ptr is not None:
-            tl.store(gamma_sums_ptr + partial, _sum_tile(dgamma, ROWS), _where(exists, mine))
+            tl.store(gamma_sums_ptr + partial, _sum_tile(dgamma, RUNS), _where(exists, mine))
     if alpha_sums_ptr is not None or dictionary_sums_ptr is not None:
         for k in range(D):
             hi, lo = _point(dictionary_ptr, k, D, boundary, half_hi, half_lo, FLOAT)
             dalpha = tl.zeros([R, W], FLOAT)
-            ddelta = tl.zeros([R, W], FLOAT)
+            ddictionary = tl.zeros([R, W], FLOAT)
             for i in range(tiles):
                 offsets, inside = _tile(i, stride, rows, columns, R, W, ALONG_L)
                 x = _far(_load(x_ptr + i * advance, offsets, inside, FLOAT))
@@ -624,14 +624,14 @@ def _backward_direct(
                 d, K = _gaussian(x, hi, lo, gamma_log2e)
                 w = g * K
                 dalpha += w
-                ddelta = tl.fma(w, d, ddelta)
+                ddictionary = tl.fma(w, d, ddictionary)
             if alpha_sums_ptr is not None:
-                tl.store(alpha_sums_ptr + (partial * D + k), _sum_tile(dalpha, ROWS), _where(exists, mine))
+                tl.store(alpha_sums_ptr + (partial * D + k), _sum_tile(dalpha, RUNS), _where(exists, mine))
             if dictionary_sums_ptr is not None:
                 alpha = tl.load(alpha_ptr + k).to(FLOAT)
                 tl.store(
                     dictionary_sums_ptr + (partial * D + k),
-                    _sum_tile(ddelta, ROWS) * (alpha * gamma * 2),
+                    _sum_tile(ddictionary, RUNS) * (alpha * gamma * 2),
                     _where(exists, mine),
                 )
 
@@ -640,9 +640,9 @@ def _backward_direct(
 def kaf_double_backward_kernel(
     v_x_ptr, v_alpha_ptr, v_gamma_ptr, v_dictionary_ptr, grad_ptr, x_ptr, alpha_ptr, gamma_ptr, dictionary_ptr,
     dgrad_ptr, dx_ptr, alpha_sums_ptr, gamma_sums_ptr, dictionary_sums_ptr,
-    boundary: tl.float64, spacing: tl.float64, per_spacing: tl.float64,
+    boundary: tl.float64, step: tl.float64, inverse_step: tl.float64,
     B, C, L, D, units, column_chunks, tiles, alpha_row, gamma_row, dictionary_row,
-    R: tl.constexpr, W: tl.constexpr, ALIGN: tl.constexpr, ROWS: tl.constexpr, ALONG_L: tl.constexpr,
+    R: tl.constexpr, W: tl.constexpr, ALIGN: tl.constexpr, RUNS: tl.constexpr, ALONG_L: tl.constexpr,
 ):  # fmt: skip
     """The derivatives of <v_x, dx> + <v_α, dα> + <v_γ, dγ> + <v_δ, dδ>, where absent v are 0; DIRECT only.
 
@@ -657,7 +657,7 @@ def kaf_double_backward_kernel(
     """
     FLOAT: tl.constexpr = _float(x_ptr)
     offset, advance, stride, rows, columns, channel, partial, exists = _place(
-        B, C, L, units, column_chunks, tiles, R, W, ALIGN, ROWS, ALONG_L
+        B, C, L, units, column_chunks, tiles, R, W, ALIGN, RUNS, ALONG_L
     )
     x_ptr += offset
     grad_ptr += offset
@@ -682,7 +682,7 @@ def kaf_double_backward_kernel(
         v_dictionary_ptr += channel * dictionary_row
     gamma, gamma_log2e = _bandwidth(gamma_ptr + channel * gamma_row, FLOAT)
     v_gamma = _optional(v_gamma_ptr, channel * gamma_row, gamma)
-    half_hi, half_lo = _half(spacing, FLOAT)
+    half_hi, half_lo = _half(step, FLOAT)
 
     if dgrad_ptr is not None or dx_ptr is not None or gamma_sums_ptr is not None:
         dgamma = tl.zeros([R, W], FLOAT)
@@ -695,47 +695,47 @@ def kaf_double_backward_kernel(
             for k in range(D):
                 alpha = tl.load(alpha_ptr + k).to(FLOAT)
                 v_alpha = _optional(v_alpha_ptr, k, alpha)
-                v_delta = _optional(v_dictionary_ptr, k, alpha)
+                v_dictionary = _optional(v_dictionary_ptr, k, alpha)
                 hi, lo = _point(dictionary_ptr, k, D, boundary, half_hi, half_lo, FLOAT)
                 d, K = _gaussian(x, hi, lo, gamma_log2e)
                 z = d * (gamma * -2)
-                m = v_alpha + alpha * _along(d, gamma, v_gamma, v_delta)
+                m = v_alpha + alpha * _along(d, gamma, v_gamma, v_dictionary)
                 if dgrad_ptr is not None:
                     dgrad = tl.fma(v_x * z * alpha + m, K, dgrad)
                 if dx_ptr is not None:
-                    dx += _T(d, z, K, g, h, m, alpha, gamma, v_gamma, v_delta)
+                    dx += _T(d, z, K, g, h, m, alpha, gamma, v_gamma, v_dictionary)
                 if gamma_sums_ptr is not None:
                     n = alpha * d * (2 + z * d)
-                    dgamma += (g * (alpha * v_delta * 2 * d - d * d * m) - h * n) * K
+                    dgamma += (g * (alpha * v_dictionary * 2 * d - d * d * m) - h * n) * K
             if dgrad_ptr is not None:
                 _store(dgrad_ptr + i * advance, offsets, inside, dgrad)
             if dx_ptr is not None:
                 _store(dx_ptr + i * advance, offsets, inside, dx)
         if gamma_sums_ptr is not None:
-            tl.store(gamma_sums_ptr, _sum_tile(dgamma, ROWS), exists)
+            tl.store(gamma_sums_ptr, _sum_tile(dgamma, RUNS), exists)
 
     if alpha_sums_ptr is not None or dictionary_sums_ptr is not None:
         for k in range(D):
             alpha = tl.load(alpha_ptr + k).to(FLOAT)
             v_alpha = _optional(v_alpha_ptr, k, alpha)
-            v_delta = _optional(v_dictionary_ptr, k, alpha)
+            v_dictionary = _optional(v_dictionary_ptr, k, alpha)
             hi, lo = _point(dictionary_ptr, k, D, boundary, half_hi, half_lo, FLOAT)
             dalpha = tl.zeros([R, W], FLOAT)
-            ddelta = tl.zeros([R, W], FLOAT)
+            ddictionary = tl.zeros([R, W], FLOAT)
             for i in range(tiles):
                 offsets, inside = _tile(i, stride, rows, columns, R, W, ALONG_L)
                 x, g, v_x = _data(x_ptr, grad_ptr, v_x_ptr, i * advance, offsets, inside, FLOAT)
                 h = v_x * g
                 d, K = _gaussian(x, hi, lo, gamma_log2e)
                 z = d * (gamma * -2)
-                along = _along(d, gamma, v_gamma, v_delta)
+                along = _along(d, gamma, v_gamma, v_dictionary)
                 dalpha = tl.fma(h * z + g * along, K, dalpha)
                 if dictionary_sums_ptr is not None:
-                    ddelta -= _T(d, z, K, g, h, v_alpha + alpha * along, alpha, gamma, v_gamma, v_delta)
+                    ddictionary -= _T(d, z, K, g, h, v_alpha + alpha * along, alpha, gamma, v_gamma, v_dictionary)
             if alpha_sums_ptr is not None:
-                tl.store(alpha_sums_ptr + k, _sum_tile(dalpha, ROWS), exists)
+                tl.store(alpha_sums_ptr + k, _sum_tile(dalpha, RUNS), exists)
             if dictionary_sums_ptr is not None:
-                tl.store(dictionary_sums_ptr + k, _sum_tile(ddelta, ROWS), exists)
+                tl.store(dictionary_sums_ptr + k, _sum_tile(ddictionary, RUNS), exists)
 
 
 @triton.jit
@@ -759,15 +759,15 @@ def _data(x_ptr, grad_ptr, v_x_ptr, at, offsets, inside, FLOAT: tl.constexpr):
 
 
 @triton.jit
-def _along(d, gamma, v_gamma, v_delta):
+def _along(d, gamma, v_gamma, v_dictionary):
     """l = d (2γ v_δ - v_γ d)."""
-    return d * (gamma * v_delta * 2 - v_gamma * d)
+    return d * (gamma * v_dictionary * 2 - v_gamma * d)
 
 
 @triton.jit
-def _T(d, z, K, g, h, m, alpha, gamma, v_gamma, v_delta):
+def _T(d, z, K, g, h, m, alpha, gamma, v_gamma, v_dictionary):
     """[h α (z² - 2γ) + g (α l' + z m)] K, with l' = 2γ v_δ - 2 v_γ d."""
-    slope = gamma * v_delta * 2 - v_gamma * 2 * d
+    slope = gamma * v_dictionary * 2 - v_gamma * 2 * d
     return (h * alpha * (z * z - gamma * 2) + g * (alpha * slope + z * m)) * K
 
 

@@ -1,0 +1,31 @@
+// The GPU as the operators see it. tests/emulator puts a CPU in place of this file.
+#pragma once
+#include <cuda_runtime_api.h>
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/accelerator.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/macros.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include "call.h"
+
+namespace kaf {
+
+inline bool on_device(const torch::stable::Tensor& t) { return t.is_cuda(); }
+
+// Makes the device of a tensor the current one.
+struct Guard {
+  torch::stable::accelerator::DeviceGuard guard;
+  explicit Guard(const torch::stable::Tensor& x) : guard(x.get_device_index()) {}
+};
+
+inline Stream stream_of(const torch::stable::Tensor& x) {
+  Stream stream = nullptr;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(x.get_device_index(), &stream));
+  return stream;
+}
+
+// Raises what CUDA's error code stands for, if it is one.
+inline void check(int code) { STD_CUDA_CHECK(static_cast<cudaError_t>(code)); }
+
+}  // namespace kaf
