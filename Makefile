@@ -49,7 +49,8 @@ gpu: build  ## on a CUDA device: test each GPU backend, time it, write bench/res
 	@$(PY) -m bench.gpu --check
 	$(PY) -m pytest tests/gpu
 	for backend in $$($(PY) -m bench.gpu --check); do \
-	  KAFOPS_BACKEND=$$backend KAFOPS_TEST_DEVICE=cuda $(PY) -m pytest -m "not slow" tests/kafops/test_kernels.py || exit 1; \
+	  KAFOPS_BACKEND=$$backend KAFOPS_TEST_DEVICE=cuda $(PY) -m pytest -m "not slow" \
+	    tests/kafops/test_kernels.py tests/kafops/test_gpu_operators.py || exit 1; \
 	done
 	$(PY) -m bench.gpu $(ARGS)
 

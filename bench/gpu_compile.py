@@ -175,7 +175,7 @@ def _digest(job: Job) -> str:
 
 def _cuda(job: Job) -> Iterator[Binary]:
     cubin = CACHE / f"{_digest(job)}.cubin"
-    command = ("-cubin", f"-arch={job.architecture}", *NVCC_FLAGS, *_includes(job.source))
+    command = ("-cubin", f"-arch={job.architecture}", *NVCC_FLAGS, f"-I{ROOT / 'csrc'}", *_includes(job.source))
     run(tool("nvcc"), *command, ROOT / job.source, "-o", cubin)
     yield from inspect(cubin, "cuda", job.architecture)
 

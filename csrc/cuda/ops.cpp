@@ -31,7 +31,8 @@ Type type_of(const Tensor& t, const char* name) {
     case ScalarType::Double: return Type::f64;
     case ScalarType::BFloat16: return Type::bf16;
     case ScalarType::Half: return Type::f16;
-    default: STD_TORCH_CHECK(false, name, " must be float32, float64, bfloat16 or float16");
+    default: STD_TORCH_CHECK(false, name, " must be float32, float64, bfloat16 or float16, got ",
+                             torch::headeronly::toString(t.scalar_type()));
   }
 }
 

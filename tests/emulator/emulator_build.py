@@ -119,6 +119,14 @@ def compile_module(
     return library
 
 
+def kafops_cuda(sanitize: bool = False) -> Path:
+    """Compile the CUDA kernels and their operators, registered as those of the library kafops_emulated for CPU tensors."""
+    cuda = ROOT / "csrc" / "cuda"
+    sources = [cuda / "ops.cpp", *sorted(cuda.glob("*.cu")), Path(__file__).with_name("library.cpp")]
+    flags = ['-DKAFOPS_CUDA_ARCHITECTURES="emulated"']
+    return compile_module("kafops_cuda", sources, flags, sanitize, stable_torch=True)
+
+
 def load(library: Path) -> ModuleType:
     """Import a module of Python that `compile_module` made."""
     spec = importlib.util.spec_from_file_location(library.stem, library)

@@ -360,7 +360,7 @@ def test_data_parallel_over_nccl(backend, tmp_path):
 # Just above 2^31 elements: one curve for all; many elements in a channel; channels side by side.
 LARGE = {
     "shared": Case((2**31 + 5,), shared=ALONE, size=6, dtype=BF16),
-    "rows": Case((3, 5, 143_165_577), size=6, dtype=BF16),
+    "runs": Case((3, 5, 143_165_577), size=6, dtype=BF16),
     "columns": Case((2**25 + 1, 64), size=6, dtype=BF16),
 }
 

@@ -22,21 +22,11 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT / "tests" / "emulator"))
 import emulator_build  # noqa: E402
 
-SOURCES = [
-    ROOT / "csrc/cuda/ops.cpp",
-    *sorted((ROOT / "csrc/cuda").glob("*.cu")),
-    ROOT / "tests/emulator/library.cpp",
-]
-FLAGS = ['-DKAFOPS_CUDA_ARCHITECTURES="emulated"']
 _overrides: list[torch.library.Library] = []  # as long as the process lives
 
 
-def library(sanitize: bool) -> Path:
-    return emulator_build.compile_module("kafops_cuda", SOURCES, FLAGS, sanitize=sanitize, stable_torch=True)
-
-
 def pytest_configure() -> None:
-    torch.ops.load_library(str(library(os.environ.get("KAFOPS_TEST_SANITIZE") == "1")))
+    torch.ops.load_library(str(emulator_build.kafops_cuda(os.environ.get("KAFOPS_TEST_SANITIZE") == "1")))
     _overrides.append(torch.library.Library("kafops", "IMPL"))
     with warnings.catch_warnings(action="ignore"):
         for name in ("kaf", "kaf_backward", "kaf_double_backward"):

@@ -43,7 +43,7 @@ class Run:
 
     def __call__(self) -> subprocess.CompletedProcess:
         command = [sys.executable, "-m", "pytest", "-q", "-p", self.plugin, "-p", "no:cacheprovider", "-m", "not slow"]
-        command += ["-k", self.chosen, "tests/kafops/test_kernels.py"]
+        command += ["-k", self.chosen, "tests/kafops/test_kernels.py", "tests/kafops/test_gpu_operators.py"]
         paths = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
         environment = {"PYTHONPATH": paths, "KAFOPS_TEST_GPU_KERNELS": "1", "OMP_NUM_THREADS": "1"} | self.environment
         return subprocess.run(command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True)
@@ -52,16 +52,16 @@ class Run:
 def runs() -> dict[str, Run]:
     found = {}
     if emulator_build.compiler() is not None:
-        found["cuda"] = Run("emulated_cuda", EVERYTHING, 590, {"KAFOPS_EMULATOR_ORDER": "forward"})
+        found["cuda"] = Run("emulated_cuda", EVERYTHING, 700, {"KAFOPS_EMULATOR_ORDER": "forward"})
         for order in ("reverse", "1"):
-            found[f"cuda, threads {order}"] = Run("emulated_cuda", TABLE, 300, {"KAFOPS_EMULATOR_ORDER": order})
+            found[f"cuda, threads {order}"] = Run("emulated_cuda", TABLE, 400, {"KAFOPS_EMULATOR_ORDER": order})
         # Red zones of 2 KB around every tensor are its guard bands.
         sanitized = emulator_build.sanitizer_environment() | {"KAFOPS_TEST_SANITIZE": "1"}
         sanitized["ASAN_OPTIONS"] += ":redzone=2048:max_redzone=2048:quarantine_size_mb=16"
-        found["cuda, sanitizers"] = Run("emulated_cuda", TABLE, 300, sanitized)
+        found["cuda, sanitizers"] = Run("emulated_cuda", TABLE, 400, sanitized)
     if triton.load_error is None:
-        found["triton"] = Run("interpreted_triton", QUICK, 350)
-        found["triton, everything"] = Run("interpreted_triton", EVERYTHING, 590)
+        found["triton"] = Run("interpreted_triton", QUICK, 450)
+        found["triton, everything"] = Run("interpreted_triton", EVERYTHING, 700)
     return found
 
 

@@ -55,7 +55,7 @@ def test_triton_is_imported_only_when_needed():
 @pytest.mark.parametrize("architecture", ["75", "80", "90", "120", "hip", "interpreted"])
 @pytest.mark.parametrize("operator", OPERATORS)
 def test_tilings(operator, architecture):
-    for regime in ("rows", "columns"):
+    for regime in ("runs", "columns"):
         t = tiling(operator, regime, architecture)
         assert t.threads % 64 == 0
         # So many terms a thread adds up in float32 before a tree does: tiles, of neighbours added first.
@@ -70,7 +70,7 @@ def test_programs_cover_the_matrix_once(operator, architecture):
         for C in (1, 3, 64, 1000):
             for L in (1, 2, 9, 16, 49, 1024, 3136, 50_176, 2**31 + 5):
                 g = geometry(operator, architecture, B, C, L, 4)
-                rows, columns = (B, L) if g.ROWS else (B, C * L)
+                rows, columns = (B, L) if g.RUNS else (B, C * L)
                 along_b, along_l = (1, g.tiles) if g.ALONG_L else (g.tiles, 1)
                 for chunks, tiles, size, length in (
                     (g.row_chunks, along_b, g.R, rows),
