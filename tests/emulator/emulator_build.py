@@ -120,7 +120,7 @@ def compile_module(
 
 
 def kafops_cuda(sanitize: bool = False) -> Path:
-    """Compile the CUDA kernels and their operators, registered as those of the library kafops_emulated for CPU tensors."""
+    """Compile the CUDA kernels, with their operators as those of a library kafops_emulated, for CPU tensors."""
     cuda = ROOT / "csrc" / "cuda"
     sources = [cuda / "ops.cpp", *sorted(cuda.glob("*.cu")), Path(__file__).with_name("library.cpp")]
     flags = ['-DKAFOPS_CUDA_ARCHITECTURES="emulated"']
