@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kafops.bounds.curves import EPS, Curves
 
-__all__ = ["Cells", "halved", "largest", "margins", "partition", "polynomials", "suprema"]
+__all__ = ["Cells", "drift", "halved", "largest", "margins", "partition", "places", "polynomials", "suprema"]
 
 _FAR = 1e300  # serves as infinity, without its nan
 _AT_ONCE = 2**16  # numbers in a temporary, so that it stays in the cache
@@ -27,7 +27,8 @@ class Cells:
     Attributes:
         channel, anchor: [B], of the curves.
         start, end: [B].
-        far: [B], whether no point is near enough to matter: the polynomial is 0.
+        far: [B], whether no point is near enough to matter: the polynomial is 0, or the base's alone.
+        finite: whether far cells end too, as those of curves with a base do.
     """
 
     channel: Tensor
@@ -35,6 +36,7 @@ class Cells:
     start: Tensor
     end: Tensor
     far: Tensor
+    finite: bool = False
 
     @property
     def centre(self) -> Tensor:
@@ -43,13 +45,30 @@ class Cells:
 
     @property
     def half(self) -> Tensor:
-        """Half of the width [B], rounded up; 0 where `far`."""
-        ends = torch.maximum(self.start.abs(), self.end.abs())
-        return ((self.end - self.start) / 2 + 4 * EPS * ends).masked_fill(self.far, 0)
+        """Half of the width [B], rounded up; 0 where `flat`."""
+        return ((self.end - self.start) / 2 + 4 * EPS * self.away).masked_fill(self.flat, 0)
+
+    @property
+    def flat(self) -> Tensor:
+        """Whether the polynomial is 0 and the cell may not end [B]."""
+        return self.far & (not self.finite)
+
+    @property
+    def near(self) -> Tensor:
+        """The least |z| [B] of an end."""
+        return torch.minimum(self.start.abs(), self.end.abs())
+
+    @property
+    def away(self) -> Tensor:
+        """The largest |z| [B]."""
+        return torch.maximum(self.start.abs(), self.end.abs())
 
 
 def partition(curves: Curves, lower: Tensor, upper: Tensor) -> Cells:  # [C], [C]
-    """Cut [lower, upper] at the points, halfway between them, and at the edges that the kernel wants around each."""
+    """Cut [lower, upper] at the points, halfway between them, and at the edges that the kernel wants around each.
+
+    With a base cells end at its edges too, and the interval must lie within the curves' `ends`.
+    """
     apart = curves.scale[:, None] * curves.points.diff(dim=1) / 2 * (1 + 4 * EPS)
     end = torch.full_like(curves.scale[:, None], _FAR)
     left, right = -torch.cat([end, apart], 1).clamp(max=_FAR), torch.cat([apart, end], 1).clamp(max=_FAR)
@@ -65,23 +84,29 @@ def partition(curves: Curves, lower: Tensor, upper: Tensor) -> Cells:  # [C], [C
         _cut(curves, rows, start[tuple(rows.T)], stop[tuple(rows.T)])
         for rows in _chunks((start <= stop).nonzero(), curves)
     ]
-    return Cells(*(torch.cat(column) for column in zip(*parts, strict=True)))
+    return Cells(*(torch.cat(column) for column in zip(*parts, strict=True)), finite=curves.base is not None)
 
 
 def _cut(curves: Curves, where: Tensor, start: Tensor, stop: Tensor) -> tuple[Tensor, ...]:
     channel, anchor, side = where.T
     ladder = start.new_tensor([*curves.series.ladder, _FAR])
     edges = torch.stack([-ladder.flip(0), ladder])[side]
-    ignored = 0.0
+    extra, ignored = [], torch.zeros_like(start)
+    if curves.base is not None and curves.base.edges:
+        at, scale = start.new_tensor(curves.base.edges) / curves.unit, curves.scale[channel, None]
+        extra.append(scale * (at - curves.points[channel].gather(1, anchor[:, None])))
     if curves.series.knots:
         knots = start.new_tensor([sign * knot for knot in curves.series.knots for sign in (-1, 1)])
-        edges = torch.cat([edges, (_from_anchor(curves, channel, anchor)[:, :, None] + knots).flatten(1)], 1)
-        ignored = 1e-8 / edges.shape[1]  # knots this near each other in one cell change a slope by their distance² / 2
+        extra.append((_from_anchor(curves, channel, anchor)[:, :, None] + knots).flatten(1))
+    if extra:
+        edges = torch.cat([edges, *extra], 1)
+        # Knots this near each other in one cell change a slope by their distance² / 2.
+        ignored = 1e-8 / edges.shape[1] * curves.root[channel].clamp(max=1)
     edges = edges.clamp(start[:, None], stop[:, None])
-    if curves.series.knots:
+    if extra:
         edges = edges.sort(1).values
     width = edges.diff(dim=1)
-    keep = width > ignored
+    keep = width > ignored[:, None]
     keep.scatter_(1, width.argmax(1, keepdim=True), True)
     # What is not kept goes to the next cell that is, or to the last.
     reached = torch.where(keep, edges[:, 1:], start[:, None]).cummax(1).values
@@ -95,27 +120,63 @@ def _cut(curves: Curves, where: Tensor, start: Tensor, stop: Tensor) -> tuple[Te
 
 def polynomials(curves: Curves, cells: Cells) -> tuple[Tensor, Tensor]:  # [B, size], [B, size]
     """Return curve and slope in z, without height, on each cell: coefficients of yᵏ, where z = centre + half y."""
-    size, centre = curves.series.size, cells.centre
+    centre, base = cells.centre, curves.base
+    size = max(curves.series.size, base.size if base else 0)
     value = centre.new_zeros(len(centre), size)
     for rows in _chunks((~cells.far).nonzero()[:, 0], curves):
         u = centre[rows, None] - _from_anchor(curves, cells.channel[rows], cells.anchor[rows])
         terms = curves.series.terms(curves.alpha[cells.channel[rows]], u.clamp(-1e100, 1e100))
-        value[rows] = torch.stack([term.sum(1) for term in terms], 1)
-    slope = torch.zeros_like(value)
-    slope[:, :-1] = value[:, 1:] * torch.arange(1, size, device="cpu")
-    powers = cells.half[:, None] ** torch.arange(size, device="cpu")
-    return value * powers, slope * powers
+        value[rows, : curves.series.size] = torch.stack([term.sum(1) for term in terms], 1)
+    value, slope = _in_y(value, cells.half.masked_fill(cells.far, 0))
+    if base is None:
+        return value, slope
+    height, root = curves.height[cells.channel, None], curves.root[cells.channel, None]
+    beneath, steep = _in_y(base.terms(places(curves, cells)), cells.half / root[:, 0])
+    value[:, : base.size] += beneath / height
+    slope[:, : base.size] += steep / (height * root)
+    return value, slope
 
 
-def margins(curves: Curves) -> tuple[Tensor, Tensor]:  # [C], [C]
+def places(curves: Curves, cells: Cells) -> Tensor:  # [B]
+    """Return the centres in x."""
+    point = curves.points[cells.channel, cells.anchor]
+    return curves.unit * (point + cells.centre / curves.scale[cells.channel])
+
+
+def drift(curves: Curves, cells: Cells) -> Tensor:  # [B]
+    """Return by how much an x and its z may be out of step, in x, for the rounding of either."""
+    point, scale = curves.points[cells.channel, cells.anchor], curves.scale[cells.channel]
+    return (8 * EPS * (scale * point.abs() + cells.away) + 2 * curves.blur[cells.channel]) / curves.root[cells.channel]
+
+
+def _in_y(terms: Tensor, half: Tensor) -> tuple[Tensor, Tensor]:  # [B, size], [B] -> [B, size], [B, size]
+    """Return a polynomial, and its derivative, in y from one in half y."""
+    slope = torch.zeros_like(terms)
+    slope[:, :-1] = terms[:, 1:] * torch.arange(1, terms.shape[1], device="cpu")
+    powers = half[:, None] ** torch.arange(terms.shape[1], device="cpu")
+    powers = powers.clamp(max=_FAR)  # of a line, whose other terms are 0
+    return terms * powers, slope * powers
+
+
+def margins(curves: Curves, cells: Cells) -> tuple[Tensor, Tensor]:  # [B], [B]
     """Return how far values and slopes that are computed from `polynomials` may be off.
 
     That is the series' remainder, and rounding: 100 times for a term, D times for their sum over the points, 16 times
     for each of up to 15 halvings and for the polynomial itself, of what comes to at most 4 mass in absolute values.
+    A base has the same, without the sum, of at most 4 (1 + |x|), of slopes of 4; and its x may have drifted.
     """
     rounding = 4 * (curves.alpha.shape[1] + 512) * EPS / 2
-    value, slope = ((remainder + rounding) * curves.mass for remainder in curves.series.remainders)
-    return value, slope
+    value, slope = (((r + rounding) * curves.mass)[cells.channel] for r in curves.series.remainders)
+    base = curves.base
+    if base is None:
+        return value, slope
+    height, root = curves.height[cells.channel], curves.root[cells.channel]
+    x, half, away, rounding = places(curves, cells), cells.half / root, drift(curves, cells), 4 * 512 * EPS / 2
+    size = torch.where((x.abs() < base.far) | base.on_line(x), 1 + x.abs() + half, 1.0)
+    bent = (x.abs() - half < base.far - 1) | (away > 1)  # a line's slope drifts nowhere
+    value = value + (base.remainders[0] + rounding * size + base.steepest[0] * away) / height
+    moved = torch.where(bent, base.steepest[1] * away, 0.0)
+    return value, slope + (base.remainders[1] + rounding + moved) / (height * root)
 
 
 def suprema(
@@ -126,7 +187,8 @@ def suprema(
     """Return the largest value on [-1, 1] of each owner's polynomials, or what is at most `tolerance` more.
 
     By branch and bound: a polynomial is at most the largest value of its first three terms plus the sum of the other
-    coefficients' absolute values, and has at least its own value where those three are largest.
+    coefficients' absolute values, and has at least its own value where those three are largest. Rounding of values
+    next to which `tolerance` is nothing is not searched for.
     """
     best, retired = torch.full_like(tolerance, -math.inf), torch.full_like(tolerance, -math.inf)
     while len(owner):
@@ -135,7 +197,7 @@ def suprema(
         for k in range(polynomial.shape[1] - 2, -1, -1):
             lower = torch.addcmul(polynomial[:, k], lower, y)
         best = best.scatter_reduce(0, owner, lower, "amax")
-        split = upper > (best + tolerance)[owner]
+        split = upper > (best + tolerance)[owner] + 64 * EPS * upper.abs()
         retired = retired.scatter_reduce(0, owner[~split], upper[~split], "amax")
         polynomial, owner = torch.cat(halved(polynomial[split])), owner[split].repeat(2)
     return torch.maximum(best, retired)

@@ -1,31 +1,36 @@
 """Curves in the units of their kernels, from the parameters of a KAF, which are checked here."""
 
+import math
 import numbers
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from kafops import bases
+from kafops.bounds.bases import BENEATH, Beneath
 from kafops.bounds.series import SERIES, Series
 
-__all__ = ["EPS", "Curves", "normalised"]
+__all__ = ["EPS", "Curves", "Piece", "normalised", "pieces"]
 
 EPS = 2.0**-52
 
 
 @dataclass(frozen=True)
 class Curves:
-    """C curves height[c] Σ_d alpha[c, d] κ(scale[c] (x / unit - points[c, d])), all float64 on the CPU.
+    """C curves base(x) + height[c] Σ_d alpha[c, d] κ(scale[c] (x / unit - points[c, d])), all float64 on the CPU.
 
     Attributes:
         alpha: [C, D], of absolute value at most 1.
-        height: [C].
+        height: [C], at least 1 where there is a base.
         points: [C, D], ascending; on a uniform dictionary multiples of 1/2, which are exact.
         unit: the spacing of a uniform dictionary, or 1.
         scale: [C], sqrt(γ) unit.
         root: [C], sqrt(γ), by which slopes in scale x / unit become slopes in x.
         blur: [C], what rounding adds to scale x / unit at the points.
         series: the kernel.
+        base: the base, or None.
     """
 
     alpha: Tensor
@@ -36,14 +41,51 @@ class Curves:
     root: Tensor
     blur: Tensor
     series: Series
+    base: Beneath | None = None
 
     @property
     def mass(self) -> Tensor:
         """Σ|alpha| [C], rounded up, and at least a tiny number."""
         return (self.alpha.abs().sum(1) * (1 + self.alpha.shape[1] * EPS)).clamp(min=1e-300)
 
+    @property
+    def ends(self) -> tuple[Tensor, Tensor]:
+        """Where cells end [C], [C]: beyond, the kernels do not matter and a base is a line; -inf and inf without one."""
+        if self.base is None:
+            everywhere = torch.full_like(self.scale, math.inf)
+            return -everywhere, everywhere
+        first, last = self.unit * self.points[:, 0], self.unit * self.points[:, -1]
+        beyond = (1 + 1e-6) * self.series.ladder[-1] / self.root
+        first, last = first - 8 * EPS * first.abs() - beyond, last + 8 * EPS * last.abs() + beyond
+        return first.clamp(max=-self.base.far), last.clamp(min=self.base.far)
 
-def normalised(alpha: Tensor, gamma: Tensor, boundary: float | Tensor, kernel: str) -> Curves:
+
+class Piece(NamedTuple):
+    """Curves on the part [first, last] of ℝ."""
+
+    curves: Curves
+    first: float
+    last: float
+
+
+def pieces(alpha: Tensor, gamma: Tensor, boundary: float | Tensor, kernel: str, base: str | None) -> tuple[Piece, ...]:
+    """Check the arguments of `kafops.bounds.value_bounds` and return their curves, whose bases are analytic.
+
+    Where two pieces meet both count, and with them the slopes on both sides of a kink.
+
+    Raises:
+        TypeError, ValueError: as `normalised`, or there is no such base.
+    """
+    if bases.named(base) is not None and base not in BENEATH:
+        left, right = (normalised(alpha, gamma, boundary, kernel, b) for b in (None, BENEATH["identity"]))
+        return Piece(left, -math.inf, 0.0), Piece(right, 0.0, math.inf)
+    curves = normalised(alpha, gamma, boundary, kernel, None if base is None else BENEATH[base])
+    return (Piece(curves, -math.inf, math.inf),)
+
+
+def normalised(
+    alpha: Tensor, gamma: Tensor, boundary: float | Tensor, kernel: str, base: Beneath | None = None
+) -> Curves:
     """Check the arguments of `kafops.bounds.value_bounds` and return their curves.
 
     Raises:
@@ -77,6 +119,8 @@ def normalised(alpha: Tensor, gamma: Tensor, boundary: float | Tensor, kernel: s
     points, order = points.expand(channels, -1).sort(1)
     alpha = alpha.expand(channels, -1).gather(1, order)
     height, root = alpha.abs().amax(1), gamma.sqrt().expand(channels)
+    if base is not None:
+        height = height.clamp(min=1)
     scale = root * unit
     return Curves(
         alpha=alpha / torch.where(height > 0, height, 1.0)[:, None],
@@ -87,6 +131,7 @@ def normalised(alpha: Tensor, gamma: Tensor, boundary: float | Tensor, kernel: s
         root=root,
         blur=scale * (0.0 if isinstance(boundary, Tensor) else 2 * EPS * (size - 1)),
         series=SERIES[kernel],
+        base=base,
     )
 
 

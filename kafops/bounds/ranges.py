@@ -6,12 +6,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from kafops.bounds.cells import Cells, halved, largest, margins, partition, polynomials
-from kafops.bounds.curves import EPS, Curves, normalised
+from kafops.bounds.bases import Beneath
+from kafops.bounds.cells import Cells, drift, halved, largest, margins, partition, places, polynomials
+from kafops.bounds.curves import EPS, Curves, pieces
 
 __all__ = ["CurveRanges", "Range"]
 
-_FINEST = 1 / 32  # half a cell, in units of 1/sqrt(γ), near a point of the dictionary
+_FINEST = 1 / 32  # half a cell, in units of 1/sqrt(γ), near a point of the dictionary; in x for a base, near 0
 _AT_ONCE = 2**15  # intervals, so that temporaries stay in the cache
 
 
@@ -30,16 +31,18 @@ class CurveRanges:
     third of a microsecond, whatever its length and D.
 
     Bounds are certified as those of `kafops.bounds.value_bounds`, but not as close: within 3e-4 Σ|α|, or sqrt(γ) times
-    as much for slopes, and closer on short intervals: within 2e-5 Σ|α| where lower = upper. The cells are fixed in x,
-    in float64: once |x| > 1e10/sqrt(γ) at a point of the dictionary, its rounding widens the bounds.
+    as much for slopes, and closer on short intervals: within 2e-5 Σ|α| where lower = upper; with a base, that of Σ|α| +
+    1, or of sqrt(γ) Σ|α| + 1. The cells are fixed in x, in float64: once |x| > 1e10/sqrt(γ) at a point of the
+    dictionary, its rounding widens the bounds.
 
     Args:
-        alpha, gamma, boundary, kernel: as for `kafops.bounds.value_bounds`. Copied; gradients do not flow.
+        alpha, gamma, boundary, kernel, base: as for `kafops.bounds.value_bounds`. Copied; gradients do not flow.
 
     Raises:
         TypeError, ValueError: as `kafops.bounds.value_bounds`.
 
-    Memory: for values and for slopes, each when first asked for, about 50 kB for each curve of 20 points.
+    Memory: for values and for slopes, each when first asked for, about 50 kB for each curve of 20 points; with a base
+    about 100 kB.
 
     Example:
         >>> ranges = kafops.bounds.CurveRanges(layer.alpha, layer.bandwidths(), layer.boundary)
@@ -53,8 +56,10 @@ class CurveRanges:
         gamma: Tensor,  # [C] or [1]
         boundary: float | Tensor,  # or a dictionary [C, D] or [1, D]
         kernel: str = "gaussian",
+        *,
+        base: str | None = None,
     ) -> None:
-        self._curves = normalised(alpha, gamma, boundary, kernel)
+        self._pieces = pieces(alpha, gamma, boundary, kernel, base)
         self._device = alpha.device
 
     def values(self, lower: Tensor, upper: Tensor) -> Range:  # [N, C, *], [N, C, *]
@@ -76,15 +81,19 @@ class CurveRanges:
         return self._slopes.bounds(*self._checked(lower, upper))
 
     @cached_property
-    def _values(self) -> "_Table":
-        return _table(self._curves, 0, self._device)
+    def _values(self) -> "_Table | _Sides":
+        return self._tables(0)
 
     @cached_property
-    def _slopes(self) -> "_Table":
-        return _table(self._curves, 1, self._device)
+    def _slopes(self) -> "_Table | _Sides":
+        return self._tables(1)
+
+    def _tables(self, order: int) -> "_Table | _Sides":
+        tables = [_table(piece.curves, order, self._device) for piece in self._pieces]
+        return _Sides(*tables) if len(tables) > 1 else tables[0]
 
     def _checked(self, lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
-        channels = len(self._curves.scale)
+        channels = len(self._pieces[0].curves.scale)
         for name, t in (("lower", lower), ("upper", upper)):
             if not isinstance(t, Tensor):
                 raise TypeError(f"{name} must be a torch.Tensor, got {type(t).__name__}")
@@ -117,12 +126,14 @@ class _Table(NamedTuple):
         rows: [C K, 7], a cell's centre in x, 1 / half its width, four coefficients and the remainder of the cubic.
         extremes: [levels C K, 2], of -f and f on 2^level cells from this one on.
         level: [K + 1], the level of the longest run in that many cells.
+        beyond: the base and what else may be there, where it goes on beyond the cells.
     """
 
     edges: Tensor
     rows: Tensor
     extremes: Tensor
     level: Tensor
+    beyond: "_Beyond | None"
 
     def bounds(self, lower: Tensor, upper: Tensor) -> Range:
         """Return the bounds on intervals, of shape [N, C, *] where there are several curves."""
@@ -131,16 +142,30 @@ class _Table(NamedTuple):
             ends = torch.stack([lower.reshape(1, -1), upper.reshape(1, -1)])
         else:
             ends = torch.stack([lower, upper]).transpose(1, 2).flatten(2)  # [2, C, N *]
-        ends = ends.clamp(-1e300, 1e300)
         found = torch.empty_like(ends)
         for part in range(0, ends.shape[2], max(1, _AT_ONCE // max(1, curves))):
             columns = slice(part, part + max(1, _AT_ONCE // max(1, curves)))
-            found[..., columns] = self._bounds(*ends[..., columns].contiguous())
+            found[..., columns] = self._everywhere(*ends[..., columns].contiguous())
         if curves == 1:
             return Range(*found.view(2, *lower.shape))
         n, _, *rest = lower.shape
         minimum, maximum = found.unflatten(2, (n, *rest)).transpose(1, 2)
         return Range(minimum, maximum)
+
+    def _everywhere(self, lower: Tensor, upper: Tensor) -> Tensor:  # [C, M], [C, M] -> [2, C, M]
+        if self.beyond is None:
+            return self._bounds(lower.clamp(-1e300, 1e300), upper.clamp(-1e300, 1e300))
+        first, last = self.beyond.first, self.beyond.last
+        minimum, maximum = self._bounds(lower.clamp(first, last), upper.clamp(first, last))
+        out_of_reach = (lower > last) | (upper < first)
+        minimum, maximum = minimum.masked_fill(out_of_reach, torch.inf), maximum.masked_fill(out_of_reach, -torch.inf)
+        for start, end in ((lower, upper.minimum(first)), (lower.maximum(last), upper)):
+            if not (start <= end).any():
+                continue
+            least, most = self.beyond.base.extremes(self.beyond.order, start, end)
+            minimum = torch.where(start <= end, minimum.minimum(least - self.beyond.tail), minimum)
+            maximum = torch.where(start <= end, maximum.maximum(most + self.beyond.tail), maximum)
+        return torch.stack([minimum, maximum])
 
     def _bounds(self, lower: Tensor, upper: Tensor) -> Tensor:  # [C, M], [C, M] -> [2, C, M]
         curves, cells = len(self.edges), self.edges.shape[1] + 1
@@ -166,6 +191,41 @@ class _Table(NamedTuple):
         return torch.stack([0.0 - below, above])
 
 
+class _Beyond(NamedTuple):
+    """What curves with a base are beyond their cells, which end at `first` and `last`: the base up to `tail`.
+
+    Attributes:
+        base: the base.
+        order: 0 for curves, 1 for slopes.
+        first, last, tail: [C, 1].
+    """
+
+    base: Beneath
+    order: int
+    first: Tensor
+    last: Tensor
+    tail: Tensor
+
+
+class _Sides(NamedTuple):
+    """Curves that are those of one table left of 0, and those of another right of it."""
+
+    left: _Table
+    right: _Table
+
+    def bounds(self, lower: Tensor, upper: Tensor) -> Range:
+        """Return the bounds on intervals, of both sides where 0 is one of an interval's points."""
+        left = self.left.bounds(lower.clamp(max=0), upper.clamp(max=0))
+        right = self.right.bounds(lower.clamp(min=0), upper.clamp(min=0))
+        no_left, no_right = lower > 0, upper < 0
+        return Range(
+            torch.minimum(left.minimum.masked_fill(no_left, torch.inf), right.minimum.masked_fill(no_right, torch.inf)),
+            torch.maximum(
+                left.maximum.masked_fill(no_left, -torch.inf), right.maximum.masked_fill(no_right, -torch.inf)
+            ),
+        )
+
+
 def _cubic(row: tuple[Tensor, ...], start: Tensor, end: Tensor) -> tuple[Tensor, Tensor]:
     """Return upper bounds of minus and plus the curve on [start, end] in y of its cell."""
     _, _, constant, linear, square, cube, remainder = row
@@ -181,21 +241,25 @@ def _cubic(row: tuple[Tensor, ...], start: Tensor, end: Tensor) -> tuple[Tensor,
 
 
 def _table(curves: Curves, order: int, device: torch.device) -> _Table:
-    everywhere = torch.full_like(curves.scale, torch.inf)
-    cells = partition(curves, -everywhere, everywhere)
-    cells, centre, half, polynomial = _refined(cells, polynomials(curves, cells)[order])
+    first, last = curves.ends
+    cells = partition(curves, first, last)
+    cells, centre, half, polynomial = _refined(cells, polynomials(curves, cells)[order], _finest(curves, cells))
     channel = cells.channel
     point, scale = curves.points[channel, cells.anchor], curves.scale[channel]
-    ends = torch.stack([cells.start, cells.end]).abs()
     # Places in x, and so in which cell an x is found, are rounded.
-    shift = 8 * EPS * (scale * point.abs() + torch.where(cells.far, ends.amin(0), ends.amax(0)))
+    shift = 8 * EPS * (scale * point.abs() + torch.where(cells.flat, cells.near, cells.away))
     shift = shift + 2 * curves.blur[channel]
-    margin = margins(curves)[order][channel]
-    remainder = polynomial[:, 4:].abs().sum(1) + margin + curves.series.peaks[order + 1] * curves.mass[channel] * shift
+    margin = margins(curves, cells)[order]
     unit = (curves.height * curves.root if order else curves.height)[channel, None]
     underflow = torch.finfo(torch.float64).tiny * (unit > 0)
+    remainder = polynomial[:, 4:].abs().sum(1) + margin + curves.series.peaks[order + 1] * curves.mass[channel] * shift
+    beyond = None
+    if curves.base is not None:
+        remainder = remainder + curves.base.steepest[order] * drift(curves, cells) / unit[:, 0]
+        tail = curves.series.remainders[order] * curves.mass * (curves.height * curves.root if order else curves.height)
+        beyond = _Beyond(curves.base, order, *(t[:, None].to(device) for t in (first, last, tail)))
     extremes = (torch.stack([largest(-polynomial)[1], largest(polynomial)[1]], 1) + margin[:, None]) * unit + underflow
-    middle = curves.unit * (point + centre / scale).masked_fill(cells.far, 0)
+    middle = curves.unit * (point + centre / scale).masked_fill(cells.flat, 0)
     inverse = torch.where(half > 1e-100, curves.root[channel] / half, 0.0)
     rows = [middle[:, None], inverse[:, None], polynomial[:, :4] * unit, remainder[:, None] * unit + underflow]
 
@@ -215,16 +279,30 @@ def _table(curves: Curves, order: int, device: torch.device) -> _Table:
     level = torch.frexp(torch.arange(most + 1, device="cpu").clamp(min=1).double()).exponent - 1
     return _Table(
         edges=edges.contiguous().to(device),
+        beyond=beyond,
         rows=torch.cat(rows, 1)[index].flatten(0, 1).to(device),
         extremes=torch.stack(runs).flatten(0, 2).to(device),
         level=level.to(device),
     )
 
 
-def _refined(cells: Cells, polynomial: Tensor) -> tuple[Cells, Tensor, Tensor, Tensor]:
+def _finest(curves: Curves, cells: Cells) -> Tensor:  # [B]
+    """Return how large half of a cell may be, in z."""
+    finest = _fraction(cells.centre)
+    if curves.base is None:
+        return finest
+    x, root = places(curves, cells), curves.root[cells.channel]
+    of_base = (root * _fraction(x)).masked_fill(x.abs() >= curves.base.far, torch.inf)
+    return torch.minimum(of_base, finest.masked_fill(cells.far, torch.inf))
+
+
+def _fraction(centre: Tensor) -> Tensor:
+    return _FINEST * torch.hypot(torch.ones_like(centre), centre)
+
+
+def _refined(cells: Cells, polynomial: Tensor, finest: Tensor) -> tuple[Cells, Tensor, Tensor, Tensor]:
     """Halve cells until they are fine; return them, their centres, halves and polynomials."""
     centre, half = cells.centre, cells.half
-    finest = _FINEST * torch.hypot(torch.ones_like(centre), centre)
     times = (half / finest).log2().ceil().clamp(min=0).long()
     while (times > 0).any():
         split = times > 0
@@ -237,7 +315,7 @@ def _refined(cells: Cells, polynomial: Tensor) -> tuple[Cells, Tensor, Tensor, T
         split, middle = split[index], cells.centre[index]
         start = torch.where(second, middle, cells.start[index])
         end = torch.where(split & ~second, middle, cells.end[index])
-        cells = Cells(cells.channel[index], cells.anchor[index], start, end, cells.far[index])
+        cells = Cells(cells.channel[index], cells.anchor[index], start, end, cells.far[index], cells.finite)
         half = torch.where(split, half[index] / 2, half[index])
         centre = centre[index] + torch.where(split, torch.where(second, half, -half), 0.0)
         times = times[index] - split.long()
