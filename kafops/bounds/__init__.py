@@ -68,7 +68,7 @@ def value_bounds(
             range; lower > upper in a channel.
 
     How: near its points a curve is a polynomial, Taylor's, on each of some dozens of cells, up to a remainder that is
-    bounded; so is a base, on cells that are no wider than 1/2. Branch and bound finds the supremum of these polynomials.
+    bounded; so is a base, on cells at most 1/2 wide. Branch and bound finds the supremum of these polynomials.
 
     Example:
         >>> layer = kafops.KAF(16)
@@ -170,7 +170,8 @@ def _base(curves: Curves, order: int, lower: Tensor, upper: Tensor) -> Tensor:  
     if curves.base is None:
         return torch.zeros(2, len(lower), dtype=torch.float64, device="cpu")
     least, most = curves.base.extremes(order, lower, upper)
-    return torch.stack([-least, most]) / _unit(curves, order)
+    bound = torch.stack([-least, most]) / _unit(curves, order)
+    return bound + EPS * bound.abs().clamp(max=1e300)
 
 
 def _unit(curves: Curves, order: int) -> Tensor:  # [C]

@@ -1,4 +1,4 @@
-"""The bases of a KAF as Taylor series with remainders, and their ranges: all that `kafops.bounds` has to know of a base.
+"""The bases of a KAF as Taylor series with remainders, and their ranges: all that `kafops.bounds` has to know of one.
 
 "relu" is not among them: it is no base on one side of 0 and "identity" on the other, and bounds are made so.
 """
@@ -15,7 +15,6 @@ __all__ = ["BENEATH", "Beneath"]
 
 _EPS = 2.0**-52
 _HALF = 0.25  # of a cell, in x
-_EXACT = 1e4  # beyond which `bases.value` is 0 or x itself
 _TAIL = 1e-15  # more than the bases, and two derivatives, differ from 0 or from x by where they count as that
 
 
@@ -36,7 +35,7 @@ class Beneath:
         steepest: the largest |slope| and |second derivative|.
         turns: where the slope is 0.
         bends: where the slope is largest and least.
-        rounding: unit roundoffs of |x| that `bases.value` may be off by, and of 1 for slopes.
+        rounding: unit roundoffs of |x| that `bases.value` may be off by, and of 1 for slopes; with some for a sum.
     """
 
     name: str
@@ -73,12 +72,12 @@ class Beneath:
 
     def extremes(self, order: int, lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:  # any shape
         """Return a lower and an upper bound of the base, or of its slope, on [lower, upper], ±inf allowed."""
-        at = torch.stack(
-            [lower, upper, *(lower.new_tensor(p).clamp(lower, upper) for p in (self.turns, self.bends)[order])]
-        )
+        inside = (lower.new_tensor(place).clamp(lower, upper) for place in (self.turns, self.bends)[order])
+        at = torch.stack([lower, upper, *inside])
         values = bases.value(self.name, at, order)
-        # Of values near 0 on the left hardly anything is lost.
-        size = torch.ones_like(at) if order else at.abs().clamp(max=_EXACT).masked_fill(at < -self.far, 0)
+        size = torch.ones_like(at) if order else at.abs().clamp(max=1e300)
+        if order == 0 and self.edges:
+            size = size.masked_fill(at < -self.far, 0)
         slack = self.rounding * _EPS / 2 * size + self.remainders[order]
         return (values - slack).amin(0), (values + slack).amax(0)
 
@@ -130,4 +129,4 @@ def _gelu() -> Beneath:
     )
 
 
-BENEATH = {b.name: b for b in (Beneath("identity", 2, rounding=0.0), _silu(), _gelu())}
+BENEATH = {b.name: b for b in (Beneath("identity", 2, rounding=4.0), _silu(), _gelu())}

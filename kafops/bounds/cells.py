@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kafops.bounds.curves import EPS, Curves
 
-__all__ = ["Cells", "drift", "halved", "largest", "margins", "partition", "places", "polynomials", "suprema"]
+__all__ = ["Cells", "drifted", "halved", "largest", "margins", "partition", "places", "polynomials", "suprema"]
 
 _FAR = 1e300  # serves as infinity, without its nan
 _AT_ONCE = 2**16  # numbers in a temporary, so that it stays in the cache
@@ -84,7 +84,8 @@ def partition(curves: Curves, lower: Tensor, upper: Tensor) -> Cells:  # [C], [C
         _cut(curves, rows, start[tuple(rows.T)], stop[tuple(rows.T)])
         for rows in _chunks((start <= stop).nonzero(), curves)
     ]
-    return Cells(*(torch.cat(column) for column in zip(*parts, strict=True)), finite=curves.base is not None)
+    channel, anchor, starts, ends, far = (torch.cat(column) for column in zip(*parts, strict=True))
+    return Cells(channel, anchor, starts, ends, far, finite=curves.base is not None)
 
 
 def _cut(curves: Curves, where: Tensor, start: Tensor, stop: Tensor) -> tuple[Tensor, ...]:
@@ -100,8 +101,9 @@ def _cut(curves: Curves, where: Tensor, start: Tensor, stop: Tensor) -> tuple[Te
         extra.append((_from_anchor(curves, channel, anchor)[:, :, None] + knots).flatten(1))
     if extra:
         edges = torch.cat([edges, *extra], 1)
-        # Knots this near each other in one cell change a slope by their distance² / 2.
-        ignored = 1e-8 / edges.shape[1] * curves.root[channel].clamp(max=1)
+        # Knots this near each other in one cell change a slope by their distance² / 2; in x it must be small as well.
+        in_z = torch.ones_like(start) if curves.base is None else curves.root[channel].clamp(max=1)
+        ignored = 1e-8 / edges.shape[1] * in_z
     edges = edges.clamp(start[:, None], stop[:, None])
     if extra:
         edges = edges.sort(1).values
@@ -143,12 +145,6 @@ def places(curves: Curves, cells: Cells) -> Tensor:  # [B]
     return curves.unit * (point + cells.centre / curves.scale[cells.channel])
 
 
-def drift(curves: Curves, cells: Cells) -> Tensor:  # [B]
-    """Return by how much an x and its z may be out of step, in x, for the rounding of either."""
-    point, scale = curves.points[cells.channel, cells.anchor], curves.scale[cells.channel]
-    return (8 * EPS * (scale * point.abs() + cells.away) + 2 * curves.blur[cells.channel]) / curves.root[cells.channel]
-
-
 def _in_y(terms: Tensor, half: Tensor) -> tuple[Tensor, Tensor]:  # [B, size], [B] -> [B, size], [B, size]
     """Return a polynomial, and its derivative, in y from one in half y."""
     slope = torch.zeros_like(terms)
@@ -170,13 +166,24 @@ def margins(curves: Curves, cells: Cells) -> tuple[Tensor, Tensor]:  # [B], [B]
     base = curves.base
     if base is None:
         return value, slope
-    height, root = curves.height[cells.channel], curves.root[cells.channel]
-    x, half, away, rounding = places(curves, cells), cells.half / root, drift(curves, cells), 4 * 512 * EPS / 2
-    size = torch.where((x.abs() < base.far) | base.on_line(x), 1 + x.abs() + half, 1.0)
-    bent = (x.abs() - half < base.far - 1) | (away > 1)  # a line's slope drifts nowhere
-    value = value + (base.remainders[0] + rounding * size + base.steepest[0] * away) / height
-    moved = torch.where(bent, base.steepest[1] * away, 0.0)
-    return value, slope + (base.remainders[1] + rounding + moved) / (height * root)
+    unit, rounding = curves.height[cells.channel], 4 * 512 * EPS / 2
+    x = places(curves, cells)
+    size = torch.where((x.abs() < base.far) | base.on_line(x), 1 + x.abs() + cells.half / curves.root[cells.channel], 1)
+    off, slope_off = drifted(curves, cells)
+    value = value + (base.remainders[0] + rounding * size) / unit + off
+    return value, slope + (base.remainders[1] + rounding) / (unit * curves.root[cells.channel]) + slope_off
+
+
+def drifted(curves: Curves, cells: Cells) -> tuple[Tensor, Tensor]:  # [B], [B]
+    """Return how far a base and its slope may be off because x and z, both rounded, are out of step."""
+    assert curves.base is not None
+    height, root, scale = (t[cells.channel] for t in (curves.height, curves.root, curves.scale))
+    point = curves.points[cells.channel, cells.anchor]
+    step = (8 * EPS * (scale * point.abs() + cells.away) + 2 * curves.blur[cells.channel]) / root
+    # The slope of a line stays.
+    bent = (places(curves, cells).abs() - cells.half / root < curves.base.far - 1) | (step > 1)
+    value, slope = (steepest * step / height for steepest in curves.base.steepest)
+    return value, torch.where(bent, slope / root, 0.0)
 
 
 def suprema(

@@ -50,7 +50,7 @@ class Curves:
 
     @property
     def ends(self) -> tuple[Tensor, Tensor]:
-        """Where cells end [C], [C]: beyond, the kernels do not matter and a base is a line; -inf and inf without one."""
+        """Where cells end [C], [C], so that kernels do not matter and a base is a line beyond; ±inf without a base."""
         if self.base is None:
             everywhere = torch.full_like(self.scale, math.inf)
             return -everywhere, everywhere
