@@ -1,4 +1,6 @@
-"""Initial mixing coefficients: random, random and isometric, or a ridge fit to any target function.
+"""Initial mixing coefficients: random, random and isometric, none, or a ridge fit to any target function.
+
+With a base a curve lies on top of it: a fit is one of target − base, and an isometric f has the base in it.
 
 Everything is computed in float64 on the CPU, with the CPU's random generator, so a seed gives the same curves in every
 dtype and on every device. A layer's `init` argument takes a name, an `Initializer` of this file, or a target callable.
@@ -10,7 +12,7 @@ import numbers
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -18,12 +20,14 @@ from torch import Tensor
 
 from kafops import bases, expectations, kernels
 
-__all__ = ["Initializer", "Isometric", "Normal", "Target", "gradient_factor", "resolve", "ridge"]
+__all__ = ["Initializer", "Isometric", "Normal", "Target", "Zeros", "default", "gradient_factor", "resolve", "ridge"]
 
 Target = Callable[[Tensor], Tensor]
 
 _F64: dict[str, Any] = {"dtype": torch.float64, "device": "cpu"}
 _RIDGE_EPS = 1e-6
+_PENALTY = 1e-4  # of |alpha|² in the cost of a curve
+_PARTS = 5  # eigenfunctions that a random curve is made of
 
 
 def _check_number(name: str, value: float, at_least: float = -math.inf, above: float = -math.inf) -> None:
@@ -48,6 +52,10 @@ class Initializer(ABC):
     def for_kernel(self, kernel: str) -> "Initializer":
         """Return the rule for a layer with that kernel: itself, unless it depends on the kernel."""
         return self
+
+    def for_layer(self, kernel: str, base: str | None) -> "Initializer":
+        """Return the rule for a layer with that kernel and base: `for_kernel`'s, unless it depends on the base."""
+        return self.for_kernel(kernel)
 
 
 @dataclass(frozen=True)
@@ -78,6 +86,19 @@ class Normal(Initializer):
 
 
 @dataclass(frozen=True)
+class Zeros(Initializer):
+    """No curve at all: a layer with a base is its base, one without is 0.
+
+    Example:
+        >>> layer = kafops.KAF2d(16, base="silu")  # init="zeros" is the default with a base
+    """
+
+    def __call__(self, dictionary: Tensor, gamma: Tensor) -> Tensor:
+        """Return the coefficients [C, D]."""
+        return torch.zeros(len(gamma), len(dictionary), **_F64)
+
+
+@dataclass(frozen=True)
 class Isometric(Initializer):
     """Random curves that keep E[f′²] / Var f at most `ratio` for x ~ N(0, 1).
 
@@ -94,15 +115,21 @@ class Isometric(Initializer):
 
     All this is exact for x ~ N(0, 1) and says nothing of other inputs: outside the dictionary a curve returns to 0.
 
+    With a base b the curve goes on top of it, and E[f] = 0, Var f = std² and E[f′²] ≤ ratio · std² hold for the sum of
+    both. With r what is left of b when the φ_i are taken out of it, f = r + Σ z_i φ_i, where |z|² = std² - Var r. The z
+    of least cost, which rises, is found exactly; from there z turns towards a random direction of bent parts, up to a
+    right angle, until the cost fills the allowance. So "relu" (1.47 by itself) and "silu" (1.21) come down to 1.1, and
+    "identity" (1) bends up to it; whoever wants the straight line itself has it with "zeros".
+
     Args:
         ratio: upper bound of E[f′²] / Var f, default 1.1 (ELU has 1.08, tanh 1.18, SiLU 1.21, ReLU 1.47).
         std: standard deviation of f. The default sqrt(1/2) gives f the second moment of ReLU, so that He's weights, of
             variance 2/fan_in, keep both signal and gradient in scale; 1 does so for weights of variance 1/fan_in.
-        kernel: of the curves; a layer puts its own in place of it.
+        kernel, base: of the curves; a layer puts its own in place of them.
 
     Raises:
         TypeError, ValueError: ratio is not a number > 1, or std not a number > 0; when called, the dictionary cannot
-            reach the ratio (D = 1, a short boundary, or gamma too large).
+            reach the ratio (D = 1, a short boundary, gamma too large, or a std that the base is far from).
 
     Source: own construction. The inequality: Chernoff, "A note on an inequality involving the
     normal distribution", 1981.
@@ -115,27 +142,30 @@ class Isometric(Initializer):
     ratio: float = 1.1
     std: float = math.sqrt(0.5)
     kernel: str = field(default="gaussian", repr=False)
+    base: str | None = field(default=None, repr=False)
 
     def for_kernel(self, kernel: str) -> "Isometric":
         """Return the rule for a layer with that kernel."""
         return self if kernel == self.kernel else replace(self, kernel=kernel)
 
+    def for_layer(self, kernel: str, base: str | None) -> "Isometric":
+        """Return the rule for a layer with that kernel and base."""
+        return replace(self, kernel=kernel, base=base)
+
     def __post_init__(self) -> None:
         _check_number("ratio", self.ratio, above=1.0)
         _check_number("std", self.std, above=0.0)
         kernels.named(self.kernel)
+        bases.named(self.base)
 
     def __call__(self, dictionary: Tensor, gamma: Tensor) -> Tensor:
         """Return the coefficients [C, D]."""
         distinct, channel = gamma.unique(return_inverse=True)
+        if self.base is not None:
+            return self._on_base(self.base, dictionary, distinct, channel)
         cost, basis = (t[channel] for t in _eigenfunctions(dictionary, distinct, self.kernel))  # [C, m], [C, D, m]
         least = cost[:, :1].amax().item() if cost.shape[1] else math.inf
-        if least >= self.ratio:
-            raise ValueError(
-                f"init 'isometric' wants E[f'^2] / Var f ≤ {self.ratio}, but a dictionary of {len(dictionary)} points "
-                f"on [-{dictionary[-1]:.4g}, {dictionary[-1]:.4g}] with gamma={gamma.max():.4g} reaches no less than "
-                f"{least:.4g}; widen boundary, lower gamma, or allow more with kafops.init.Isometric(ratio=...)"
-            )
+        self._check_least(least, dictionary, gamma)
         excess = cost[:, 1:] - cost[:, :1]  # [C, m - 1], what each bent part costs above the line
         bent = torch.randn(excess.shape, **_F64) / excess.sqrt()
         allowance = self.ratio - cost[:, 0]
@@ -145,6 +175,51 @@ class Isometric(Initializer):
             bent = bent * (allowance / (excess * bent**2).sum(1)).sqrt()[:, None]
         line = (1 - (bent**2).sum(1, keepdim=True)).clamp(min=0).sqrt()
         return self.std * (basis @ torch.cat([line, bent], 1)[:, :, None]).squeeze(2)
+
+    def _on_base(self, base: str, dictionary: Tensor, gamma: Tensor, channel: Tensor) -> Tensor:
+        """Return coefficients [C, D], from the different bandwidths and which of them each channel has."""
+        cost, basis = _known(*_eigenfunctions(dictionary, gamma, self.kernel, most=len(dictionary)))
+        rest = _rest(base, dictionary, gamma, self.kernel, cost, basis)
+        radius = (self.std**2 - rest.variance).clamp(min=0).sqrt()
+        z = _cheapest(cost, rest.mixed, radius)
+        reachable = (radius > 0) & (cost.shape[1] > 0)
+        least = torch.where(reachable, rest.cost_with(cost, z) / self.std**2, math.inf)
+        self._check_least(least.amax().item(), dictionary, gamma)
+
+        cost, basis, z, radius = cost[channel], basis[channel], z[channel], radius[channel, None]
+        rest = _Rest(*(t[channel] for t in rest))
+        excess = cost[:, 1:_PARTS] - cost[:, :1]
+        bent = torch.zeros_like(z)
+        bent[:, 1:_PARTS] = torch.randn(excess.shape, **_F64) / excess.sqrt()
+        bent = bent - (bent * z).sum(1, keepdim=True) * z / radius**2
+        length = bent.norm(dim=1, keepdim=True)
+        bent = radius * bent / length.clamp(min=1e-300)
+
+        def turned(angle: Tensor) -> Tensor:
+            return angle.cos() * z + angle.sin() * bent
+
+        def allowed(angle: Tensor) -> Tensor:
+            return rest.cost_with(cost, turned(angle))[:, None] <= self.ratio * self.std**2
+
+        high = torch.where(length > 0, math.pi / 2, torch.zeros_like(length))
+        low = torch.where(allowed(high), high, 0.0)
+        for _ in range(60):
+            middle = (low + high) / 2
+            good = allowed(middle)
+            low, high = torch.where(good, middle, low), torch.where(good, high, middle)
+        return rest.alpha + (basis @ turned(low)[:, :, None]).squeeze(2)
+
+    def _check_least(self, least: float, dictionary: Tensor, gamma: Tensor) -> None:
+        if least < self.ratio:
+            return
+        on_base = f" on the base {self.base!r} with std={self.std:.4g}" if self.base else ""
+        or_std = ", choose another std" if self.base else ""
+        raise ValueError(
+            f"init 'isometric' wants E[f'^2] / Var f ≤ {self.ratio}, but a dictionary of {len(dictionary)} points "
+            f"on [-{dictionary[-1]:.4g}, {dictionary[-1]:.4g}] with gamma={gamma.max():.4g} reaches no less than "
+            f"{least:.4g}{on_base}; widen boundary, lower gamma{or_std}, or allow more with "
+            "kafops.init.Isometric(ratio=...)"
+        )
 
 
 @dataclass(frozen=True)
@@ -164,18 +239,18 @@ class _Fit(Initializer):
 _NAMED: dict[str, Initializer | Target] = {
     "normal": Normal(),
     "isometric": Isometric(),
+    "zeros": Zeros(),
     "relu": F.relu,
     "elu": F.elu,
     "silu": F.silu,
-    "tanh": torch.tanh,
     "gelu": F.gelu,
+    "tanh": torch.tanh,
     "identity": torch.clone,
-    "zeros": Normal(std=0.0),
 }
 
 
 def default(base: str | None) -> str:
-    """Return the name of the start that a layer has by default."""
+    """Return the `init` of a layer that was given none: "elu", or "zeros" on a base."""
     return "elu" if base is None else "zeros"
 
 
@@ -183,6 +258,8 @@ def resolve(
     init: str | Initializer | Target, dictionary: Tensor, kernel: str = "gaussian", base: str | None = None
 ) -> Initializer:
     """Turn a layer's `init` argument into an `Initializer` for a dictionary [D], a kernel and a base.
+
+    With a base a target is fitted by target − base.
 
     Raises:
         TypeError: init is neither name nor callable, or a target returns no floating tensor.
@@ -195,11 +272,10 @@ def resolve(
             raise ValueError(f"init must be one of {', '.join(map(repr, _NAMED))} or a callable, got {init!r}{hint}")
         init = _NAMED[init]
     if isinstance(init, Initializer):
-        return init.for_kernel(kernel)
+        return init.for_layer(kernel, base)
     if not callable(init):
         raise TypeError(f"init must be a name, a kafops.init.Initializer or a callable, got {type(init).__name__}")
-    beneath = bases.value(base, dictionary)
-    return _Fit(tuple((_sample(init, dictionary) - beneath).tolist()), kernel)
+    return _Fit(tuple(_sample(init, dictionary, base).tolist()), kernel)
 
 
 def ridge(
@@ -208,8 +284,10 @@ def ridge(
     gamma: Tensor,  # [C]
     eps: float = _RIDGE_EPS,
     kernel: str = "gaussian",
+    *,
+    base: str | None = None,
 ) -> Tensor:  # [C, D]
-    """Fit curves to a target function by kernel ridge regression on the dictionary: (K + eps I) α = target(δ).
+    """Fit curves to a target function by kernel ridge regression on the dictionary: (K + eps I) α = (target − base)(δ).
 
     K is the kernel matrix of the dictionary, K[i, j] = κ(√γ (δ_i - δ_j)); of the Gaussian, exp(-γ (δ_i - δ_j)²). The
     fit looks at the target on the points only, and beyond them the curve returns to 0. Coefficients are large (72 for
@@ -221,12 +299,13 @@ def ridge(
         gamma: bandwidths [C].
         eps: strength of the regularisation.
         kernel: κ, a name in `kafops.kernels.KERNELS`.
+        base: what is beneath the curve, None or a name in `kafops.bases.BASES`.
 
     Returns:
         Coefficients [C, D] in float64 on the CPU.
 
     Raises:
-        TypeError, ValueError: target returns something else than finite floating values [D].
+        TypeError, ValueError: target returns something else than finite floating values [D]; no such kernel or base.
 
     Source: Scardapane et al., "Kafnets", 2017, section on initialisation; eps as there.
 
@@ -235,7 +314,7 @@ def ridge(
     """
     dictionary, gamma = dictionary.detach().to(**_F64), gamma.detach().to(**_F64)
     kernels.named(kernel)
-    return _solve_ridge(_sample(target, dictionary), dictionary, gamma, eps, kernel)
+    return _solve_ridge(_sample(target, dictionary, base), dictionary, gamma, eps, kernel)
 
 
 def gradient_factor(
@@ -243,29 +322,39 @@ def gradient_factor(
     gamma: Tensor,  # [C]
     dictionary: Tensor,  # [C, D] or [1, D]
     kernel: str = "gaussian",
+    *,
+    base: str | None = None,
 ) -> Tensor:  # [C]
     """Return sqrt(E[f′²] / Var f) of each curve for x ~ N(0, 1): in closed form, or by quadrature for other kernels.
 
     It is about the factor by which an activation, followed by a normalisation, grows a gradient. At least 1; exactly 1
-    for straight lines; unchanged when alpha is scaled; NaN for a curve that is 0.
+    for straight lines; without a base unchanged when alpha is scaled; NaN for a curve that is 0.
 
     Args:
-        alpha, gamma, dictionary, kernel: as for `kafops.kaf_free`.
+        alpha, gamma, dictionary, kernel, base: as for `kafops.kaf_free`; a base is in f, and integrated by quadrature.
 
     Returns:
         Tensor [C], float64 on the CPU, without gradient.
 
     Raises:
-        TypeError, ValueError: there is no such kernel.
+        TypeError, ValueError: there is no such kernel or base.
 
     Example:
         >>> kafops.init.gradient_factor(layer.alpha, layer.bandwidths(), layer.points())
     """
     alpha, gamma, dictionary = (t.detach().to(**_F64) for t in (alpha, gamma, dictionary))
     kernels.named(kernel)
+    bases.named(base)
     mean, second, slope = _moments(dictionary, gamma, kernel)
-    variance = torch.einsum("cd,cde,ce->c", alpha, second, alpha) - (alpha * mean).sum(1) ** 2
-    return (torch.einsum("cd,cde,ce->c", alpha, slope, alpha) / variance).sqrt()
+    average = (alpha * mean).sum(1)
+    square = torch.einsum("cd,cde,ce->c", alpha, second, alpha)
+    steep = torch.einsum("cd,cde,ce->c", alpha, slope, alpha)
+    if base is not None:
+        of_base = expectations.of_base(base, dictionary, gamma, kernel)
+        average = average + of_base.mean
+        square = square + of_base.second + 2 * (alpha * of_base.with_values).sum(1)
+        steep = steep + of_base.slope + 2 * (alpha * of_base.with_slopes).sum(1)
+    return (steep / (square - average**2)).sqrt()
 
 
 def _moments(
@@ -294,10 +383,9 @@ def _eigenfunctions(
     dictionary: Tensor,  # [D]
     gamma: Tensor,  # [C]
     kernel: str,
-    most: int = 5,
-    penalty: float = 1e-4,
+    most: int = _PARTS,
 ) -> tuple[Tensor, Tensor]:  # [C, m], [C, D, m]
-    """Return the costs E[φ′²] + penalty |α|², ascending, and coefficients α of curves with E φ = 0, Var φ = 1.
+    """Return the costs E[φ′²] + 1e-4 |α|², ascending, and coefficients α of curves with E φ = 0, Var φ = 1.
 
     The curves are uncorrelated and so are their slopes (up to the penalty): costs add up like squared weights.
     """
@@ -305,7 +393,7 @@ def _eigenfunctions(
     centred = torch.linalg.svd(mean[:, None, :]).Vh[:, 1:].mT  # [C, D, D - 1], spans all α with E f = 0
     eye = torch.eye(len(dictionary), **_F64)
     # A = cost, B = variance: B v = λ⁻¹ A v, solved as a standard symmetric problem in L⊤v where A = L L⊤.
-    lower = torch.linalg.cholesky(centred.mT @ (slope + penalty * eye) @ centred)
+    lower = torch.linalg.cholesky(centred.mT @ (slope + _PENALTY * eye) @ centred)
     half = torch.linalg.solve_triangular(lower, centred.mT @ second @ centred, upper=False)
     inverse_cost, vectors = torch.linalg.eigh(torch.linalg.solve_triangular(lower, half.mT, upper=False))
     inverse_cost, vectors = inverse_cost.flip(1)[:, :most], vectors.flip(2)[:, :, :most]
@@ -313,6 +401,70 @@ def _eigenfunctions(
     # An eigenvector's sign is the library's whim; positive at the last point makes φ_1 rise, and a seed reproducible.
     at_end = _kernel(dictionary, gamma, kernel)[:, -1:] @ basis  # [C, 1, m]
     return 1 / inverse_cost, torch.where(at_end < 0, -basis, basis)
+
+
+def _known(cost: Tensor, basis: Tensor) -> tuple[Tensor, Tensor]:  # [G, m], [G, D, m]
+    """Return them with 0 for those eigenfunctions that rounding decides, of 1000 times the least cost."""
+    known = (cost > 0) & (cost <= 1e3 * cost[:, :1])
+    return torch.where(known, cost, 1e3 * cost[:, :1]), torch.where(known[:, None], basis, 0.0)
+
+
+class _Rest(NamedTuple):
+    """r = b + Σ alpha_i k_i of a base b, with E r = 0 and Cov(r, φ_i) = 0, for each of G bandwidths.
+
+    Attributes:
+        alpha: [G, D].
+        variance: Var r, [G].
+        cost: E[r′²] + 1e-4 |alpha|², [G].
+        mixed: E[r′ φ_i′] + 1e-4 alpha·α_i, [G, m].
+    """
+
+    alpha: Tensor
+    variance: Tensor
+    cost: Tensor
+    mixed: Tensor
+
+    def cost_with(self, cost: Tensor, z: Tensor) -> Tensor:  # [G, m], [G, m] -> [G]
+        """Return the cost of r + Σ z_i φ_i."""
+        return self.cost + (cost * z**2 + 2 * self.mixed * z).sum(1)
+
+
+def _rest(base: str, dictionary: Tensor, gamma: Tensor, kernel: str, cost: Tensor, basis: Tensor) -> _Rest:
+    mean, second, slope = _moments(dictionary[None], gamma, kernel)
+    of_base = expectations.of_base(base, dictionary[None], gamma, kernel)
+    slope = slope + _PENALTY * torch.eye(len(dictionary), **_F64)
+    alpha = -of_base.mean[:, None] * mean / mean.square().sum(1, keepdim=True)  # E = 0
+    covariance = _times(of_base.with_values + _times(alpha, second), basis)
+    alpha = alpha - _times(covariance, basis.mT)
+    variance = of_base.second + (alpha * (2 * of_base.with_values + _times(alpha, second))).sum(1)
+    cost_of_rest = of_base.slope + (alpha * (2 * of_base.with_slopes + _times(alpha, slope))).sum(1)
+    return _Rest(alpha, variance, cost_of_rest, _times(of_base.with_slopes + _times(alpha, slope), basis))
+
+
+def _times(rows: Tensor, matrix: Tensor) -> Tensor:  # [G, D], [G, D, m] -> [G, m]
+    return (rows[:, None] @ matrix)[:, 0]
+
+
+def _cheapest(cost: Tensor, mixed: Tensor, radius: Tensor) -> Tensor:  # [G, m], [G, m], [G] -> [G, m]
+    """Return the z of least Σ cost z² + 2 mixed z with |z| = radius and z_1 ≥ 0.
+
+    z_i = -mixed_i / (cost_i - cost_1 + ν) with the ν ≥ 0 that makes it so long, between |mixed_1| / radius and
+    |mixed| / radius; of z_1 only the size counts.
+    """
+    if cost.shape[1] == 0:
+        return cost
+    radius = radius[:, None]
+    low, high = mixed[:, :1].abs() / radius, mixed.norm(dim=1, keepdim=True) / radius
+
+    def others(nu: Tensor) -> Tensor:
+        return -mixed[:, 1:] / (cost[:, 1:] - cost[:, :1] + nu)
+
+    for _ in range(100):
+        nu = (low + high) / 2
+        short = (mixed[:, :1] / nu) ** 2 + others(nu).square().sum(1, keepdim=True) <= radius**2
+        low, high = torch.where(short, low, nu), torch.where(short, nu, high)
+    first = (radius**2 - others(high).square().sum(1, keepdim=True)).clamp(min=0).sqrt()
+    return torch.cat([first, others(high)], 1)
 
 
 def _kernel(dictionary: Tensor, gamma: Tensor, kernel: str) -> Tensor:  # [D], [C] -> [C, D, D]
@@ -326,8 +478,8 @@ def _solve_ridge(values: Tensor, dictionary: Tensor, gamma: Tensor, eps: float, 
     return torch.linalg.solve(system, values.expand(len(distinct), -1))[channel]
 
 
-def _sample(target: Target, dictionary: Tensor) -> Tensor:
-    """Return the target's values on the points, checked."""
+def _sample(target: Target, dictionary: Tensor, base: str | None) -> Tensor:
+    """Return the values of target − base on the points, the target's checked."""
     with torch.no_grad():
         values = target(dictionary.clone())  # a copy, for targets that work in place
     wanted = f"init must map a tensor {list(dictionary.shape)} to a floating tensor of that shape"
@@ -342,4 +494,4 @@ def _sample(target: Target, dictionary: Tensor) -> Tensor:
         bad = ~values.isfinite()
         point, value = dictionary[bad][0].item(), values[bad][0].item()
         raise ValueError(f"{wanted}, finite everywhere, but it returned {value} at {point:.4g}")
-    return values
+    return values - bases.value(base, dictionary)
