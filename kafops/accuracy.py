@@ -4,6 +4,13 @@ The truth is `kafops.reference` in float64. A kernel computes each Gaussian K an
 roundoffs of its own size or of its peak, whichever counts, and adds them up; so the error that a value may have is a
 number of roundoffs times the same sum with every term taken absolutely: Σ|α|K for y, Σ|g|K for the gradient of alpha,
 and so on. `bounds` forms these sums. They are not tuned to a kernel, nor do they depend on how one works.
+
+A base b is in y, and its derivatives b′ and b″ in the derivatives by x and by grad; u is the unit roundoff. b = x s with
+s between 0 and 1 (1, x > 0, σ or Φ), which is known to u where it is near 1, whether it is computed as s or as 1 − s(−x).
+So b is off by u|x|, and adding it to the curve rounds once more, by u|y| ≤ u(|x| + Σ|α|): 2u(|x| + Σ|α|) in all, where
+b may be 0 all the same. b⁽ⁿ⁾ = x s⁽ⁿ⁾ + n s⁽ⁿ⁻¹⁾ is off by u(|x| + n) for s likewise, or twice that, as s′ and s″ are
+products of s and 1 − s, and by as many roundings of b⁽ⁿ⁾ itself as any other term. "identity" and "relu" and their
+derivatives are exact; what is left for them is that last part.
 """
 
 import math
@@ -14,7 +21,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from kafops import reference
+from kafops import bases, reference
 
 __all__ = ["Problem", "bounds", "conditioning", "excess", "random_problem", "values"]
 
@@ -39,6 +46,7 @@ class Problem:
         grad: gradient of the output, as x.
         v: weights of the gradients of x, alpha, gamma and dictionary (where there is one), each as its argument. The
             second derivatives are those of L = <v, gradients>. None leaves one out of L.
+        base: what is beneath the curve, None or a name in `kafops.bases.BASES`.
     """
 
     x: Tensor
@@ -48,6 +56,7 @@ class Problem:
     boundary: float
     grad: Tensor
     v: tuple[Tensor | None, ...]
+    base: str | None = None
 
     @property
     def arguments(self) -> dict[str, Tensor]:
@@ -110,10 +119,11 @@ def values(problem: Problem, functions: ModuleType, dtype: torch.dtype | None = 
 
     arguments = {name: cast(t).requires_grad_() for name, t in problem.arguments.items()}
     grad = cast(problem.grad).requires_grad_()
+    options = {} if problem.base is None else {"base": problem.base}
     if problem.dictionary is None:
-        y = functions.kaf(*arguments.values(), problem.boundary)
+        y = functions.kaf(*arguments.values(), problem.boundary, **options)
     else:
-        y = functions.kaf_free(*arguments.values())
+        y = functions.kaf_free(*arguments.values(), **options)
     first = torch.autograd.grad(y, list(arguments.values()), grad, create_graph=True)
     chosen = [(g, cast(v)) for g, v in zip(first, problem.v, strict=True) if v is not None]
     outputs, weights = zip(*chosen, strict=True)
@@ -161,13 +171,26 @@ def bounds(problem: Problem) -> dict[str, Tensor]:
         shifted = _d_dx(p, sums.gamma)
         return [_ROUNDINGS * (p[i] if i < len(p) else 0) + sums.points.abs() * c for i, c in enumerate(shifted)]
 
-    return {name: unit * t for name, t in _absolute_values(problem, sums, size).items()}
+    x, mass = sums.data(problem.x).abs(), sums.alpha.abs().sum(1, keepdim=True)
+
+    def of_base(n: int) -> Tensor:
+        if n == 0:
+            return 2 * (x + mass)
+        smooth = problem.base in ("silu", "gelu")
+        return _ROUNDINGS * _base(problem, sums, n) + (2 * (x + n) if smooth else 0)
+
+    return {name: unit * t for name, t in _absolute_values(problem, sums, size, of_base).items()}
 
 
 def conditioning(problem: Problem) -> dict[str, Tensor]:
     """Return the sum of the absolute values of all terms that each value consists of: Σ|α|K for y, and so on."""
     sums = _Sums(problem, lambda q, d, gamma: d**q * torch.exp(-gamma * d * d))
-    return _absolute_values(problem, sums, lambda p: p)
+    return _absolute_values(problem, sums, lambda p: p, lambda n: _base(problem, sums, n))
+
+
+def _base(problem: Problem, sums: "_Sums", n: int) -> Tensor:  # [C, positions]
+    """|b⁽ⁿ⁾(x)|."""
+    return bases.value(problem.base, sums.data(problem.x), n).abs()
 
 
 def _unit(dtype: torch.dtype) -> float:
@@ -202,8 +225,11 @@ class _Sums:
         """Σ of weight [C, positions] · Σ_k p_k(d) K."""
         total = sum(weight * (self._gaussians @ _padded(p).flatten(1).unsqueeze(-1)).squeeze(-1) for weight, p in terms)
         assert isinstance(total, Tensor)
-        total = total.reshape(self._moved)
-        return total.transpose(0, 1) if total.dim() > 1 else total
+        return self.like_x(total)
+
+    def like_x(self, data: Tensor) -> Tensor:  # [C, positions] -> [N, C, *]
+        data = data.reshape(self._moved)
+        return data.transpose(0, 1) if data.dim() > 1 else data
 
     def over_elements(self, like: Tensor, *terms: tuple[Tensor, Polynomial]) -> Tensor:  # as `like`
         """Σ over elements of weight [C, positions] · p_k(d) K; also over points for `like` [C], over shared rows."""
@@ -244,8 +270,13 @@ def _add(*polynomials: Polynomial) -> Polynomial:
     return result
 
 
-def _absolute_values(problem: Problem, s: _Sums, size: Callable[[Polynomial], Polynomial]) -> dict[str, Tensor]:
-    """Form every value of `values` with each of its terms p(d) K replaced by size(|p|)(d) times s's Gaussian."""
+def _absolute_values(
+    problem: Problem, s: _Sums, size: Callable[[Polynomial], Polynomial], of_base: Callable[[int], Tensor]
+) -> dict[str, Tensor]:
+    """Form every value of `values` with each of its terms p(d) K replaced by size(|p|)(d) times s's Gaussian.
+
+    In place of the base's n-th derivative at the elements [C, positions] stands of_base(n).
+    """
     like = problem.arguments
     v = dict(zip(like, problem.v, strict=True))
     g = s.data(problem.grad).abs()
@@ -282,6 +313,14 @@ def _absolute_values(problem: Problem, s: _Sums, size: Callable[[Polynomial], Po
         "double backward alpha": over_elements("alpha", (vg, d_dx(one)), (g, along(one))),
         "double backward gamma": over_elements("gamma", (vg, d_dx(f_gamma)), (g, _add(along(f_gamma), _d_dgamma(a)))),
     }
+    if problem.base is not None:
+        for name, weight, n in (
+            ("y", every, 0),
+            ("backward x", g, 1),
+            ("double backward grad", v_data, 1),
+            ("double backward x", vg, 2),
+        ):
+            result[name] = result[name] + s.like_x(weight * of_base(n))
     if problem.dictionary is not None:
         result["backward dictionary"] = over_elements("dictionary", (g, d_dx(f)))
         result["double backward dictionary"] = over_elements("dictionary", (vg, d_dx(d_dx(f))), (g, d_dx(q)))
