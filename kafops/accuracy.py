@@ -5,12 +5,12 @@ roundoffs of its own size or of its peak, whichever counts, and adds them up; so
 number of roundoffs times the same sum with every term taken absolutely: Σ|α|K for y, Σ|g|K for the gradient of alpha,
 and so on. `bounds` forms these sums. They are not tuned to a kernel, nor do they depend on how one works.
 
-A base b is in y, and its derivatives b′ and b″ in the derivatives by x and by grad; u is the unit roundoff. b = x s with
-s between 0 and 1 (1, x > 0, σ or Φ), which is known to u where it is near 1, whether it is computed as s or as 1 − s(−x).
-So b is off by u|x|, and adding it to the curve rounds once more, by u|y| ≤ u(|x| + Σ|α|): 2u(|x| + Σ|α|) in all, where
-b may be 0 all the same. b⁽ⁿ⁾ = x s⁽ⁿ⁾ + n s⁽ⁿ⁻¹⁾ is off by u(|x| + n) for s likewise, or twice that, as s′ and s″ are
-products of s and 1 − s, and by as many roundings of b⁽ⁿ⁾ itself as any other term. "identity" and "relu" and their
-derivatives are exact; what is left for them is that last part.
+A base b is in y, and its derivatives b′ and b″ in those by x and by grad; u is the unit roundoff. b = x s with s from 0
+to 1 (1, x > 0, σ or Φ), which is known to u where it is near 1, whether it is computed as s or as 1 − s(−x). So b is
+off by u|x|, and adding it to the curve rounds once more, by u|y| ≤ u(|x| + Σ|α|): 2u(|x| + Σ|α|) in all, where b may be
+0 all the same. b⁽ⁿ⁾ = x s⁽ⁿ⁾ + n s⁽ⁿ⁻¹⁾ is off by u(|x| + n) for s likewise, or twice that, as s′ and s″ are products
+of s and 1 − s, and by as many roundings of b⁽ⁿ⁾ itself as any other term. "identity" and "relu" and their derivatives
+are exact; what is left for them is that last part.
 """
 
 import math
