@@ -99,64 +99,72 @@ def _kwta(*, ratio: float = 0.2, per: str = "volume", end: float | None = None) 
     return lambda channels: KWinners(ratio, per, end)
 
 
+# Every KAF takes a base, of `kafops.bases`; a fit to a function is one to what the base lacks of it then.
+
+
 @ACTIVATIONS.register("kaf")
-def _kaf(*, dictionary_size: int = 20, boundary: float = 3.0, std: float = 0.3) -> ActivationFactory:
+def _kaf(
+    *, dictionary_size: int = 20, boundary: float = 3.0, std: float = 0.3, base: str | None = None
+) -> ActivationFactory:
     """Random normal coefficients; std 0.3 is Kafnets', the thesis's Keras code had 0.05."""
-    return _kaf_factory(dictionary_size, boundary, kafops.init.Normal(std))
+    return _kaf_factory(dictionary_size, boundary, base, kafops.init.Normal(std))
 
 
 @ACTIVATIONS.register("kaf_relu")
-def _kaf_relu(*, dictionary_size: int = 20, boundary: float = 3.0) -> ActivationFactory:
-    return _kaf_factory(dictionary_size, boundary, "relu")
+def _kaf_relu(*, dictionary_size: int = 20, boundary: float = 3.0, base: str | None = None) -> ActivationFactory:
+    return _kaf_factory(dictionary_size, boundary, base, "relu")
 
 
 @ACTIVATIONS.register("kaf_elu")
-def _kaf_elu(*, dictionary_size: int = 20, boundary: float = 3.0) -> ActivationFactory:
-    return _kaf_factory(dictionary_size, boundary, "elu")
+def _kaf_elu(*, dictionary_size: int = 20, boundary: float = 3.0, base: str | None = None) -> ActivationFactory:
+    return _kaf_factory(dictionary_size, boundary, base, "elu")
 
 
 @ACTIVATIONS.register("kaf_silu", "kaf_swish")
-def _kaf_silu(*, dictionary_size: int = 20, boundary: float = 3.0) -> ActivationFactory:
-    return _kaf_factory(dictionary_size, boundary, "silu")
+def _kaf_silu(*, dictionary_size: int = 20, boundary: float = 3.0, base: str | None = None) -> ActivationFactory:
+    return _kaf_factory(dictionary_size, boundary, base, "silu")
 
 
 @ACTIVATIONS.register("kaf_tanh")
-def _kaf_tanh(*, dictionary_size: int = 20, boundary: float = 3.0) -> ActivationFactory:
-    return _kaf_factory(dictionary_size, boundary, "tanh")
+def _kaf_tanh(*, dictionary_size: int = 20, boundary: float = 3.0, base: str | None = None) -> ActivationFactory:
+    return _kaf_factory(dictionary_size, boundary, base, "tanh")
 
 
 @ACTIVATIONS.register("kaf_isometric")
-def _kaf_isometric(*, dictionary_size: int = 20, boundary: float = 3.0) -> ActivationFactory:
-    return _kaf_factory(dictionary_size, boundary, "isometric")
+def _kaf_isometric(*, dictionary_size: int = 20, boundary: float = 3.0, base: str | None = None) -> ActivationFactory:
+    return _kaf_factory(dictionary_size, boundary, base, "isometric")
 
 
 @ACTIVATIONS.register("kaf_rq")
-def _kaf_rq(*, dictionary_size: int = 20, boundary: float = 3.0) -> ActivationFactory:
+def _kaf_rq(*, dictionary_size: int = 20, boundary: float = 3.0, base: str | None = None) -> ActivationFactory:
     """Curves of the rational quadratic kernel, fitted to ELU at the start."""
-    return _kaf_factory(dictionary_size, boundary, "elu", kernel="rational_quadratic")
+    return _kaf_factory(dictionary_size, boundary, base, "elu", kernel="rational_quadratic")
 
 
 @ACTIVATIONS.register("kaf_matern")
-def _kaf_matern(*, dictionary_size: int = 20, boundary: float = 3.0) -> ActivationFactory:
+def _kaf_matern(*, dictionary_size: int = 20, boundary: float = 3.0, base: str | None = None) -> ActivationFactory:
     """Curves of the Matérn kernel with ν = 3/2, fitted to ELU at the start."""
-    return _kaf_factory(dictionary_size, boundary, "elu", kernel="matern32")
+    return _kaf_factory(dictionary_size, boundary, base, "elu", kernel="matern32")
 
 
 @ACTIVATIONS.register("kaf_bspline")
-def _kaf_bspline(*, dictionary_size: int = 20, boundary: float = 3.0) -> ActivationFactory:
+def _kaf_bspline(*, dictionary_size: int = 20, boundary: float = 3.0, base: str | None = None) -> ActivationFactory:
     """Cubic splines with knots at the points of the dictionary, fitted to ELU at the start."""
-    return _kaf_factory(dictionary_size, boundary, "elu", kernel="bspline")
+    return _kaf_factory(dictionary_size, boundary, base, "elu", kernel="bspline")
 
 
 @ACTIVATIONS.register("kaf_free")
-def _kaf_free(*, dictionary_size: int = 20, boundary: float = 3.0, std: float = 0.3) -> ActivationFactory:
+def _kaf_free(
+    *, dictionary_size: int = 20, boundary: float = 3.0, std: float = 0.3, base: str | None = None
+) -> ActivationFactory:
     """Random normal coefficients; dictionary and bandwidth of each channel are trained too."""
-    return _kaf_factory(dictionary_size, boundary, kafops.init.Normal(std), free=True)
+    return _kaf_factory(dictionary_size, boundary, base, kafops.init.Normal(std), free=True)
 
 
 def _kaf_factory(
     dictionary_size: int,
     boundary: float,
+    base: str | None,
     init: str | kafops.init.Initializer,
     free: bool = False,
     kernel: str = "gaussian",
@@ -166,7 +174,7 @@ def _kaf_factory(
 
     def make(channels: int) -> nn.Module:
         return kafops.KAF(
-            channels, dictionary_size, boundary, init, learn_gamma=free, learn_dictionary=free, kernel=kernel
+            channels, dictionary_size, boundary, init, learn_gamma=free, learn_dictionary=free, kernel=kernel, base=base
         )
 
     with torch.random.fork_rng(devices=[]):

@@ -11,7 +11,7 @@ import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -117,25 +117,35 @@ def _along(by_channel: Tensor, x: Tensor) -> Tensor:  # [C] or [1] -> [1, C, 1, 
 
 
 class Curves:
-    """The curves of a KAF layer, with the bounds of `kafops.bounds`.
+    """The curves of a KAF layer, with the bounds of `kafops.bounds`, for channels in dimension 1.
 
     `CurveRanges` is exact to some 1e-6 Σ|α|, more than short intervals have. On these f(c) ± r max |f′| is closer, with
-    centre c and radius r; kafops in float64 is within 4e-16 Σ|α| of f(c) (measured), and 1e-12 Σ|α| is allowed.
+    centre c and radius r; kafops in float64 is within 4e-16 Σ|α| of f(c) (measured), and 1e-12 Σ|α| is allowed. A base
+    is within 4 ε |c|, and 64 ε |c| are.
     """
 
     def __init__(self, layer: kafops.KAF) -> None:
         self._layer = copy.deepcopy(layer).to("cpu", torch.float64).requires_grad_(False)
+        self._layer.channel_dim = 1
+
+    def _parameters(self) -> dict[str, Any]:
+        layer = self._layer
+        return {
+            "alpha": layer.alpha,
+            "gamma": layer.bandwidths(),
+            "boundary": layer.boundary if layer.dictionary is None else layer.dictionary,
+            "kernel": layer.kernel,
+            "base": layer.base,
+        }
 
     @functools.cached_property
     def lipschitz(self) -> Tensor:  # [C] or [1]
         """The largest |slope| on ℝ."""
-        return self._layer.bounds().lipschitz
+        return kafops.bounds.curve_bounds(**self._parameters()).lipschitz
 
     @functools.cached_property
     def _ranges(self) -> kafops.bounds.CurveRanges:
-        layer = self._layer
-        points = layer.boundary if layer.dictionary is None else layer.dictionary
-        return kafops.bounds.CurveRanges(layer.alpha, layer.bandwidths(), points, layer.kernel)
+        return kafops.bounds.CurveRanges(**self._parameters())
 
     def values(self, lower: Tensor, upper: Tensor) -> Range:
         """Return what encloses the values on intervals."""
@@ -145,6 +155,8 @@ class Curves:
         least, most = self.slopes(lower, upper)
         away = torch.maximum(least.abs(), most.abs()) * radius * (1 + _SLACK)
         away = away + _along(1e-12 * self._layer.alpha.abs().sum(1), lower)
+        if self._layer.base is not None:
+            away = away + _SLACK * centre.abs()
         values = self._ranges.values(lower, upper)
         # The other one where one is NaN, as on infinite intervals.
         return torch.fmax(values.minimum, middle - away), torch.fmin(values.maximum, middle + away)

@@ -264,6 +264,11 @@ def _module(module: nn.Module, shape: tuple[int, ...]) -> Operation | None:
 
 
 def _of_module(module: nn.Module, shape: tuple[int, ...]) -> Operation | None:
+    if isinstance(module, kafops.KAF) and module.num_parameters != 1 and module.channel_dim % len(shape) != 1:
+        raise BoundError(
+            f"its channels are in dimension {module.channel_dim} of {list(shape)}; bounds are known for "
+            "curves by channels in dimension 1, or one curve for all"
+        )
     if isinstance(module, _ACTIVATIONS):
         return Activation(scalar(module))
     return None if isinstance(module, _KEEP) else _module(module, shape)

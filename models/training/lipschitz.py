@@ -6,25 +6,29 @@ f, however small. So the penalty is on max |f′| / std f with x ~ N(0, 1), whic
 Curves are looked at on a grid over [−5, 5], the dictionary and a little beyond, eight points to the distance 1/sqrt(2γ)
 from a point to where its kernel is steepest. A maximum of |f′| between two points of the grid is at most about 1 %
 higher, which the limit leaves room for; `kafops.bounds` has the exact value.
+
+A base is in f. The limit scales the curve on top of it, so it cannot be below the base's own largest slope.
 """
 
 import functools
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 import kafops
 from models.errors import UserError
-from models.training.curves import kaf_layers, rank
+from models.training.curves import kaf_layers
 from models.training.recipe import Recipe
 
 FREE = 1 / math.sqrt(0.5 - 0.5 / math.pi)
 """max |f′| / std f of ReLU, 1.71; up to it a curve costs no penalty."""
 _ROOM = 1.01  # between the largest slope on the grid and the largest
 _FINE, _BEYOND = 8, 2  # points to a kernel's width, and widths beyond the dictionary
-_NORMAL, _WIDEST = 5.0, 4.0  # what the grid covers, and at most 8 points of it, for means over x ~ N(0, 1)
+_NORMAL, _WIDEST = 5.0, 4.0  # what the grid covers, and the widest width
+_COARSEST = 1.0  # at most 8 points, for means over x ~ N(0, 1) and for bases
 _LEAST_VARIANCE = 1e-12
 _MOST = 4096  # points of a grid, for learned bandwidths that become very narrow
 
@@ -53,6 +57,14 @@ class Slopes:
                 f"{' and '.join(asked)} control the slopes of KAF layers, and the network has none; choose an "
                 "activation of the kaf family, or leave them out"
             )
+        if self.most is not None:
+            for base in {layer.base for layer in self.layers if layer.base is not None}:
+                own = base_slope(base)
+                if own > self.most:
+                    raise SlopeError(
+                        f"slope_limit must be at least {own:.4g}, the largest slope of the base {base!r} beneath the "
+                        f"curves, got {self.most:g}"
+                    )
 
     def penalised(self, loss: Tensor) -> Tensor:
         """Return the loss with the penalty added, or as it is where there is none."""
@@ -72,28 +84,73 @@ def penalty(layers: Sequence[kafops.KAF]) -> Tensor:
 
 def steepness(layer: kafops.KAF) -> Tensor:  # [C]
     """Return max |f′| / std f of each curve for x ~ N(0, 1): at least 1, 1.71 for ReLU; 0 for a curve that is 0."""
-    x, values, slopes = _on_grid(layer, differentiable=True)
+    grid = _on_grid(layer, differentiable=True)
+    x, values = grid.x, grid.values + kafops.bases.value(layer.base, grid.x)
     weights = torch.exp(-x.square() / 2) * ((x[1] - x[0]) / math.sqrt(2 * math.pi))  # a trapezium rule
     mean = (weights * values).sum(0)
     variance = (weights * values.square()).sum(0) - mean.square()
-    return slopes.abs().amax(0) * variance.clamp(min=_LEAST_VARIANCE).rsqrt()
+    largest = (grid.slopes + grid.base_slopes).abs().amax(0)
+    return largest * variance.clamp(min=_LEAST_VARIANCE).rsqrt()
 
 
 @torch.no_grad()
 def limit_slopes(layer: kafops.KAF, most: float) -> None:
-    """Scale down the coefficients of each channel whose |f′| exceeds `most`, so that it no longer does."""
-    largest = curve_slopes(layer).abs().amax(0) * _ROOM
-    factor = torch.where(largest > most, most / largest, 1.0)
+    """Scale down the coefficients of each channel whose |f′| exceeds `most`, so that it no longer does.
+
+    The limit has to be at least `base_slope` of the layer's base.
+    """
+    grid = _on_grid(layer, differentiable=False)
+    slopes, beneath = grid.slopes, grid.base_slopes
+    missed = (_ROOM - 1) * slopes.abs().amax(0)
+    # s slopes + base ≤ most, and ≥ −most, for the largest s: by what curves and their maxima add in either direction.
+    up, down = slopes + missed, missed - slopes
+    room = most - _missed_of_base(layer.base)
+    factors = [
+        torch.where(up > 0, (room - beneath).clamp(min=0) / up, math.inf),
+        torch.where(down > 0, (room + beneath).clamp(min=0) / down, math.inf),
+    ]
+    factor = torch.cat(factors).amin(0).clamp(max=1)
     layer.alpha.mul_(factor[:, None])
 
 
 def curve_slopes(layer: kafops.KAF) -> Tensor:  # [points, C]
-    """Return the slopes of a layer's curves on its grid."""
-    return _on_grid(layer, differentiable=False)[2]
+    """Return the slopes of a layer's curves, base included, on its grid, and on both sides of the base's kink."""
+    grid = _on_grid(layer, differentiable=False)
+    return grid.slopes + grid.base_slopes
 
 
-def _on_grid(layer: kafops.KAF, differentiable: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the grid [points, C or 1] of a layer, and the values and slopes of its curves there, [points, C] each.
+def base_slope(base: str | None) -> float:
+    """Return the largest |slope| of a base, 0 for None."""
+    if base is None:
+        return 0.0
+    x = torch.linspace(-_NORMAL, _NORMAL, 100_001, dtype=torch.float64)
+    return kafops.bases.value(base, x, 1).abs().max().item()
+
+
+def _missed_of_base(base: str | None) -> float:
+    """Return by how much a base's slope may be larger between two points of a grid."""
+    return 2e-3 if base in ("silu", "gelu") else 0.0  # at most 1 / 16² / 2 of the third derivative, 0.75
+
+
+@dataclass(frozen=True)
+class _Grid:
+    """Curves without their base on a grid of P points.
+
+    Args:
+        x: [P, C or 1].
+        values: [P, C].
+        slopes: [P', C], with more points than the grid where the base has kinks: two for each.
+        base_slopes: of the base, [P', C or 1], at a kink once either side's.
+    """
+
+    x: Tensor
+    values: Tensor
+    slopes: Tensor
+    base_slopes: Tensor
+
+
+def _on_grid(layer: kafops.KAF, differentiable: bool) -> _Grid:
+    """Return a layer's grid and its curves there.
 
     Args:
         layer: the layer.
@@ -103,15 +160,28 @@ def _on_grid(layer: kafops.KAF, differentiable: bool) -> tuple[Tensor, Tensor, T
     if common is not None:
         # Curves of one dictionary and bandwidth are sums of the same D functions: a small product of matrices.
         dtype, device = layer.alpha.dtype, layer.alpha.device
-        x, values, slopes = _basis(layer.dictionary_size, layer.boundary, common, layer.kernel, dtype, device)
-        return x, values @ layer.alpha.T, slopes @ layer.alpha.T
-    channels = layer.num_parameters
-    grid = _grid(layer.points(), layer.bandwidths())
-    x = grid.view(-1, channels, *(1,) * (rank(layer) - 2)).requires_grad_()
-    with torch.enable_grad():
-        values = layer(x)
-        (slopes,) = torch.autograd.grad(values.sum(), x, create_graph=differentiable)
-    return grid.detach(), values.view(-1, channels), slopes.view(-1, channels)
+        x, values, slopes = _basis(
+            layer.dictionary_size, layer.boundary, common, layer.kernel, layer.base, dtype, device
+        )
+        values, slopes = values @ layer.alpha.T, slopes @ layer.alpha.T
+    else:
+        x = _grid(layer.points(), layer.bandwidths())
+        at = _with_kinks(x, layer.base).requires_grad_()
+        with torch.enable_grad():
+            if layer.dictionary is None:
+                values = kafops.kaf(at, layer.alpha, layer.bandwidths(), layer.boundary, layer.kernel)
+            else:
+                values = kafops.kaf_free(at, layer.alpha, layer.bandwidths(), layer.dictionary, layer.kernel)
+            (slopes,) = torch.autograd.grad(values.sum(), at, create_graph=differentiable)
+    beside = _with_kinks(x, layer.base, 1e-6)
+    return _Grid(x, values[: len(x)], slopes, kafops.bases.value(layer.base, beside, 1))
+
+
+def _with_kinks(x: Tensor, base: str | None, beside: float = 0.0) -> Tensor:  # [P, C] -> [P', C]
+    """Return the points, and each kink of a base twice, once so much to the left and once to the right of it."""
+    found = kafops.bases.named(base)
+    kinks = [kink + side for kink in (found.kinks if found else ()) for side in (-beside, beside)]
+    return torch.cat([x, x.new_tensor(kinks)[:, None].expand(-1, x.shape[1])])
 
 
 def _common_gamma(layer: kafops.KAF) -> float | None:
@@ -124,14 +194,20 @@ def _common_gamma(layer: kafops.KAF) -> float | None:
 
 @functools.lru_cache(maxsize=64)
 def _basis(
-    size: int, boundary: float, gamma: float, kernel: str, dtype: torch.dtype, device: torch.device
+    size: int,
+    boundary: float,
+    gamma: float,
+    kernel: str,
+    base: str | None,
+    dtype: torch.dtype,
+    device: torch.device,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Return the grid [points, 1], and values and slopes [points, D] of the D functions that curves are sums of."""
+    """Return the grid [P, 1], and values and slopes of the D functions that curves are sums of, with kinks [P', D]."""
     each = torch.eye(size, dtype=dtype, device=device)
     bandwidth = each.new_full((1,), gamma)
     points = kafops.reference.uniform_dictionary(size, boundary, like=each)
     grid = _grid(points, bandwidth)
-    x = grid.expand(-1, size).contiguous().requires_grad_()
+    x = _with_kinks(grid, base).expand(-1, size).contiguous().requires_grad_()
     with torch.enable_grad():
         values = kafops.kaf(x, each, bandwidth, boundary, kernel)
         (slopes,) = torch.autograd.grad(values.sum(), x)
@@ -143,7 +219,7 @@ def _grid(dictionary: Tensor, bandwidths: Tensor) -> Tensor:  # [C or 1, D], [C]
     width = (2 * bandwidths).rsqrt().clamp(max=_WIDEST)  # from a point to where its kernel is steepest
     first, last = dictionary.aminmax(dim=1)
     first, last = (first - _BEYOND * width).clamp(max=-_NORMAL), (last + _BEYOND * width).clamp(min=_NORMAL)
-    points = _FINE * ((last - first) / width).max().item() + 1
+    points = _FINE * ((last - first) / width.clamp(max=_COARSEST)).max().item() + 1
     count = int(min(math.ceil(points), _MOST)) if math.isfinite(points) else _MOST
     shares = torch.linspace(0, 1, count, dtype=width.dtype, device=width.device)
     return first + shares[:, None] * (last - first)
