@@ -1,9 +1,14 @@
 """Which backend is chosen, how one is forced, and what is said where none can serve."""
 
+import contextlib
+import itertools
 import os
+import random
 import subprocess
 import sys
+import threading
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -11,11 +16,16 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import kafops
-from kafops import backends, ops
+from kafops import backends, ops, torch_private
 from kafops.backends import cpu, cuda, triton
 
 ROOT = Path(__file__).parents[2]
 compiled = pytest.mark.skipif(cpu.load_error is not None, reason=f"no compiled kernels: {cpu.load_error}")
+
+
+def ask_again() -> None:
+    backends.gpus.too_old.cache_clear()
+    cuda._not_built_for.cache_clear()
 
 
 class Gpus:
@@ -34,27 +44,26 @@ class Gpus:
         self.monkeypatch.setattr(torch.cuda, "device_count", lambda: len(capabilities))
         self.monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: capabilities[i])
         self.monkeypatch.setattr(torch.cuda, "get_device_name", lambda i: f"GPU of {capabilities[i]}")
-        backends._asked_once.cache_clear()
+        ask_again()
 
     def built(self, architectures: str) -> None:
         module = type("module", (), {"architectures": staticmethod(lambda: architectures)})
         self.monkeypatch.setattr(cuda, "_C_cuda", module, raising=False)
-        backends._asked_once.cache_clear()
+        ask_again()
 
     def lack(self, module: object, reason: str) -> None:
         self.monkeypatch.setattr(module, "load_error", reason)
-        backends._asked_once.cache_clear()
+        ask_again()
 
 
 @pytest.fixture
 def gpus(monkeypatch):
-    before = backends._default
+    before = dict(backends._active)
     yield Gpus(monkeypatch)
-    backends._asked_once.cache_clear()
+    ask_again()
     backends._warn_once.cache_clear()
-    if before is None and backends._default is not None:
-        backends._default._destroy()
-        backends._default = None
+    for which in backends._active.keys() - before.keys():
+        torch_private.unregister(backends._active.pop(which))
 
 
 def on_gpu() -> torch.Tensor:
@@ -149,7 +158,7 @@ def test_what_is_asked_of_gpus_is_a_constant_under_torch_compile(gpus):
     """Neither traced, which would break the graph, nor asked again."""
 
     def double_where_cuda_serves(x: torch.Tensor) -> torch.Tensor:
-        return x * 2 if backends._why_not("cuda", "cuda") is None else x
+        return x * 2 if cuda.BACKEND.why_not("cuda") is None else x
 
     x = torch.ones(3)
     compiled = torch.compile(double_where_cuda_serves, backend="eager", fullgraph=True)
@@ -228,6 +237,99 @@ def test_forcing_triton_puts_its_functions_before_the_others(gpus, monkeypatch):
         assert backends.explain(x).startswith("triton: Triton kernels, run by Triton's interpreter, because")
         assert torch.equal(ops.kaf(x, *arguments), torch.full_like(x, 7.0))
         assert torch.equal(kafops.kaf(x, arguments[0], arguments[1]), torch.full_like(x, 7.0))
+    assert torch.equal(ops.kaf(x, *arguments), before)
+
+
+@compiled
+def test_the_last_entered_is_in_force_and_leaving_takes_ones_own():
+    """In whatever order they leave, as contexts of several threads do."""
+    x = torch.empty(1)
+    a, b, c = kafops.backend("reference"), kafops.backend("cpu"), kafops.backend("reference")
+    chosen = []
+    for step in (a.__enter__, b.__enter__, c.__enter__):
+        step()
+        chosen.append(backends.choose(x))
+    for context in (b, a, c):
+        context.__exit__(None, None, None)
+        chosen.append(backends.choose(x))
+    assert chosen == ["reference", "cpu", "reference", "reference", "reference", "cpu"]
+    assert backends._forced is None
+
+
+@compiled
+def test_two_threads_that_overlap_leave_nothing_behind():
+    """A in, B in, A out, B out."""
+    x = torch.empty(1)
+    steps = {name: threading.Event() for name in ("A is in", "B is in", "A is out")}
+    seen = {}
+
+    def first() -> None:
+        with kafops.backend("reference"):
+            steps["A is in"].set()
+            assert steps["B is in"].wait(60)
+            seen["both are in"] = backends.choose(x)
+        seen["A is out"] = backends.choose(x)
+        steps["A is out"].set()
+
+    def second() -> None:
+        assert steps["A is in"].wait(60)
+        with kafops.backend("cpu"):
+            steps["B is in"].set()
+            assert steps["A is out"].wait(60)
+            seen["B is in"] = backends.choose(x)
+
+    with ThreadPoolExecutor(2) as pool:
+        for done in [pool.submit(first), pool.submit(second)]:
+            done.result()
+    assert seen == dict.fromkeys(("both are in", "A is out", "B is in"), "cpu")
+    assert backends._forced is None
+    assert "is in force" not in backends.explain(x)
+
+
+def test_many_threads_leave_nothing_behind(gpus, monkeypatch):
+    """Neither a backend in force nor a function of Triton's: each thread enters and leaves, nested, many times."""
+    monkeypatch.setattr(triton, "interpreted", True)
+    monkeypatch.setattr(triton, "kaf", lambda x, *arguments: torch.full_like(x, 7.0))
+    x, arguments = torch.ones(2, 3), (torch.ones(3, 4), torch.ones(3), None, 3.0)
+    before = ops.kaf(x, *arguments)
+
+    def enter_and_leave(seed: int) -> None:
+        names = random.Random(seed).choices(("triton", "reference", "cuda"), k=40)
+        for outer, inner in itertools.pairwise(names):
+            with kafops.backend(outer), kafops.backend(inner):
+                pass
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(enter_and_leave, range(8)))
+    assert backends._forced is None
+    assert torch.equal(ops.kaf(x, *arguments), before)
+
+
+@pytest.mark.parametrize("around", [None, "reference"])
+@pytest.mark.parametrize("fails_at", [1, 3, 4, 6])  # within the functions of the first device, and of the second
+def test_an_error_on_entry_leaves_nothing_behind(fails_at, around, gpus, monkeypatch):
+    monkeypatch.setattr(triton, "interpreted", True)
+    monkeypatch.setattr(triton, "kaf", lambda x, *arguments: torch.full_like(x, 7.0))
+    x, arguments = torch.ones(2, 3), (torch.ones(3, 4), torch.ones(3), None, 3.0)
+    before = ops.kaf(x, *arguments)
+    count = itertools.count(1)
+    impl = torch.library.Library.impl
+
+    def fail(self, *arguments, **options):
+        if next(count) == fails_at:
+            raise KeyError("no room")
+        impl(self, *arguments, **options)
+
+    with kafops.backend(around) if around else contextlib.nullcontext():
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.library.Library, "impl", fail)
+            with pytest.raises(KeyError, match="no room"):
+                kafops.backend("triton").__enter__()
+        assert backends._forced == around
+        assert torch.equal(ops.kaf(x, *arguments), before)
+        with kafops.backend("triton"):  # and it may be entered later
+            assert torch.equal(ops.kaf(x, *arguments), torch.full_like(x, 7.0))
+    assert backends._forced is None
     assert torch.equal(ops.kaf(x, *arguments), before)
 
 
