@@ -81,7 +81,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if device.type == "cuda":
         capability = "{}.{}".format(*torch.cuda.get_device_capability(device))
         print(f"{torch.cuda.get_device_name(device)}, compute capability {capability}, CUDA {torch.version.cuda}")
-    print(f"{backends.explain(torch.empty(0, device=device))}\n")
+    print(f"{backends.explain(device)}\n")
     print("largest error as a share of what rounding allows; above 1 is wrong")
     width = max(len(case.name) for case in _CASES) + 2
     print(f"{'':{width}}" + "".join(f"{stage:>17}" for stage in _STAGES))

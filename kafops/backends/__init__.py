@@ -3,29 +3,43 @@
 CPU tensors go to the compiled kernels; CUDA tensors to the compiled CUDA kernels, else to the Triton kernels; whatever
 is left to the plain PyTorch reference, with one warning. KAFOPS_BACKEND, or `with kafops.backend(name):`, forces one.
 
-`choose` decides, `explain` says what it would decide and why not otherwise; both read the one function `_why_not`.
+Each backend is a file with a record of what it is, and a row of `ORDER`, which `choose`, `explain` and `available` go
+through.
 """
 
 import contextlib
 import functools
 import os
+import threading
 import warnings
 from collections.abc import Iterator
-from types import ModuleType
 
 import torch
 from torch import Tensor
 
-from kafops.backends import cpu, cuda, triton
+from kafops.backends import cpu, cuda, reference, triton
+from kafops.backends.record import Backend
+from kafops.torch_private import assumed_constant, unregister
 
-__all__ = ["available", "backend", "choose", "explain"]
+__all__ = ["ORDER", "Backend", "available", "backend", "choose", "choose_for", "explain"]
 
-NAMES = ("cpu", "cuda", "triton", "reference")
-_OPERATORS = ("kaf", "kaf_backward", "kaf_double_backward")
+ORDER = (cpu.BACKEND, cuda.BACKEND, triton.BACKEND, reference.BACKEND)  # the fastest first
+_NAMED = {b.name: b for b in ORDER}
+_LAST = ORDER[-1]  # serves whatever the others leave
 
-_forced: str | None = None
-_overrides: list[torch.library.Library] = []  # that put the forced backend's kernels before the others
-_default: torch.library.Library | None = None  # of the Triton kernels, where the compiled ones cannot serve
+_lock = threading.RLock()  # of all that follows, for writing
+_forced: str | None = None  # the name of the last of these; a plain global, so that torch.compile guards it
+_tokens: list["_Token"] = []  # one for each context that is entered, in this order
+_overrides: list[torch.library.Library] = []  # that put the forced backend's functions before the others
+_active: dict[tuple[str, str], torch.library.Library] = {}  # that serve a device type by default, by (backend, type)
+_environment = os.environ.get("KAFOPS_BACKEND") or None
+
+
+class _Token:
+    """Stands for one entry of a context that forces a backend."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
 
 
 def choose(x: Tensor) -> str:
@@ -34,60 +48,68 @@ def choose(x: Tensor) -> str:
     Raises:
         RuntimeError: the backend that is forced cannot serve x.
     """
-    device_type = x.device.type
-    if device_type == "cpu" and _forced is None and cpu.load_error is None:
-        return "cpu"
-    name = _decide(device_type)
-    if name == "reference" and _forced is None and not torch.compiler.is_compiling():
-        _warn_once(device_type)
-    return name
+    device_type = "cpu" if x.is_cpu else x.device.type  # .type takes longer than all the rest
+    chosen = None if _forced is None else _demanded(device_type)
+    if chosen is None:
+        chosen = _preferred(device_type)
+        if chosen.activate is not None:
+            _activate(chosen.name, device_type)
+        elif chosen is _LAST and not torch.compiler.is_compiling():
+            _warn_once(device_type)
+    return chosen.name
 
 
 def choose_for(kernel: str, x: Tensor) -> str:
-    """Return "cpu" or "reference", whichever computes a kernel other than the Gaussian on x's device.
+    """Return the name of the backend that computes a kernel κ on x's device: "reference" where `choose`'s has it not.
 
     Raises:
         RuntimeError: the backend that is forced cannot serve x.
     """
     name = choose(x)
-    if name in ("cpu", "reference"):
+    if kernel in _NAMED[name].kernels:
         return name
     if not torch.compiler.is_compiling():
         _warn_of_kernel(kernel, name)
-    return "reference"
+    return _LAST.name
 
 
-def explain(x: Tensor) -> str:
-    """Say in a few sentences which backend would serve x, and why not each of the faster ones."""
-    device_type = x.device.type
-    name = "reference" if _forced == "reference" else _decide(device_type)
-    what = {
-        "cpu": lambda: f"compiled kernels, instruction set {cpu.capability()}",
-        "cuda": lambda: "compiled CUDA kernels",
-        "triton": lambda: "Triton kernels" + (", run by Triton's interpreter" if device_type == "cpu" else ""),
-        "reference": lambda: "plain PyTorch",
-    }[name]()
-    if _forced is not None and device_type != "meta":
-        return f"{name}: {what}, because {_who_forces()}"
-    made_for_x = ("cpu",) if device_type == "cpu" else ("cuda", "triton") if device_type == "cuda" else ()
-    faster = (_why_not(other, device_type) for other in made_for_x if NAMES.index(other) < NAMES.index(name))
-    reasons = [why for why in faster if why is not None]
-    if name == "reference" and not reasons:
+def explain(x: Tensor | torch.device | str) -> str:
+    """Say in a few sentences which backend serves a tensor or a device, and why not each of the faster ones.
+
+    Args:
+        x: a tensor, a torch.device, or the name of one: "cpu", "cuda", "cuda:1", ...
+
+    Raises:
+        RuntimeError: the backend that is forced cannot serve x, or no device has that name.
+
+    Example:
+        >>> kafops.backends.explain("cpu")
+        'cpu: compiled kernels, instruction set avx2'
+    """
+    device_type = (x.device if isinstance(x, Tensor) else torch.device(x)).type
+    chosen = _demanded(device_type)
+    if chosen is not None:
+        return f"{chosen.name}: {chosen.describe(device_type)}, because {_who_forces(chosen.name)}"
+    chosen = _preferred(device_type)
+    faster = ORDER[: ORDER.index(chosen)]
+    reasons = [str(b.why_not(device_type)) for b in faster if b.by_default(device_type)]
+    if chosen is _LAST and not reasons:
         reasons = [f"kafops has no compiled kernels for device type {device_type!r}"]
-    return f"{name}: {what}" + (f", because {'; '.join(reasons)}" if reasons else "")
+    return f"{chosen.name}: {chosen.describe(device_type)}" + (f", because {'; '.join(reasons)}" if reasons else "")
 
 
 def available(device_type: str) -> tuple[str, ...]:
     """Return the names of the backends that can serve tensors on a device type, the fastest first."""
-    return tuple(name for name in NAMES if _why_not(name, device_type) is None)
+    return tuple(b.name for b in ORDER if b.why_not(device_type) is None)
 
 
 @contextlib.contextmanager
 def backend(name: str) -> Iterator[None]:
     """Force a backend within the context, for all threads: "cpu", "cuda", "triton" or "reference".
 
-    A backward pass runs on the backend that is in force when it runs; that of a forward pass by the reference, whose
-    derivatives are PyTorch's own, stays with it.
+    Of contexts that overlap, nested or in several threads, the one entered last is in force; leaving one, in whatever
+    order, ends that one alone. A backward pass runs on the backend that is in force when it runs; that of a forward
+    pass by the reference, whose derivatives are PyTorch's own, stays with it.
 
     Raises:
         ValueError: there is no such backend.
@@ -97,102 +119,127 @@ def backend(name: str) -> Iterator[None]:
         >>> with kafops.backend("reference"):
         ...     y = layer(x)
     """
-    before = _forced
-    _force(name)
+    global _forced
+    if torch.compiler.is_compiling() and not _overrides and _usable(name).activate is None:
+        before, _forced = _forced, name  # all that tracing needs, which cannot take a lock
+        try:
+            yield
+        finally:
+            _forced = before
+        return
+    token = _enter(name)
     try:
         yield
     finally:
-        _force(before)
+        _leave(token)
 
 
-def _force(name: str | None) -> None:
-    global _forced
-    if name is not None and name not in NAMES:
-        raise ValueError(f"there is no backend {name!r}; kafops has {', '.join(map(repr, NAMES))}")
-    serves = [device for device in ("cpu", "cuda") if name is not None and _why_not(name, device) is None]
-    if name is not None and not serves:
-        device = "cpu" if name == "cpu" else "cuda"
-        raise RuntimeError(f"backend {name!r} cannot be used here: {_why_not(name, device)}")
-    while _overrides:
-        _overrides.pop()._destroy()
-    _forced = name
-    if name == "triton":
-        _overrides.extend(_register(triton, device) for device in serves)
+def _enter(name: str) -> _Token:
+    _usable(name)
+    token = _Token(name)
+    with _lock:
+        _tokens.append(token)
+        try:
+            _force_the_last()
+        except BaseException:
+            _tokens.remove(token)
+            raise
+    return token
 
 
-def _register(module: ModuleType, device_type: str) -> torch.library.Library:
-    """Put a module's functions before whatever serves the operators on a device type."""
-    library = torch.library.Library("kafops", "IMPL")
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Warning only once for all operators|.*[Oo]verriding a previously")
-        for name in _OPERATORS:
-            library.impl(name, getattr(module, name), device_type.upper(), allow_override=True)
-    return library
+def _leave(token: _Token) -> None:
+    with _lock:
+        _tokens.remove(token)
+        _force_the_last()
 
 
-def _decide(device_type: str) -> str:
-    if _forced is None or device_type == "meta":
-        for name in NAMES:
-            made_for_it = name != "triton" or device_type == "cuda"  # an interpreter is asked for by name only
-            if made_for_it and _why_not(name, device_type) is None:
-                return name
-    assert _forced is not None
-    reason = _why_not(_forced, device_type)
-    if reason is not None:
-        raise RuntimeError(f"{_who_forces()}, which cannot serve a tensor on {device_type!r}: {reason}")
-    return _forced
+def _force_the_last() -> None:
+    """Put the last token's backend in force. An error leaves everything as it was."""
+    global _forced, _overrides
+    name = _tokens[-1].name if _tokens else None
+    if name == _forced:
+        return
+    libraries: list[torch.library.Library] = []
+    try:
+        if name is not None and (activate := _NAMED[name].activate) is not None:
+            libraries.extend(map(activate, _devices(_NAMED[name])))
+    except BaseException:
+        _drop(libraries)
+        raise
+    before, _overrides, _forced = _overrides, libraries, name
+    _drop(before)
 
 
-def _why_not(name: str, device_type: str) -> str | None:
-    """Say why a backend cannot serve tensors on a device type, or return None."""
-    if name == "reference":
+def _drop(libraries: list[torch.library.Library]) -> None:
+    while libraries:
+        unregister(libraries.pop())
+
+
+def _usable(name: str) -> Backend:
+    """Return the backend of that name.
+
+    Raises:
+        ValueError: there is no such backend.
+        RuntimeError: it can serve no device of this machine.
+    """
+    if name not in _NAMED:
+        raise ValueError(f"there is no backend {name!r}; kafops has {', '.join(map(repr, _NAMED))}")
+    found = _NAMED[name]
+    if found.devices is not None and not _devices(found):
+        reasons = [str(found.why_not(device_type)) for device_type in sorted(found.default_devices or found.devices)]
+        raise RuntimeError(f"backend {name!r} cannot be used here: {'; '.join(reasons)}")
+    return found
+
+
+def _devices(b: Backend) -> list[str]:
+    """The device types that a backend that does not serve all of them can serve here."""
+    return [device_type for device_type in sorted(b.devices or ()) if b.why_not(device_type) is None]
+
+
+def _demanded(device_type: str) -> Backend | None:
+    """Return the backend that is forced, or None. Tensors on meta have no values that one could compute."""
+    name = _forced
+    if name is None or device_type == "meta":
         return None
-    if name == "cpu":
-        if device_type != "cpu":
-            return "the CPU kernels serve CPU tensors only"
-        return f"the compiled CPU kernels could not be loaded ({cpu.load_error})" if cpu.load_error else None
-    if name == "triton" and triton.interpreted:
-        return None if device_type in ("cpu", "cuda") else "Triton's interpreter serves CPU and CUDA tensors only"
-    if device_type != "cuda":
-        return f"the {'CUDA' if name == 'cuda' else 'Triton'} kernels serve CUDA tensors only"
-    return _why_not_on_gpu(name)
-
-
-def _why_not_on_gpu(name: str) -> str | None:
-    return _asked_once(name)
-
-
-# torch.compiler.assume_constant_result, without importing all of torch._dynamo
-_why_not_on_gpu._dynamo_marked_constant = True  # type: ignore[attr-defined]
-
-
-@functools.cache
-def _asked_once(name: str) -> str | None:
-    for index in range(torch.cuda.device_count() if torch.version.cuda else 0):
-        capability = torch.cuda.get_device_capability(index)
-        if capability < cuda.MINIMUM:
-            return (
-                f"kafops' GPU kernels need compute capability {cuda.MINIMUM[0]}.{cuda.MINIMUM[1]}, and GPU {index} "
-                f"({torch.cuda.get_device_name(index)}) has {capability[0]}.{capability[1]}"
-            )
-    if name == "triton":
-        return f"the Triton kernels could not be loaded ({triton.load_error})" if triton.load_error else None
-    reason = cuda.why_not()
+    reason = _NAMED[name].why_not(device_type)
     if reason is not None:
-        _serve_by_triton()  # also where the compiled kernels are loaded, but for other GPUs
-    return reason
+        raise RuntimeError(f"{_who_forces(name)}, which cannot serve a tensor on {device_type!r}: {reason}")
+    return _NAMED[name]
 
 
-def _serve_by_triton() -> None:
-    global _default
-    if _default is None and triton.load_error is None:
-        _default = _register(triton, "cuda")
+def _preferred(device_type: str) -> Backend:
+    """Return the first backend that serves a device type by default."""
+    for b in ORDER:
+        if b.by_default(device_type) and b.why_not(device_type) is None:
+            break
+    return b
 
 
-def _who_forces() -> str:
-    if _forced == os.environ.get("KAFOPS_BACKEND"):
-        return f"KAFOPS_BACKEND={_forced} asks for backend {_forced!r}"
-    return f"kafops.backend({_forced!r}) is in force"
+@assumed_constant
+def _activate(name: str, device_type: str) -> None:
+    """Register a backend's functions for a device type for good, once."""
+    if (name, device_type) in _active:
+        return
+    activate = _NAMED[name].activate
+    with _lock:
+        if activate is not None and (name, device_type) not in _active:
+            _active[name, device_type] = activate(device_type)
+
+
+def _activate_in_place_of_what_is_not_there() -> None:
+    """Register functions for device types whose own kernels could not be loaded; operators may be called directly.
+
+    Whether kernels that were loaded fit this machine's GPUs is not asked before a tensor is on one.
+    """
+    for device_type in sorted(set[str]().union(*(b.default_devices or () for b in ORDER))):
+        first = next(b for b in ORDER if b.by_default(device_type) and b.load_error() is None)
+        _activate(first.name, device_type)
+
+
+def _who_forces(name: str) -> str:
+    if name == _environment and len(_tokens) == 1:
+        return f"KAFOPS_BACKEND={name} asks for backend {name!r}"
+    return f"kafops.backend({name!r}) is in force"
 
 
 @functools.cache
@@ -201,7 +248,7 @@ def _warn_once(device_type: str) -> None:
         return
     warnings.warn(
         f"kafops computes through the plain PyTorch reference, which is slow and keeps D times the memory of x: "
-        f"{explain(torch.empty(0, device=device_type)).partition('because ')[2]}",
+        f"{explain(device_type).partition('because ')[2]}",
         stacklevel=4,
     )
 
@@ -210,12 +257,11 @@ def _warn_once(device_type: str) -> None:
 def _warn_of_kernel(kernel: str, name: str) -> None:
     warnings.warn(
         f"kafops computes kernel {kernel!r} through the plain PyTorch reference, which is slow and keeps D times the "
-        f"memory of x, because backend {name!r} has the kernel 'gaussian' only",
+        f"memory of x, because backend {name!r} has {', '.join(map(repr, sorted(_NAMED[name].kernels)))} only",
         stacklevel=5,
     )
 
 
-if cuda.load_error is not None:
-    _serve_by_triton()
-if os.environ.get("KAFOPS_BACKEND"):
-    _force(os.environ["KAFOPS_BACKEND"])
+_activate_in_place_of_what_is_not_there()
+if _environment is not None:
+    _enter(_environment)

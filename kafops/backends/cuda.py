@@ -1,5 +1,6 @@
 """The compiled CUDA kernels: loads kafops._C_cuda, and keeps the reason where it cannot."""
 
+import functools
 import importlib
 import re
 from collections.abc import Sequence
@@ -7,8 +8,9 @@ from collections.abc import Sequence
 import torch
 
 from kafops.backends import plain_operators as plain_operators  # that the kernels call for what they lack
-
-MINIMUM = (7, 5)  # compute capability that the kernels are written for
+from kafops.backends import gpus
+from kafops.backends.record import OPERATORS, Backend
+from kafops.torch_private import assumed_constant
 
 load_error: str | None = None
 try:
@@ -19,10 +21,14 @@ except ImportError as error:
     load_error = str(error)
 
 
-def why_not() -> str | None:
+@assumed_constant
+def unfit(device_type: str) -> str | None:
     """Say why the compiled kernels cannot serve this machine's GPUs, or return None. Looks at every visible GPU."""
-    if load_error is not None:
-        return f"the compiled CUDA kernels could not be loaded ({load_error})"
+    return gpus.too_old() or _not_built_for()
+
+
+@functools.cache
+def _not_built_for() -> str | None:
     built = _C_cuda.architectures().split()
     for index in range(torch.cuda.device_count()):
         capability = torch.cuda.get_device_capability(index)
@@ -51,3 +57,16 @@ def covers(built: Sequence[str], capability: tuple[int, int]) -> bool:
         elif own <= capability and (own[0] == capability[0] or (found[4] and not found[3])):
             return True
     return False
+
+
+BACKEND = Backend(
+    name="cuda",
+    title="compiled CUDA kernels",
+    devices=frozenset({"cuda"}),
+    default_devices=frozenset({"cuda"}),
+    kernels=frozenset({"gaussian"}),
+    operators=OPERATORS,
+    describe=lambda device_type: "compiled CUDA kernels",
+    load_error=lambda: load_error,
+    unfit=unfit,
+)

@@ -1,8 +1,11 @@
 """Which backend is chosen, how one is forced, and what is said where none can serve."""
 
 import contextlib
+import importlib
 import itertools
+import math
 import os
+import pkgutil
 import random
 import subprocess
 import sys
@@ -13,10 +16,11 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter, CompileCounterWithBackend
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 import kafops
-from kafops import backends, ops, torch_private
+from kafops import backends, kernels, ops, torch_private
 from kafops.backends import cpu, cuda, triton
 
 ROOT = Path(__file__).parents[2]
@@ -154,6 +158,80 @@ def test_meta_tensors_need_no_kernels():
     assert "no compiled kernels for device type 'meta'" in backends.explain(torch.empty(1, device="meta"))
 
 
+def test_a_backend_is_one_file_and_one_row():
+    names = {m.name for m in pkgutil.iter_modules(backends.__path__)}
+    modules = [importlib.import_module(f"kafops.backends.{name}") for name in sorted(names)]
+    found = [m.BACKEND for m in modules if hasattr(m, "BACKEND")]
+    assert sorted(b.name for b in found) == sorted(b.name for b in backends.ORDER)
+    assert all(b in backends.ORDER for b in found)
+    assert [b.name for b in backends.ORDER] == ["cpu", "cuda", "triton", "reference"]
+    for b in backends.ORDER:
+        assert b.kernels <= kernels.KERNELS.keys()
+        assert all(hasattr(ops, name) for name in b.operators)
+        if b.devices is not None and b.default_devices is not None:
+            assert b.default_devices <= b.devices
+
+
+@pytest.mark.parametrize("b", backends.ORDER, ids=lambda b: b.name)
+def test_a_backend_has_functions_for_its_operators(b):
+    """Those that loading has registered, or that activating it does."""
+    for device_type in sorted(b.default_devices or ()):
+        if b.why_not(device_type) is not None:
+            continue
+        kept = b.activate(device_type) if b.activate is not None else None
+        for name in b.operators:
+            assert torch._C._dispatch_has_kernel_for_dispatch_key(f"kafops::{name}", device_type.upper())
+        if kept is not None:
+            torch_private.unregister(kept)
+
+
+@compiled
+def test_explain_takes_tensors_devices_and_their_names(gpus):
+    for wanted, device in (("cpu: compiled kernels", "cpu"), ("cuda: compiled CUDA kernels", "cuda:1")):
+        text = backends.explain(device)
+        assert text.startswith(wanted)
+        assert text == backends.explain(torch.device(device))
+    assert backends.explain(torch.empty(1)) == backends.explain("cpu")
+    assert backends.explain(on_gpu()) == backends.explain("cuda")
+    with pytest.raises(RuntimeError, match="gpu"):
+        backends.explain("gpu")
+
+
+@pytest.mark.parametrize("device_type", ["xpu", "mps"])
+def test_other_devices_go_to_the_reference(device_type):
+    assert backends.available(device_type) == ("reference",)
+    wanted = f"reference: plain PyTorch, because kafops has no compiled kernels for device type {device_type!r}"
+    assert backends.explain(device_type) == wanted
+
+
+@pytest.mark.parametrize("kernel", sorted(kernels.KERNELS))
+def test_kernels_that_a_backend_does_not_have_go_to_the_reference(kernel, gpus):
+    backends._warn_of_kernel.cache_clear()
+    x = on_gpu()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        assert backends.choose_for(kernel, x) == backends.choose_for(kernel, x)
+        if cpu.load_error is None:
+            assert backends.choose_for(kernel, torch.empty(1)) == "cpu"
+    if kernel == "gaussian":
+        assert not caught
+        assert backends.choose_for(kernel, x) == "cuda"
+    else:
+        (warning,) = caught
+        assert f"computes kernel {kernel!r} through the plain" in str(warning.message)
+        assert "because backend 'cuda' has 'gaussian' only" in str(warning.message)
+        assert backends.choose_for(kernel, x) == "reference"
+
+
+def test_what_is_asked_of_gpus_is_asked_once(gpus, monkeypatch):
+    x, asked = on_gpu(), []
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda i: asked.append(i) or (9, 0))
+    for _ in range(3):
+        assert backends.choose(x) == "cuda"
+        assert backends.available("cuda") == ("cuda", "triton", "reference")
+    assert asked == [0, 0]  # is it too old, and were the kernels built for it
+
+
 def test_what_is_asked_of_gpus_is_a_constant_under_torch_compile(gpus):
     """Neither traced, which would break the graph, nor asked again."""
 
@@ -163,6 +241,84 @@ def test_what_is_asked_of_gpus_is_a_constant_under_torch_compile(gpus):
     x = torch.ones(3)
     compiled = torch.compile(double_where_cuda_serves, backend="eager", fullgraph=True)
     assert torch.equal(compiled(x), 2 * x)
+
+
+@compiled
+def test_explain_tells_what_was_chosen_at_load():
+    """The kernels choose an instruction set once: a later change of the environment changes neither them nor this."""
+    done = run(
+        """
+import os, torch, kafops
+x, alpha, gamma = torch.linspace(-3, 3, 20).reshape(2, 10), torch.ones(1, 20), torch.ones(1)
+y = kafops.kaf(x, alpha, gamma)
+for other in ("portable", "avx2", "sse9", ""):
+    print(kafops.backends.explain("cpu"), kafops.backends.cpu.capability(), torch.equal(kafops.kaf(x, alpha, gamma), y))
+    os.environ["KAFOPS_CPU_CAPABILITY"] = other
+""",
+        KAFOPS_CPU_CAPABILITY=(chosen := cpu.capability()),
+    )
+    line = f"cpu: compiled kernels, instruction set {chosen} {chosen} True"
+    assert done.stdout.splitlines() == [line] * 4, done.stdout + done.stderr
+
+
+ON_A_GPU = """
+import sys, types, torch
+
+def asked(*arguments):
+    raise AssertionError("importing kafops asked for the GPUs")
+
+torch.version.cuda = "13.0"
+torch.cuda.device_count = torch.cuda.get_device_capability = torch.cuda.get_device_name = asked
+module = types.ModuleType("kafops._C_cuda")
+module.architectures = lambda: "8.0"
+sys.modules["kafops._C_cuda"] = module
+import kafops
+from kafops import backends
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+def registered():
+    return torch._C._dispatch_has_kernel_for_dispatch_key("kafops::kaf", "CUDA")
+
+with FakeTensorMode():
+    x = torch.empty(2, 3, device="cuda")
+    arguments = x, torch.empty(3, 4, device="cuda"), torch.empty(3, device="cuda")
+print(registered())
+torch.cuda.device_count = lambda: 1
+torch.cuda.get_device_capability = lambda i: (9, 0)
+torch.cuda.get_device_name = lambda i: "H100"
+print(backends.explain(x).startswith("triton: "), backends.available("cuda")[0], registered())
+"""
+CALLS = {  # and what they print
+    "eager": ("print(kafops.kaf(*arguments).shape)", "torch.Size([2, 3])"),
+    "compile": ("print(torch.compile(lambda x: backends.choose(x), backend='eager', fullgraph=True)(x))", "triton"),
+    "export": (
+        """
+class Curve(torch.nn.Module):
+    def forward(self, *arguments):
+        return kafops.kaf(*arguments)
+
+nodes = torch.export.export(Curve(), arguments, strict=True).graph.nodes
+print([str(node.target) for node in nodes if node.op == "call_function"])
+""",
+        "['kafops.kaf.default']",
+    ),
+}
+
+
+@pytest.mark.skipif(triton.load_error is not None, reason=str(triton.load_error))
+@pytest.mark.parametrize(("call", "printed"), CALLS.values(), ids=CALLS)
+def test_functions_are_registered_by_choosing_and_not_by_asking(call, printed):
+    """Where the compiled kernels are not for this GPU, Triton's are there before the first call, traced or not."""
+    done = run(f"{ON_A_GPU}{call}\nprint(registered())", KAFOPS_BACKEND="")
+    assert done.stdout.splitlines() == ["False", "True triton False", printed, "True"], done.stdout + done.stderr
+
+
+@pytest.mark.skipif(triton.load_error is not None, reason=str(triton.load_error))
+def test_operators_may_be_called_directly_where_the_cuda_kernels_could_not_be_loaded():
+    """As an exported program does, which chooses nothing."""
+    program = "print(torch._C._dispatch_has_kernel_for_dispatch_key('kafops::kaf', 'CUDA'))"
+    done = run(without("kafops._C_cuda", "ImportError('no')") + program, KAFOPS_BACKEND="")
+    assert done.stdout.splitlines() == ["True"], done.stdout + done.stderr
 
 
 # ------------------------------------------------------------------------------------------------------- forcing
@@ -333,6 +489,113 @@ def test_an_error_on_entry_leaves_nothing_behind(fails_at, around, gpus, monkeyp
     assert torch.equal(ops.kaf(x, *arguments), before)
 
 
+@pytest.mark.parametrize("inner", ["triton", "reference", "cuda"])
+def test_leaving_an_inner_backend_restores_the_functions_of_the_outer(inner, gpus, monkeypatch):
+    monkeypatch.setattr(triton, "interpreted", True)
+    monkeypatch.setattr(triton, "kaf", lambda x, *arguments: torch.full_like(x, 7.0))
+    x, arguments = torch.ones(2, 3), (torch.ones(3, 4), torch.ones(3), None, 3.0)
+    before, sevens = ops.kaf(x, *arguments), torch.full((2, 3), 7.0)
+    with kafops.backend("triton"):
+        with kafops.backend(inner):
+            assert torch.equal(ops.kaf(x, *arguments), sevens if inner == "triton" else before)
+        assert torch.equal(ops.kaf(x, *arguments), sevens)
+    assert torch.equal(ops.kaf(x, *arguments), before)
+
+
+def test_what_is_available_does_not_depend_on_what_is_forced(gpus):
+    before = backends.available("cpu"), backends.available("cuda")
+    with kafops.backend("reference"):
+        assert (backends.available("cpu"), backends.available("cuda")) == before
+
+
+def test_meta_tensors_obey_no_backend_in_force(gpus):
+    with kafops.backend("cuda"):
+        assert backends.choose(torch.empty(1, device="meta")) == "reference"
+        assert backends.explain("meta").endswith("no compiled kernels for device type 'meta'")
+
+
+@pytest.mark.skipif(triton.interpreted, reason="says why it serves no CPU tensors without its interpreter")
+def test_triton_serves_cpu_tensors_by_its_interpreter_only(gpus):
+    with (
+        kafops.backend("triton"),
+        pytest.raises(RuntimeError, match=r"cannot serve a tensor on 'cpu': .* where TRITON_INTERPRET=1 interprets"),
+    ):
+        backends.choose(torch.empty(1))
+
+
+@compiled
+def test_entering_again_compiles_nothing_again():
+    counter = CompileCounter()
+    layer = torch.compile(kafops.KAF1d(3), backend=counter, fullgraph=True)
+    x = torch.randn(5, 3)
+    for _ in range(10):
+        layer(x)
+        with kafops.backend("reference"):
+            layer(x)
+            with kafops.backend("cpu"):
+                layer(x)
+    assert counter.frame_count == 3  # one each for nothing in force, the reference, and the CPU
+
+
+@compiled
+@pytest.mark.parametrize("around", [None, "cpu"])
+def test_a_compiled_function_may_force_a_backend(around):
+    """In one graph, and with nothing left behind."""
+    layer = kafops.KAF1d(3)
+
+    def by_both(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        with kafops.backend("reference"):
+            y = layer(x)
+        return y, layer(x)
+
+    counter = CompileCounterWithBackend("eager")
+    x = torch.randn(5, 3)
+    with kafops.backend(around) if around else contextlib.nullcontext():
+        for got, want in zip(torch.compile(by_both, backend=counter, fullgraph=True)(x), by_both(x), strict=True):
+            assert torch.equal(got, want)
+        assert backends._forced == around
+    assert backends._forced is None
+    (graph,) = counter.graphs
+    assert [str(n.target) for n in graph.graph.nodes].count("kafops.kaf.default") == 1
+
+
+def test_a_function_that_forces_triton_is_compiled_around_it(gpus, monkeypatch):
+    """Its functions have to be in place when the graph runs, not when it is traced."""
+    monkeypatch.setattr(triton, "interpreted", True)
+    monkeypatch.setattr(triton, "kaf", lambda x, *arguments: torch.full_like(x, 7.0))
+    x, alpha, gamma = torch.ones(2, 3), torch.ones(3, 4), torch.ones(3)
+    before = kafops.kaf(x, alpha, gamma)
+
+    @torch.compile(backend="eager")
+    def by_triton(x: torch.Tensor) -> torch.Tensor:
+        with kafops.backend("triton"):
+            return kafops.kaf(x, alpha, gamma)
+
+    for _ in range(2):
+        assert torch.equal(by_triton(x), torch.full_like(x, 7.0))
+        assert backends._forced is None
+        assert torch.equal(kafops.kaf(x, alpha, gamma), before)
+
+
+@pytest.mark.parametrize("x", [math.inf, -math.inf, 1e19])
+@pytest.mark.parametrize("kernel", sorted(kernels.KERNELS))
+def test_far_inputs_add_nothing_to_the_references_gradients(kernel, x):
+    """Neither NaN, as an infinite distance times a kernel value of 0 would, nor anything else."""
+
+    def gradients(*values: float) -> tuple[torch.Tensor, ...]:
+        z = torch.tensor([values]).T.requires_grad_()
+        alpha, gamma, dictionary = torch.ones(1, 3), torch.ones(1), torch.tensor([[-1.0, 0.0, 1.0]])
+        parameters = tuple(p.requires_grad_() for p in (alpha, gamma, dictionary))
+        with kafops.backend("reference"):
+            y = kafops.kaf_free(z, *parameters, kernel=kernel)
+        return torch.autograd.grad(y.sum(), (z, *parameters))
+
+    of_z, *of_parameters = gradients(0.5, x)
+    assert of_z[1] == 0
+    for got, want in zip(of_parameters, gradients(0.5)[1:], strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-6, atol=0)
+
+
 def run(program: str, **environment: str) -> subprocess.CompletedProcess:
     command = [sys.executable, "-c", program]
     return subprocess.run(command, cwd=ROOT, env=os.environ | environment, capture_output=True, text=True)
@@ -342,6 +605,14 @@ def test_the_environment_forces_a_backend():
     program = "import torch, kafops; print(kafops.backends.explain(torch.empty(1)))"
     done = run(program, KAFOPS_BACKEND="reference")
     assert "because KAFOPS_BACKEND=reference asks for backend 'reference'" in done.stdout, done.stderr
+    done = run(
+        "import torch, kafops\nwith kafops.backend('reference'): print(kafops.backends.explain('cpu'))\n"
+        "print(kafops.backends.explain('cpu'))",
+        KAFOPS_BACKEND="reference",
+    )
+    inner, outer = done.stdout.splitlines()
+    assert inner.endswith("because kafops.backend('reference') is in force")
+    assert outer.endswith("because KAFOPS_BACKEND=reference asks for backend 'reference'")
     done = run(program, KAFOPS_BACKEND="nonsense")
     assert done.returncode != 0
     assert "there is no backend 'nonsense'" in done.stderr

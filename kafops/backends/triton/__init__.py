@@ -4,6 +4,7 @@ import contextlib
 import functools
 import importlib.util
 import os
+import warnings
 from collections.abc import Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -13,8 +14,11 @@ import torch
 from torch import Tensor
 
 from kafops import plain
+from kafops.backends import gpus
+from kafops.backends.record import OPERATORS, Backend
 from kafops.backends.triton.geometry import SUMS, Geometry, Tiling, geometry
 from kafops.ops import Needs
+from kafops.torch_private import assumed_constant, unregister
 
 interpreted = os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
 load_error: str | None = None
@@ -28,6 +32,43 @@ def _kernels() -> Any:
 
     return kernels
 
+
+@assumed_constant
+def unfit(device_type: str) -> str | None:
+    """Say why the Triton kernels cannot serve this machine's devices, or return None. Its interpreter serves all."""
+    if interpreted:
+        return None
+    if device_type != "cuda":
+        return f"the Triton kernels serve {device_type.upper()} tensors only where TRITON_INTERPRET=1 interprets them"
+    return gpus.too_old()
+
+
+def activate(device_type: str) -> torch.library.Library:
+    """Put the functions below before whatever serves the operators on a device type, as long as the library lives."""
+    library = torch.library.Library("kafops", "IMPL")
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Warning only once for all operators|.*[Oo]verriding a previously")
+            for name in OPERATORS:
+                library.impl(name, globals()[name], device_type.upper(), allow_override=True)
+    except BaseException:
+        unregister(library)
+        raise
+    return library
+
+
+BACKEND = Backend(
+    name="triton",
+    title="Triton kernels",
+    devices=frozenset({"cpu", "cuda"}),
+    default_devices=frozenset({"cuda"}),
+    kernels=frozenset({"gaussian"}),
+    operators=OPERATORS,
+    describe=lambda device_type: "Triton kernels" + (", run by Triton's interpreter" if interpreted else ""),
+    load_error=lambda: load_error,
+    unfit=unfit,
+    activate=activate,
+)
 
 # ------------------------------------------------------------------------------------------------------- operators
 

@@ -1,0 +1,66 @@
+"""The private names of PyTorch that kafops uses: why each is needed, and a release from which on it is there.
+
+PyTorch has no public name for any of these. No other module uses a private one.
+"""
+
+from collections.abc import Callable
+from typing import TypeVar
+
+import torch
+from torch._functorch import utils as _functorch_utils
+from torch.autograd import forward_ad as _forward_ad
+from torch.autograd import function as _function
+
+__all__ = [
+    "AutoDispatchBelowAutograd",
+    "SingleLevelFunction",
+    "any_requires_grad",
+    "assumed_constant",
+    "enable_forward_mode",
+    "enable_single_level_functions",
+    "forward_mode_active",
+    "get_tracing_state",
+    "transforms_active",
+    "unregister",
+]
+
+_F = TypeVar("_F", bound=Callable)
+
+# An eager call that needs no derivative goes below PyTorch's registered ones, which spares half of a small call. 2.0
+AutoDispatchBelowAutograd = torch._C._AutoDispatchBelowAutograd
+
+# Whether it needs one: one call in place of a loop in Python. 2.4
+any_requires_grad = torch._C._any_requires_grad
+
+# Not None while torch.jit.trace records operators, which a call below autograd would hide from it. 2.0
+get_tracing_state = torch._C._get_tracing_state
+
+# An autograd.Function of one level of derivatives: a kernel on the Autograd key may apply it under any transform. 2.0
+SingleLevelFunction = _function._SingleLevelFunction
+enable_single_level_functions = _functorch_utils.enable_single_level_autograd_function
+
+# Forward mode is off within a kernel on the Autograd key; one that is differentiated further needs it. 2.0
+enable_forward_mode = _forward_ad._set_fwd_grad_enabled
+
+
+def transforms_active() -> bool:
+    """Whether a torch.func transform or a forward-mode level is active, which need derivatives of their own. 2.0."""
+    return torch._C._are_functorch_transforms_active() or _forward_ad._current_level >= 0
+
+
+def forward_mode_active() -> bool:
+    """Whether a forward-mode level is active, also where torch.compile traces. 2.0."""
+    return _forward_ad._current_level >= 0
+
+
+def assumed_constant(function: _F) -> _F:
+    """Let torch.compile call a function while it traces: torch.compiler.assume_constant_result, which imports all of
+    torch._dynamo. 2.0.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+def unregister(library: torch.library.Library) -> None:
+    """Take back what a library has registered, now: references that others keep would put it off. 2.1."""
+    library._destroy()
