@@ -12,7 +12,7 @@ import functools
 import os
 import threading
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
 from torch import Tensor
@@ -92,7 +92,7 @@ def explain(x: Tensor | torch.device | str) -> str:
         return f"{chosen.name}: {chosen.describe(device_type)}, because {_who_forces(chosen.name)}"
     chosen = _preferred(device_type)
     faster = ORDER[: ORDER.index(chosen)]
-    reasons = [str(b.why_not(device_type)) for b in faster if b.by_default(device_type)]
+    reasons = _distinct(b.why_not(device_type) for b in faster if b.by_default(device_type))
     if chosen is _LAST and not reasons:
         reasons = [f"kafops has no compiled kernels for device type {device_type!r}"]
     return f"{chosen.name}: {chosen.describe(device_type)}" + (f", because {'; '.join(reasons)}" if reasons else "")
@@ -186,7 +186,7 @@ def _usable(name: str) -> Backend:
         raise ValueError(f"there is no backend {name!r}; kafops has {', '.join(map(repr, _NAMED))}")
     found = _NAMED[name]
     if found.devices is not None and not _devices(found):
-        reasons = [str(found.why_not(device_type)) for device_type in sorted(found.default_devices or found.devices)]
+        reasons = _distinct(map(found.why_not, sorted(found.default_devices or found.devices)))
         raise RuntimeError(f"backend {name!r} cannot be used here: {'; '.join(reasons)}")
     return found
 
@@ -205,6 +205,10 @@ def _demanded(device_type: str) -> Backend | None:
     if reason is not None:
         raise RuntimeError(f"{_who_forces(name)}, which cannot serve a tensor on {device_type!r}: {reason}")
     return _NAMED[name]
+
+
+def _distinct(reasons: Iterable[str | None]) -> list[str]:
+    return list(dict.fromkeys(filter(None, reasons)))
 
 
 def _preferred(device_type: str) -> Backend:

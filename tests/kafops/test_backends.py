@@ -151,6 +151,25 @@ def test_a_gpu_below_the_minimum_goes_to_the_reference(gpus):
     assert "need compute capability 7.5, and GPU 0 (GPU of (7, 0)) has 7.0" in backends.explain(x)
 
 
+def test_every_gpu_is_looked_at(gpus):
+    x = on_gpu()
+    gpus.are((9, 0), (7, 0))
+    text = backends.explain(x)
+    assert text.startswith("reference: ")
+    assert text.count("GPU 1 (GPU of (7, 0)) has 7.0") == 1
+    gpus.are((7, 5), (9, 0))  # the minimum itself
+    assert backends.available("cuda") == ("triton", "reference")
+    gpus.built("7.5 9.0")
+    assert backends.choose(x) == "cuda"
+
+
+def test_gpus_of_amd_have_capabilities_of_their_own(gpus, monkeypatch):
+    monkeypatch.setattr(torch.version, "cuda", None)
+    gpus.are((6, 0))
+    gpus.lack(cuda, "not for AMD")
+    assert backends.choose(on_gpu()) == "triton"
+
+
 def test_meta_tensors_need_no_kernels():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -232,15 +251,25 @@ def test_what_is_asked_of_gpus_is_asked_once(gpus, monkeypatch):
     assert asked == [0, 0]  # is it too old, and were the kernels built for it
 
 
-def test_what_is_asked_of_gpus_is_a_constant_under_torch_compile(gpus):
+def test_what_is_asked_of_gpus_is_a_constant_under_torch_compile(gpus, monkeypatch):
     """Neither traced, which would break the graph, nor asked again."""
 
     def double_where_cuda_serves(x: torch.Tensor) -> torch.Tensor:
         return x * 2 if cuda.BACKEND.why_not("cuda") is None else x
 
+    def double_where_triton_serves(x: torch.Tensor) -> torch.Tensor:
+        return x * 2 if triton.BACKEND.why_not("cuda") is None else x
+
+    def capability(i: int) -> tuple[int, int]:
+        torch._dynamo.graph_break()  # as what PyTorch does there would
+        return (9, 0)
+
     x = torch.ones(3)
-    compiled = torch.compile(double_where_cuda_serves, backend="eager", fullgraph=True)
-    assert torch.equal(compiled(x), 2 * x)
+    for f in (double_where_cuda_serves, double_where_triton_serves):
+        ask_again()
+        monkeypatch.setattr(torch.cuda, "get_device_capability", capability)
+        compiled = torch.compile(f, backend="eager", fullgraph=True)
+        assert torch.equal(compiled(x), 2 * x)
 
 
 @compiled
@@ -276,7 +305,18 @@ import kafops
 from kafops import backends
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+registrations = []
+impl = torch.library.Library.impl
+
+def count(library, name, function, key="", **options):
+    if key == "CUDA":
+        registrations.append(name)
+    impl(library, name, function, key, **options)
+
+torch.library.Library.impl = count
+
 def registered():
+    assert len(set(registrations)) == len(registrations)
     return torch._C._dispatch_has_kernel_for_dispatch_key("kafops::kaf", "CUDA")
 
 with FakeTensorMode():
@@ -289,7 +329,7 @@ torch.cuda.get_device_name = lambda i: "H100"
 print(backends.explain(x).startswith("triton: "), backends.available("cuda")[0], registered())
 """
 CALLS = {  # and what they print
-    "eager": ("print(kafops.kaf(*arguments).shape)", "torch.Size([2, 3])"),
+    "eager": ("print([kafops.kaf(*arguments).shape for _ in range(2)])", "[torch.Size([2, 3]), torch.Size([2, 3])]"),
     "compile": ("print(torch.compile(lambda x: backends.choose(x), backend='eager', fullgraph=True)(x))", "triton"),
     "export": (
         """
@@ -440,6 +480,42 @@ def test_two_threads_that_overlap_leave_nothing_behind():
     assert seen == dict.fromkeys(("both are in", "A is out", "B is in"), "cpu")
     assert backends._forced is None
     assert "is in force" not in backends.explain(x)
+
+
+def test_a_thread_waits_until_another_has_entered(gpus, monkeypatch):
+    """While functions are registered for one thread, none can enter in between and be overruled."""
+    monkeypatch.setattr(triton, "interpreted", True)
+    halfway, go_on, entered, done = (threading.Event() for _ in range(4))
+    impl = torch.library.Library.impl
+
+    def slow(*arguments, **options):
+        halfway.set()
+        assert go_on.wait(60)
+        impl(*arguments, **options)
+
+    def first() -> None:
+        with kafops.backend("triton"):
+            assert done.wait(60)
+
+    def second() -> None:
+        with kafops.backend("reference"):
+            entered.set()
+            assert done.wait(60)
+
+    monkeypatch.setattr(torch.library.Library, "impl", slow)
+    with ThreadPoolExecutor(2) as pool:
+        threads = [pool.submit(first)]
+        assert halfway.wait(60)
+        threads.append(pool.submit(second))
+        entered.wait(0.5)  # time to enter in between, if it could
+        go_on.set()
+        assert entered.wait(60)
+        in_force = backends._forced
+        done.set()
+        for thread in threads:
+            thread.result()
+    assert in_force == "reference"
+    assert backends._forced is None
 
 
 def test_many_threads_leave_nothing_behind(gpus, monkeypatch):
