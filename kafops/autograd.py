@@ -27,7 +27,14 @@ from torch.overrides import has_torch_function
 
 from kafops import ops
 from kafops.ops import OPERATORS, Needs
-from kafops.transforms import SingleLevelFunction, add, below, product, register, transforms_active
+from kafops.torch_private import (
+    AutoDispatchBelowAutograd,
+    SingleLevelFunction,
+    any_requires_grad,
+    get_tracing_state,
+    transforms_active,
+)
+from kafops.transforms import add, below, product, register
 
 Gradients = tuple[Tensor | None, ...]
 
@@ -48,15 +55,15 @@ def apply(
     """Compute kaf by the quickest route that supports what is active."""
     if torch.compiler.is_compiling() or transforms_active() or _watched((x, alpha, gamma, dictionary)):
         return ops.kaf(x, alpha, gamma, dictionary, boundary, kernel, base)
-    if torch.is_grad_enabled() and torch._C._any_requires_grad(x, alpha, gamma, dictionary):
+    if torch.is_grad_enabled() and any_requires_grad(x, alpha, gamma, dictionary):
         return KAFEagerFunction.apply(x, alpha, gamma, dictionary, boundary, kernel, base)
-    with torch._C._AutoDispatchBelowAutograd():
+    with AutoDispatchBelowAutograd():
         return ops.kaf(x, alpha, gamma, dictionary, boundary, kernel, base)
 
 
 def _watched(tensors: tuple[Tensor | None, ...]) -> bool:
     """Whether something above autograd handles operators: __torch_function__, its modes, make_fx or torch.jit.trace."""
-    return has_torch_function(tensors) or torch._C._get_tracing_state() is not None
+    return has_torch_function(tensors) or get_tracing_state() is not None
 
 
 class KAFEagerFunction(torch.autograd.Function):
@@ -71,7 +78,7 @@ class KAFEagerFunction(torch.autograd.Function):
         ctx.save_for_backward(*inputs[:4])
         ctx.rest = inputs[4:]
         ctx.set_materialize_grads(False)
-        with torch._C._AutoDispatchBelowAutograd():
+        with AutoDispatchBelowAutograd():
             return ops.kaf(*inputs)
 
     @staticmethod
@@ -85,7 +92,7 @@ class KAFEagerFunction(torch.autograd.Function):
         if torch.is_grad_enabled() or transforms_active() or _watched((grad, *tensors)):
             gradients = ops.kaf_backward(grad, *tensors, boundary, needs, kernel, base)
         else:
-            with torch._C._AutoDispatchBelowAutograd():
+            with AutoDispatchBelowAutograd():
                 gradients = ops.kaf_backward(grad, *tensors, boundary, needs, kernel, base)
         return *_only(gradients, needs), None, None, None
 
@@ -264,8 +271,8 @@ def _differentiable_double_backward(*arguments: Any, **named: Any) -> tuple[Tens
     """`kaf_double_backward` for whoever calls it: its derivatives are those of the sum that it stands for."""
     a = _DOUBLE.bind(arguments, named)
     tensors = [a[name] for name in _DOUBLE.tensors]
-    if not transforms_active() and not (torch.is_grad_enabled() and torch._C._any_requires_grad(*tensors)):
-        with torch._C._AutoDispatchBelowAutograd():
+    if not transforms_active() and not (torch.is_grad_enabled() and any_requires_grad(*tensors)):
+        with AutoDispatchBelowAutograd():
             return ops.kaf_double_backward(*a.values())
     curve = _Curve(a["boundary"], 0, a["base"], 0, 0)
     grad, x, alpha, gamma, dictionary = tensors[4:]

@@ -13,28 +13,23 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._functorch.utils import enable_single_level_autograd_function
-from torch.autograd.function import _SingleLevelFunction
 
-__all__ = ["SingleLevelFunction", "add", "below", "product", "register", "transforms_active"]
+from kafops.torch_private import (
+    AutoDispatchBelowAutograd,
+    SingleLevelFunction,
+    enable_forward_mode,
+    enable_single_level_functions,
+)
 
-SingleLevelFunction = _SingleLevelFunction  # an autograd.Function of one level of derivatives, not of all at once
+__all__ = ["add", "below", "product", "register"]
+
 _library = torch.library.Library("kafops", "FRAGMENT")
-
-
-def transforms_active() -> bool:
-    """Whether a torch.func transform or a forward-mode level is active (PyTorch has no public name for either)."""
-    return torch._C._are_functorch_transforms_active() or torch.autograd.forward_ad._current_level >= 0
 
 
 @contextmanager
 def below() -> Iterator[None]:
     """One level of derivatives further down, and recording there: else derivatives of derivatives would be wrong."""
-    with (
-        torch.enable_grad(),
-        torch.autograd.forward_ad._set_fwd_grad_enabled(True),
-        torch._C._AutoDispatchBelowAutograd(),
-    ):
+    with torch.enable_grad(), enable_forward_mode(True), AutoDispatchBelowAutograd():
         yield
 
 
@@ -48,7 +43,7 @@ def register(name: str, function: type[Any], filled: Callable[..., tuple[Any, ..
     """
 
     def kernel(*arguments: Any, **named: Any) -> Any:
-        with enable_single_level_autograd_function():
+        with enable_single_level_functions():
             return function.apply(*filled(arguments, named))
 
     _library.impl(name, kernel, "Autograd")
@@ -92,7 +87,7 @@ _library.impl("jvp_sum", torch.add, "CompositeExplicitAutograd")
 _library.impl("jvp_product", _compute_product, "CompositeExplicitAutograd")
 
 
-class _Sum(_SingleLevelFunction):
+class _Sum(SingleLevelFunction):
     @staticmethod
     def forward(a: Tensor, b: Tensor) -> Tensor:
         with below():
@@ -111,7 +106,7 @@ class _Sum(_SingleLevelFunction):
         return add(v_a, v_b)
 
 
-class _Product(_SingleLevelFunction):
+class _Product(SingleLevelFunction):
     @staticmethod
     def forward(*inputs: Any) -> Tensor:
         with below():

@@ -60,17 +60,15 @@ def choose(x: Tensor) -> str:
 
 
 def choose_for(kernel: str, x: Tensor) -> str:
-    """Return the name of the backend that computes a kernel κ on x's device: "reference" where `choose`'s has it not.
+    """Return what `choose` does, with one warning where that backend has a kernel κ in plain PyTorch only.
 
     Raises:
         RuntimeError: the backend that is forced cannot serve x.
     """
     name = choose(x)
-    if kernel in _NAMED[name].kernels:
-        return name
-    if not torch.compiler.is_compiling():
+    if kernel not in _NAMED[name].kernels and not torch.compiler.is_compiling():
         _warn_of_kernel(kernel, name)
-    return _LAST.name
+    return name
 
 
 def explain(x: Tensor | torch.device | str) -> str:
@@ -260,8 +258,8 @@ def _warn_once(device_type: str) -> None:
 @functools.cache
 def _warn_of_kernel(kernel: str, name: str) -> None:
     warnings.warn(
-        f"kafops computes kernel {kernel!r} through the plain PyTorch reference, which is slow and keeps D times the "
-        f"memory of x, because backend {name!r} has {', '.join(map(repr, sorted(_NAMED[name].kernels)))} only",
+        f"kafops computes kernel {kernel!r} in plain PyTorch, a point of the dictionary at a time, which is slow, because "
+        f"backend {name!r} has {', '.join(map(repr, sorted(_NAMED[name].kernels)))} only",
         stacklevel=5,
     )
 

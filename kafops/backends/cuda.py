@@ -7,8 +7,8 @@ from collections.abc import Sequence
 
 import torch
 
-from kafops.backends import plain_operators as plain_operators  # that the kernels call for what they lack
 from kafops.backends import gpus
+from kafops.backends import plain_operators as plain_operators  # that the kernels call for what they lack
 from kafops.backends.record import OPERATORS, Backend
 from kafops.torch_private import assumed_constant
 
