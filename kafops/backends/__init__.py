@@ -258,8 +258,8 @@ def _warn_once(device_type: str) -> None:
 @functools.cache
 def _warn_of_kernel(kernel: str, name: str) -> None:
     warnings.warn(
-        f"kafops computes kernel {kernel!r} in plain PyTorch, a point of the dictionary at a time, which is slow, because "
-        f"backend {name!r} has {', '.join(map(repr, sorted(_NAMED[name].kernels)))} only",
+        f"kafops computes kernel {kernel!r} in plain PyTorch, a point of the dictionary at a time, which is slow, "
+        f"because backend {name!r} has {', '.join(map(repr, sorted(_NAMED[name].kernels)))} only",
         stacklevel=5,
     )
 
