@@ -12,6 +12,7 @@ import numbers
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -117,14 +118,17 @@ class Isometric(Initializer):
 
     With a base b the curve goes on top of it, and E[f] = 0, Var f = std² and E[f′²] ≤ ratio · std² hold for the sum of
     both. With r what is left of b when the φ_i are taken out of it, f = r + Σ z_i φ_i, where |z|² = std² - Var r. The z
-    of least cost, which rises, is found exactly; from there z turns towards a random direction of bent parts, up to a
-    right angle, until the cost fills the allowance. So "relu" (1.47 by itself) and "silu" (1.21) come down to 1.1, and
-    "identity" (1) bends up to it; whoever wants the straight line itself has it with "zeros".
+    of least cost, with z_1 ≥ 0, is found exactly; from there z turns towards a random direction of bent parts, up to a
+    right angle, until the cost fills the allowance, or what φ_2 costs. So "relu" (1.47 by itself) and "silu" (1.21)
+    come down to 1.1, and "identity" (1) bends up to it; whoever wants the straight line itself has it with "zeros".
+    Beyond the dictionary f goes on as its base, whose slope is 1: with a smaller std, the few large inputs would grow
+    from layer to layer. So the name "isometric" stands for std = 1 on a base.
 
     Args:
         ratio: upper bound of E[f′²] / Var f, default 1.1 (ELU has 1.08, tanh 1.18, SiLU 1.21, ReLU 1.47).
         std: standard deviation of f. The default sqrt(1/2) gives f the second moment of ReLU, so that He's weights, of
-            variance 2/fan_in, keep both signal and gradient in scale; 1 does so for weights of variance 1/fan_in.
+            variance 2/fan_in, keep both signal and gradient in scale; 1 does so for weights of variance 1/fan_in, and
+            is the better one on a base.
         kernel, base: of the curves; a layer puts its own in place of them.
 
     Raises:
@@ -198,8 +202,11 @@ class Isometric(Initializer):
         def turned(angle: Tensor) -> Tensor:
             return angle.cos() * z + angle.sin() * bent
 
+        # Beyond cost φ_2 nothing would be left for φ_1, as without a base.
+        allowance = self.std**2 * cost[:, 1:2].clamp(max=self.ratio) if cost.shape[1] > 1 else radius
+
         def allowed(angle: Tensor) -> Tensor:
-            return rest.cost_with(cost, turned(angle))[:, None] <= self.ratio * self.std**2
+            return rest.cost_with(cost, turned(angle))[:, None] <= allowance
 
         high = torch.where(length > 0, math.pi / 2, torch.zeros_like(length))
         low = torch.where(allowed(high), high, 0.0)
@@ -240,13 +247,11 @@ _NAMED: dict[str, Initializer | Target] = {
     "normal": Normal(),
     "isometric": Isometric(),
     "zeros": Zeros(),
-    "relu": F.relu,
     "elu": F.elu,
-    "silu": F.silu,
-    "gelu": F.gelu,
     "tanh": torch.tanh,
-    "identity": torch.clone,
+    **{base: partial(bases.value, base) for base in bases.BASES},
 }
+_NAMED_ON_BASE = _NAMED | {"isometric": Isometric(std=1.0)}
 
 
 def default(base: str | None) -> str:
@@ -270,7 +275,7 @@ def resolve(
             near = difflib.get_close_matches(init.lower(), _NAMED, cutoff=0.5)
             hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
             raise ValueError(f"init must be one of {', '.join(map(repr, _NAMED))} or a callable, got {init!r}{hint}")
-        init = _NAMED[init]
+        init = (_NAMED if base is None else _NAMED_ON_BASE)[init]
     if isinstance(init, Initializer):
         return init.for_layer(kernel, base)
     if not callable(init):

@@ -387,12 +387,11 @@ def test_many_even_points_whose_spacing_is_no_float(base):
     with mpmath.workdps(50):
         points = [-mpmath.mpf(boundary) + 2 * mpmath.mpf(boundary) * k / (size_ - 1) for k in numbers]
         x = f64(*(float(p - mpmath.sqrt(mpmath.mpf(1) / 2 / gamma_)) for p in points))  # where they are steepest
-        alpha = torch.ones(1, size_, dtype=F64)
-        rows = (alpha.expand(len(x), -1), gamma, boundary)
+        rows = (torch.eye(size_, dtype=F64)[numbers], gamma, boundary)
         for order, bounds in enumerate((value_bounds, slope_bounds)):
             found = bounds(*rows, x, x, base=base)
             for i, (place, p) in enumerate(zip(x.tolist(), points, strict=True)):
-                truth = exact(place, [1.0], gamma_, [p], "gaussian", base, order)  # the others are 0
+                truth = exact(place, [1.0], gamma_, [p], "gaussian", base, order)
                 assert mpmath.mpf(found.minimum[i].item()) <= truth <= mpmath.mpf(found.maximum[i].item())
 
 
@@ -402,8 +401,8 @@ def test_a_base_between_points_that_are_far_apart(base, away):
     """Places near 0 are known to a unit roundoff of the nearest point; bounds are wider by that, and hold."""
     alpha, points = f64([1.0, -2.0]), f64([-away, away])
     at = torch.linspace(-4, 4, 60, dtype=F64)
-    rows = (alpha.expand(60, -1), f64(1.0), points.expand(60, -1))
-    ranges = CurveRanges(alpha, f64(1.0), points, base=base)
+    rows = (alpha.expand(60, -1), f64(1.7), points.expand(60, -1))
+    ranges = CurveRanges(alpha, f64(1.7), points, base=base)
     for order, bounds in enumerate((value_bounds, slope_bounds)):
         found = bounds(*rows, at, at + 0.01, base=base)
         many = (ranges.slopes if order else ranges.values)(at[:, None], at[:, None] + 0.01)

@@ -6,7 +6,7 @@ import pytest
 import torch
 from other_kernels import F64, definition, of_kernels
 
-from kafops import expectations, init
+from kafops import bases, expectations, init
 
 DICTIONARY = torch.tensor([[-3.0, -0.4, 0.0, 0.1, 2.5], [0.3, -1.0, 4.0, 0.3, 1.0]], dtype=F64)
 
@@ -59,3 +59,47 @@ def test_equal_channels_are_computed_once(monkeypatch):
     assert (mean.shape, second.shape, slope.shape) == ((4, 5), (4, 5, 5), (4, 5, 5))
     assert torch.equal(second[0], second[2])
     assert not torch.equal(second[0], second[1])
+
+
+@pytest.mark.parametrize("base", bases.BASES)
+@pytest.mark.parametrize("kernel", ["gaussian", "rational_quadratic", "matern32", "bspline"])
+@pytest.mark.parametrize("gamma", [0.01, 1.7, 300.0])
+def test_of_a_base_against_very_many_nodes(base, kernel, gamma):
+    """The midpoint rule with 4·10⁵ nodes, whose cells end at the kink of "relu": its error is h² times jumps of slopes."""
+    h = 5e-5
+    x = torch.arange(-10 + h / 2, 10, h, dtype=F64)
+    weight = h * torch.exp(-x * x / 2) / math.sqrt(2 * math.pi)
+    z = x.clone().requires_grad_()
+    b = {"identity": z * 1, "relu": z.relu(), "silu": z * torch.sigmoid(z), "gelu": z * torch.special.ndtr(z)}[base]
+    (steep,) = torch.autograd.grad(b.sum(), z)
+    u = (math.sqrt(gamma) * (x[:, None] - DICTIONARY[0])).requires_grad_()
+    k = torch.exp(-u * u) if kernel == "gaussian" else definition(kernel, u)
+    (slope,) = torch.autograd.grad(k.sum(), u)
+    b, k, slope = b.detach(), k.detach(), math.sqrt(gamma) * slope
+    want = weight @ b, weight @ b**2, weight @ steep**2, k.T @ (weight * b), slope.T @ (weight * steep)
+    got = expectations.of_base(base, DICTIONARY[:1], torch.tensor([gamma], dtype=F64), kernel)
+    for found, w in zip(got, want, strict=True):
+        # Of odd functions, whose mean is 0, nothing but rounding is left.
+        assert (found[0] - w).abs().max() < 1e-9 * w.abs().max() + 1e-13
+
+
+def test_moments_of_bases_by_hand():
+    """Of relu E b² = E b′² = 1/2, of gelu E b = E Φ′ = E φ = 1/(2√π), as E x g(x) = E g′(x)."""
+    gamma = torch.ones(1, dtype=F64)
+    found = {b: expectations.of_base(b, DICTIONARY[:1], gamma, "gaussian") for b in bases.BASES}
+    assert [t.item() for t in found["identity"][:3]] == pytest.approx([0, 1, 1], abs=1e-13)
+    assert [t.item() for t in found["relu"][:3]] == pytest.approx([1 / math.sqrt(2 * math.pi), 0.5, 0.5], abs=1e-13)
+    assert found["gelu"].mean.item() == pytest.approx(1 / (2 * math.sqrt(math.pi)), abs=1e-13)
+    # E x k = E k′ and E k′ = -2 E (x - δ) k: so E x k = 2 δ E k / 3.
+    mean = init._moments(DICTIONARY[:1], gamma, "gaussian")[0]
+    torch.testing.assert_close(found["identity"].with_values, 2 * DICTIONARY[:1] * mean / 3, rtol=1e-12, atol=1e-14)
+    torch.testing.assert_close(found["identity"].with_slopes, 2 * DICTIONARY[:1] * mean / 3, rtol=1e-12, atol=1e-14)
+
+
+def test_moments_with_a_base_by_channel():
+    gamma, of_kernel = torch.tensor([1.0, 2.0, 1.0], dtype=F64), "matern32"
+    together = expectations.of_base("silu", DICTIONARY[:1], gamma, of_kernel)
+    assert [t.shape for t in together] == [(3,), (3,), (3,), (3, 5), (3, 5)]
+    for c in range(3):
+        alone = expectations.of_base("silu", DICTIONARY[:1], gamma[c : c + 1], of_kernel)
+        assert all(torch.equal(a[c : c + 1], b) for a, b in zip(together, alone, strict=True))

@@ -6,7 +6,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import kafops
-from kafops.init import Isometric, Normal, gradient_factor, ridge
+from kafops import bases
+from kafops.init import Initializer, Isometric, Normal, Zeros, default, gradient_factor, resolve, ridge
 
 F64 = torch.float64
 
@@ -147,6 +148,19 @@ def test_isometric_curves_follow_x_and_differ():
     assert between.median() < 0.98
 
 
+def test_isometric_keeps_its_deviation_where_the_allowance_is_more_than_curves_can_use():
+    """At most as much as the second eigenfunction costs, 2.1, beyond which nothing were left for the first."""
+    for ratio in (2.0, 4.0):
+        torch.manual_seed(0)
+        layer = kafops.KAF(6, init=Isometric(ratio), dtype=F64)
+        mean, variance, slope = gaussian_moments(layer.alpha.detach(), layer.gamma[:1], layer.points())
+        assert mean.abs().max() < 1e-9
+        torch.testing.assert_close(variance, torch.full_like(variance, 0.5), rtol=1e-8, atol=0)
+        assert (slope / variance).max() < min(ratio, 2.2)
+        low, high = layer(torch.tensor([[-1.0], [1.0]], dtype=F64).expand(2, 6))
+        assert (high > low).all()
+
+
 def test_isometric_says_when_the_dictionary_cannot():
     for size, boundary in ((1, 3.0), (20, 1.0), (128, 3.0)):
         with pytest.raises(ValueError, match=r"'isometric' wants .* ≤ 1.1, but a dictionary of \d+ points .* no less"):
@@ -225,3 +239,274 @@ def test_bad_init(init, error, message):
 def test_bad_numbers(make, error, message):
     with pytest.raises(error, match=message):
         make()
+
+
+# ------------------------------------------------------------------------------------------------------- on a base
+
+of_bases = pytest.mark.parametrize("base", bases.BASES)
+FUNCTIONS = {"relu": F.relu, "elu": F.elu, "silu": F.silu, "gelu": F.gelu, "tanh": torch.tanh, "identity": torch.clone}
+BENEATH = {"identity": torch.clone, "relu": F.relu, "silu": F.silu, "gelu": F.gelu}
+ALONE = {  # E b′² / Var b for x ~ N(0, 1), of relu 1/2 : 1/2 - 1/(2π); of the others as torch's own functions have it
+    "identity": 1.0,
+    "relu": 0.5 / (0.5 - 0.5 / math.pi),
+    "silu": 1.2120811147571111,
+    "gelu": 1.3188449708656238,
+}
+
+
+def moments_on_base(alpha, gamma, dictionary, base):
+    """E f, Var f and E f′² for x ~ N(0, 1) by the midpoint rule, whose error is h² times jumps of slopes."""
+    h = 1e-3
+    x = torch.arange(-10 + h / 2, 10, h, dtype=F64)
+    weight = h * torch.exp(-(x**2) / 2) / math.sqrt(2 * math.pi)
+    z = x.clone().requires_grad_()
+    b = BENEATH[base](z)
+    (steep,) = torch.autograd.grad(b.sum(), z)
+    k = torch.exp(-gamma * (x[:, None] - dictionary) ** 2)
+    f = b.detach()[:, None] + k @ alpha.T
+    slope = steep[:, None] + (-2 * gamma * (x[:, None] - dictionary) * k) @ alpha.T
+    mean = weight @ f
+    return mean, weight @ (f - mean) ** 2, weight @ slope**2
+
+
+def test_defaults():
+    assert default(None) == "elu"
+    assert all(default(base) == "zeros" for base in bases.BASES)
+
+
+@of_bases
+def test_a_layer_on_a_base_starts_as_its_base(base):
+    torch.manual_seed(3)
+    state = torch.get_rng_state()
+    layer = kafops.KAF(5, base=base)
+    assert torch.equal(torch.get_rng_state(), state)  # whoever swaps activations draws the same numbers after it
+    assert torch.equal(layer.alpha, torch.zeros(5, 20))
+    assert not layer.alpha.signbit().any()
+    assert torch.equal(kafops.KAF(5, base=base, init="zeros").alpha, layer.alpha)
+
+
+def test_zeros_without_a_base():
+    assert torch.equal(kafops.KAF(3, init="zeros").alpha, torch.zeros(3, 20))
+    assert torch.equal(Zeros()(grid(7), torch.ones(2, dtype=F64)), torch.zeros(2, 7, dtype=F64))
+
+
+@of_bases
+@pytest.mark.parametrize("target", FUNCTIONS)
+def test_fits_on_a_base_are_of_what_it_lacks(base, target):
+    gamma, function = torch.tensor([default_gamma(20, 3), 0.7], dtype=F64), FUNCTIONS[target]
+    alpha = ridge(function, grid(20), gamma, base=base)
+    torch.testing.assert_close(
+        alpha, ridge(lambda x: function(x) - BENEATH[base](x), grid(20), gamma), rtol=0, atol=1e-9
+    )
+    layer = kafops.KAF(2, init=target, base=base, gamma=gamma, dtype=F64)
+    torch.testing.assert_close(layer.alpha.detach(), alpha, rtol=0, atol=1e-9)
+    if target == base:
+        assert (alpha == 0).all()
+    elif "identity" in (target, base):  # nothing in both
+        assert alpha.abs().max() > 1
+    custom = kafops.KAF(2, init=lambda x: function(x), base=base, gamma=gamma, dtype=F64)
+    assert torch.equal(custom.alpha, layer.alpha)
+
+
+def test_a_fit_to_gelu_is_one():
+    layer = kafops.KAF(1, init="gelu")
+    x = torch.linspace(-3, 3, 2001)
+    assert (layer(x) - F.gelu(x)).abs().max() < 0.03
+    # On silu there is less to fit, and nothing beyond ±3 to fall back from.
+    layer = kafops.KAF(1, init="gelu", base="silu")
+    assert (layer(x) - F.gelu(x)).abs().max() < 2e-3
+
+
+def test_random_coefficients_are_the_same_on_a_base():
+    torch.manual_seed(0)
+    plain = kafops.KAF(4, init="normal").alpha
+    torch.manual_seed(0)
+    assert torch.equal(kafops.KAF(4, init="normal", base="silu").alpha, plain)
+
+
+@of_bases
+def test_gradient_factor_on_a_base(base):
+    gamma, points = torch.tensor([1.7], dtype=F64), grid(9)[None]
+    alone = gradient_factor(torch.zeros(1, 9), gamma, points, base=base)
+    assert alone.item() == pytest.approx(math.sqrt(ALONE[base]), rel=1e-12)
+    alpha = torch.randn(3, 9, dtype=F64, generator=torch.Generator().manual_seed(0))
+    _, variance, slope = moments_on_base(alpha, 1.7, points, base)
+    for kernel in ("gaussian",):
+        found = gradient_factor(alpha, gamma, points, kernel, base=base)
+        torch.testing.assert_close(found, (slope / variance).sqrt(), rtol=1e-6, atol=0)
+    matern = gradient_factor(alpha, gamma, points, "matern32", base=base)
+    assert (matern - found).abs().min() > 1e-3
+    free = gradient_factor(alpha, gamma, points + torch.zeros(3, 1), base=base)
+    torch.testing.assert_close(free, found, rtol=1e-12, atol=0)
+
+
+@of_bases
+@pytest.mark.parametrize(
+    ("dictionary_size", "boundary", "init"),
+    [
+        (20, 3.0, "isometric"),
+        (20, 4.0, "isometric"),
+        (64, 3.0, "isometric"),
+        (8, 3.0, Isometric(1.3)),
+        (20, 3.0, Isometric(1.5, std=1.0)),
+        (20, 3.0, Isometric(4.0)),
+        (20, 2.0, Isometric(1.5, std=0.6)),
+    ],
+)
+def test_isometric_sums_of_base_and_curve(base, dictionary_size, boundary, init):
+    rule = Isometric() if init == "isometric" else init
+    for seed in range(2):
+        torch.manual_seed(seed)
+        layer = kafops.KAF(10, dictionary_size, boundary, init, base=base, dtype=F64)
+        alpha, gamma = layer.alpha.detach(), layer.gamma[0]
+        mean, variance, slope = moments_on_base(alpha, gamma, layer.points(), base)
+        # The midpoint rule is off by 1e-7 at the kink of relu.
+        assert mean.abs().max() < 1e-7
+        torch.testing.assert_close(variance, torch.full_like(variance, rule.std**2), rtol=1e-6, atol=0)
+        ratio = slope / variance
+        assert (ratio <= rule.ratio * (1 + 1e-6)).all()
+        low, high = layer(torch.tensor([[-1.0], [1.0]], dtype=F64).expand(2, 10)).detach()
+        assert (high > low).all()
+        if dictionary_size >= 20 and rule.ratio < 2:
+            assert ratio.min() > 0.97 * rule.ratio  # bends fill what is allowed
+        between = torch.cdist(alpha, alpha) + 10 * torch.eye(10, dtype=F64)
+        assert between.min() > 1e-2  # no two alike
+        if boundary == 3.0 and dictionary_size == 20:
+            assert alpha.abs().max() < 20
+        factor = gradient_factor(alpha, layer.gamma, layer.points(), base=base)
+        torch.testing.assert_close(factor**2, ratio, rtol=1e-5, atol=0)
+
+
+@of_bases
+@pytest.mark.parametrize("kernel", ["rational_quadratic", "matern32", "bspline"])
+def test_isometric_sums_of_other_kernels(base, kernel):
+    layer = kafops.KAF(4, init="isometric", kernel=kernel, base=base, dtype=F64)
+    factor = gradient_factor(layer.alpha, layer.bandwidths(), layer.points(), kernel, base=base)
+    assert (factor**2 <= 1.1 * (1 + 1e-9)).all()
+    assert (factor**2 >= 1.03).all()
+
+
+@of_bases
+@pytest.mark.parametrize("std", [math.sqrt(0.5), 1.0])
+def test_no_sum_costs_less_than_the_least(base, std):
+    """Against curves with the same mean and variance, near the best one and far from it."""
+    points, gamma = grid(12), torch.tensor([0.9], dtype=F64)
+    least = cost = None
+    for ratio in (1.0001, 1.2):
+        try:
+            torch.manual_seed(0)
+            alpha = Isometric(ratio, std).for_layer("gaussian", base)(points, gamma.expand(300))
+        except ValueError as error:
+            least = float(str(error).split("no less than ")[1].split()[0])
+    assert least is not None
+    assert 1 < least < 1.2
+    _, variance, slope = moments_on_base(alpha, 0.9, points, base)
+    cost = (slope + 1e-4 * alpha.square().sum(1)) / variance
+    # The message has four digits.
+    assert cost.min() > least - 1e-3
+    # Just above the least there are curves, and they cost no more.
+    alpha = Isometric(least + 2e-3, std).for_layer("gaussian", base)(points, gamma.expand(5))
+    _, variance, slope = moments_on_base(alpha, 0.9, points, base)
+    cost = (slope + 1e-4 * alpha.square().sum(1)) / variance
+    assert (cost <= least + 2e-3 + 1e-6).all()
+    # Around them: coefficients moved, and put back to E f = 0 and Var f = std² along the first two that do it.
+    draw = torch.Generator().manual_seed(0)
+    at, tried = alpha[0], []
+    for size in (1e-3, 1e-2, 0.1, 1.0):
+        for _ in range(60):
+            moved = _feasible(at + size * torch.randn(12, generator=draw, dtype=F64), points, 0.9, base, std)
+            if moved is not None:
+                _, variance, slope = moments_on_base(moved[None], 0.9, points, base)
+                assert variance.item() == pytest.approx(std**2, rel=1e-5)
+                tried.append(((slope + 1e-4 * moved.square().sum()) / variance).item())
+    assert len(tried) > 100
+    assert min(tried) > least - 1e-3
+
+
+def _feasible(alpha, points, gamma, base, std):
+    """The coefficients nearest to these, by a few steps of Newton, with E f = 0 and Var f = std²; or None."""
+    h = 1e-2
+    x = torch.arange(-8 + h / 2, 8, h, dtype=F64)
+    weight = h * torch.exp(-(x**2) / 2) / math.sqrt(2 * math.pi)
+    k, b = torch.exp(-gamma * (x[:, None] - points) ** 2), BENEATH[base](x)
+    for _ in range(30):
+        f = b + k @ alpha
+        wrong = torch.stack([weight @ f, weight @ f**2 - std**2])
+        by_alpha = torch.stack([weight @ k, 2 * (weight * f) @ k])
+        alpha = alpha - torch.linalg.lstsq(by_alpha, wrong[:, None], driver="gelsd").solution[:, 0]
+    f = b + k @ alpha
+    return alpha if (weight @ f).abs() < 1e-9 and ((weight @ f**2) - std**2).abs() < 1e-9 else None
+
+
+def test_isometric_says_when_the_base_does_not_allow_it():
+    for base, size, boundary, rule in (
+        ("relu", 3, 3.0, Isometric()),
+        ("silu", 20, 1.0, Isometric()),
+        ("relu", 20, 3.0, Isometric(std=0.3)),  # its kink alone is steeper than that
+        ("gelu", 1, 3.0, Isometric()),
+        ("relu", 20, 3.0, Isometric(std=1e-3)),  # less than what no curve takes out of relu
+    ):
+        message = (
+            rf"'isometric' wants .* ≤ 1.1, but a dictionary of {size} points .* no less than .* base '{base}' with"
+        )
+        with pytest.raises(ValueError, match=message + r" std=.*; widen boundary, lower gamma, choose another std"):
+            kafops.KAF(4, size, boundary, rule, base=base, gamma=1.0 if size == 1 else None)
+
+
+def test_isometric_on_a_base_fits_each_channel_to_its_own_gamma():
+    torch.manual_seed(0)
+    layer = kafops.KAF(4, init="isometric", gamma=torch.tensor([2.0, 0.5, 1.0, 0.5]), base="silu", dtype=F64)
+    factor = gradient_factor(layer.alpha, layer.bandwidths(), layer.points(), base="silu")
+    assert (factor**2 <= 1.1 + 1e-9).all()
+    assert (factor**2 >= 1.07).all()
+
+
+def test_isometric_on_a_base_keeps_gradients_in_scale_through_depth():
+    def first_over_last(init, base):
+        torch.manual_seed(0)
+        linear = [nn.Linear(32, 32, bias=False) for _ in range(30)]
+        layers = [m for one in linear for m in (one, nn.BatchNorm1d(32), kafops.KAF1d(32, init=init, base=base))]
+        nn.Sequential(*layers)(torch.randn(64, 32)).square().sum(1).sqrt().sum().backward()
+        return (linear[0].weight.grad.norm() / linear[-1].weight.grad.norm()).item()
+
+    assert first_over_last("zeros", "relu") > 60
+    assert first_over_last("isometric", "relu") < 30
+    assert 1 / 30 < first_over_last("isometric", "silu") < 30
+
+
+@pytest.mark.parametrize("init", ["isometric", Isometric(1.3)])
+def test_a_seed_gives_the_same_curves_on_a_base_in_every_dtype(init):
+    def draw(seed, dtype):
+        torch.manual_seed(seed)
+        return kafops.KAF(6, init=init, base="gelu", dtype=dtype).alpha.detach()
+
+    assert torch.equal(draw(0, torch.float64).float(), draw(0, torch.float32))
+    assert not torch.equal(draw(0, torch.float32), draw(1, torch.float32))
+
+
+def test_an_initializer_of_version_0_1_needs_no_rule_for_bases():
+    class Own(Initializer):
+        def __init__(self, kernel="gaussian"):
+            self.kernel = kernel
+
+        def for_kernel(self, kernel):
+            return Own(kernel)
+
+        def __call__(self, dictionary, gamma):
+            return torch.full((len(gamma), len(dictionary)), float(len(self.kernel)), dtype=F64)
+
+    layer = kafops.KAF(2, 3, init=Own(), kernel="bspline", base="relu")
+    assert torch.equal(layer.alpha, torch.full((2, 3), 7.0))
+    assert isinstance(resolve("silu", grid(5), "matern32", "silu"), Initializer)
+    assert Isometric().for_layer("bspline", "relu") == Isometric(kernel="bspline", base="relu")
+    assert Isometric().for_kernel("bspline") == Isometric(kernel="bspline")
+
+
+@pytest.mark.parametrize("call", [lambda b: Isometric(base=b), lambda b: resolve("relu", grid(5), "gaussian", b)])
+def test_wrong_bases_are_named(call):
+    with pytest.raises(ValueError, match="base must be None or one of 'identity', .* got 'swish'"):
+        call("swish")
+    with pytest.raises(ValueError, match="base must be None or one of"):
+        gradient_factor(torch.ones(1, 3), torch.ones(1), torch.ones(1, 3), base="swish")
+    with pytest.raises(ValueError, match="base must be None or one of"):
+        ridge(F.relu, grid(5), torch.ones(1), base="swish")
