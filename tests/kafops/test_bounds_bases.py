@@ -416,6 +416,22 @@ def test_a_base_between_points_that_are_far_apart(base, away):
         assert (found[1] - seen.amax(0)).max() <= room + (1 if order and base == "relu" else 0)
 
 
+@pytest.mark.parametrize("base", ["silu", "gelu"])
+@pytest.mark.parametrize("away", [1e6, 1e10, 1e14])
+def test_where_cells_meet_between_points_that_are_far_apart(base, away):
+    """An x there may be looked up in the neighbour of its cell."""
+    ranges = CurveRanges(f64([1.0, -2.0]), f64(1.7), f64([-away, away]), base=base)
+    ranges.values(f64([0.0]), f64([0.0]))
+    edges = ranges._values.edges[0]
+    at = edges[edges.abs() < 5]
+    assert len(at) > 8
+    at = torch.cat([at, torch.nextafter(at, at + 1), torch.nextafter(at, at - 1), at + 1e-7, at - 1e-7])[:, None]
+    for order, many in enumerate((ranges.values, ranges.slopes)):
+        found, seen = many(at, at), bases.value(base, at, order)
+        assert (found.minimum <= seen).all()
+        assert (found.maximum >= seen).all()
+
+
 @of_bases
 @of_kernels
 @pytest.mark.parametrize("gamma", [1e-300, 1e-30, 1e-8, 1e8, 1e25, 1e300])
