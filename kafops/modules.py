@@ -176,7 +176,7 @@ class KAF(nn.Module):
             >>> kafops.KAF(16).bounds(-1.0, 1.0).lipschitz
         """
         points = self.boundary if self.dictionary is None else self.dictionary
-        return certified.curve_bounds(self.alpha, self.bandwidths(), points, lower, upper, self.kernel)
+        return certified.curve_bounds(self.alpha, self.bandwidths(), points, lower, upper, self.kernel, base=self.base)
 
     def forward(self, x: Tensor) -> Tensor:  # as x
         """Apply each channel's curve; shape, dtype and memory format are those of x."""
