@@ -6,27 +6,22 @@ Run by test_gpu_kernels.py on the GPU kernels, executed on the CPU.
 import functools
 import itertools
 import math
-import sys
 
 import pytest
 import torch
-from cases import BF16, DEVICE, F16, F32, F64, Case
+from cases import BF16, DEVICE, F16, F32, F64, GPU_KERNELS, Case
 from torch import Tensor
 
 from kafops import bases, kernels, plain, reference
 from kafops.accuracy import Problem, bounds, values
-from kafops.backends import triton
 
 BASES = {b.code: name for name, b in bases.BASES.items()}
 KERNELS = {k.code: name for name, k in kernels.KERNELS.items()}
-EMULATED = "emulated_cuda" in sys.modules
-OPERATORS = triton if triton.interpreted else torch.ops.kafops_emulated if EMULATED else torch.ops.kafops
+OPERATORS = torch.ops.kafops
 EVERYTHING = 31
 UNIT = 2**-24  # roundoff of float32, which arithmetic is done in
 
-pytestmark = pytest.mark.skipif(
-    not (triton.interpreted or EMULATED or DEVICE != "cpu"), reason="is run by test_gpu_kernels"
-)
+pytestmark = pytest.mark.skipif(not GPU_KERNELS, reason="is run by test_gpu_kernels")
 
 
 def curve(p: Problem) -> tuple:
