@@ -504,7 +504,7 @@ def test_an_initializer_of_version_0_1_needs_no_rule_for_bases():
 
 @pytest.mark.parametrize("call", [lambda b: Isometric(base=b), lambda b: resolve("relu", grid(5), "gaussian", b)])
 def test_wrong_bases_are_named(call):
-    with pytest.raises(ValueError, match="base must be None or one of 'identity', .* got 'swish'"):
+    with pytest.raises(ValueError, match=r"base must be None or one of 'identity', .* got 'swish'"):
         call("swish")
     with pytest.raises(ValueError, match="base must be None or one of"):
         gradient_factor(torch.ones(1, 3), torch.ones(1), torch.ones(1, 3), base="swish")
