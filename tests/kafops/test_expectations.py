@@ -65,7 +65,7 @@ def test_equal_channels_are_computed_once(monkeypatch):
 @pytest.mark.parametrize("kernel", ["gaussian", "rational_quadratic", "matern32", "bspline"])
 @pytest.mark.parametrize("gamma", [0.01, 1.7, 300.0])
 def test_of_a_base_against_very_many_nodes(base, kernel, gamma):
-    """The midpoint rule with 4·10⁵ nodes, whose cells end at the kink of "relu": it errs by h² times jumps of slopes."""
+    """The midpoint rule with 4·10⁵ nodes, cells ending at the kink of "relu": its error is h² times jumps of f′."""
     h = 5e-5
     x = torch.arange(-10 + h / 2, 10, h, dtype=F64)
     weight = h * torch.exp(-x * x / 2) / math.sqrt(2 * math.pi)
