@@ -1,7 +1,8 @@
-"""Builds kafops._C, the CPU kernels, and kafops._C_cuda, the CUDA kernels. Everything else is in pyproject.toml.
+"""Builds kafops/_C*.so, the CPU kernels, and kafops._C_cuda, the CUDA kernels. Everything else is in pyproject.toml.
 
-A module is left out where this machine lacks what it needs (a C++ compiler; nvcc and a CUDA build of torch, but no
-GPU): the package then computes through other kernels or the plain PyTorch reference, and says so when it is first used.
+The first is a library for torch.ops.load_library, which knows nothing of Python, the second a module. Either is left
+out where this machine lacks what it needs (a C++ compiler; nvcc and a CUDA build of torch, but no GPU): the package
+then computes through other kernels or the plain PyTorch reference, and says so when it is first used.
 KAFOPS_BUILD_CPU=0 and KAFOPS_BUILD_CUDA=0 leave one out, =1 fails where it cannot be built. A compiler that is there
 but fails is an error. TORCH_CUDA_ARCH_LIST says which GPUs are built for.
 """
@@ -16,7 +17,8 @@ from pathlib import Path
 import setuptools
 
 ROOT = Path(__file__).parent
-CPU_SOURCES = [f"csrc/cpu/{name}.cpp" for name in ("ops", "portable", "avx2", "avx512", "kernels")]
+INSTRUCTION_SETS = re.findall(r"\bX\((\w+),", Path(ROOT, "csrc/cpu/isa.h").read_text(encoding="utf-8"))
+CPU_SOURCES = [f"csrc/cpu/{name}.cpp" for name in ("ops", *INSTRUCTION_SETS)]
 CUDA_SOURCES = ["csrc/cuda/ops.cpp"]
 CUDA_SOURCES += [f"csrc/cuda/{name}.cu" for name in ("launch", "float32", "float64", "bfloat16", "float16")]
 COMPILERS = ("c++", "g++", "clang++")
@@ -84,7 +86,8 @@ def extension(kind: type, name: str, sources: list[str], flags: object) -> setup
 def cpu_extension() -> setuptools.Extension:
     from torch.utils.cpp_extension import CppExtension
 
-    flags = [*OPTIONS, *WARNINGS, "-fvisibility=hidden", "-g0", STABLE_ABI]
+    # Compilers do not vectorise a choice between two values while they think that computing either could trap.
+    flags = [*OPTIONS, *WARNINGS, "-fno-trapping-math", "-fvisibility=hidden", "-g0", STABLE_ABI]
     return extension(CppExtension, "kafops._C", CPU_SOURCES, flags + os.environ.get("KAFOPS_CXX_FLAGS", "").split())
 
 

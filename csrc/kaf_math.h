@@ -21,46 +21,57 @@
 
 namespace kaf {
 
-constexpr int kMaxDegree = 4;  // of d in what the second derivatives need
+constexpr int kHighest = 12;  // order n + 2m of n derivatives in x and m in γ that is offered, the degree of their p
 
-// p_k for one point: coefficients of d^0 … d^kMaxDegree.
+// p_k for one point: coefficients of d^0 … d^degree.
 struct Term {
-  double p[kMaxDegree + 1];
+  int degree;
+  double p[kHighest + 1];
 };
+
+KAF_FN double coefficient(const Term& t, int i) { return 0 <= i && i <= t.degree ? t.p[i] : 0.0; }
 
 // The term of ∂s/∂x: q[i] = (i + 1) p[i + 1] − 2γ p[i − 1].
 KAF_FN Term d_dx(const Term& t, double gamma) {
   Term r;
-  for (int i = 0; i <= kMaxDegree; ++i)
-    r.p[i] = (i < kMaxDegree ? (i + 1) * t.p[i + 1] : 0.0) - (i > 0 ? 2 * gamma * t.p[i - 1] : 0.0);
+  r.degree = t.degree + 1;
+  for (int i = 0; i <= r.degree; ++i) r.p[i] = (i + 1) * coefficient(t, i + 1) - 2 * gamma * coefficient(t, i - 1);
   return r;
 }
 
 // The term of ∂s/∂γ: q[i] = −p[i − 2].
 KAF_FN Term d_dgamma(const Term& t) {
   Term r;
-  for (int i = 0; i <= kMaxDegree; ++i) r.p[i] = i >= 2 ? -t.p[i - 2] : 0.0;
+  r.degree = t.degree + 2;
+  for (int i = 0; i <= r.degree; ++i) r.p[i] = -coefficient(t, i - 2);
   return r;
 }
 
-KAF_FN Term constant(double c) { return Term{{c, 0, 0, 0, 0}}; }
+KAF_FN Term constant(double c) {
+  Term r;
+  r.degree = 0;
+  r.p[0] = c;
+  return r;
+}
 
 KAF_FN Term operator+(const Term& a, const Term& b) {
   Term r;
-  for (int i = 0; i <= kMaxDegree; ++i) r.p[i] = a.p[i] + b.p[i];
+  r.degree = a.degree > b.degree ? a.degree : b.degree;
+  for (int i = 0; i <= r.degree; ++i) r.p[i] = coefficient(a, i) + coefficient(b, i);
   return r;
 }
 
 KAF_FN Term operator*(double c, const Term& a) {
   Term r;
-  for (int i = 0; i <= kMaxDegree; ++i) r.p[i] = c * a.p[i];
+  r.degree = a.degree;
+  for (int i = 0; i <= r.degree; ++i) r.p[i] = c * a.p[i];
   return r;
 }
 
 // Σ_q t.p[q] m[q]: a term's sum against data, given the data's moments m[q] = Σ_n w_n d_n^q exp(−γ d_n²).
 KAF_FN double dot(const Term& t, const double* m) {
   double s = 0;
-  for (int i = 0; i <= kMaxDegree; ++i) s += t.p[i] * m[i];
+  for (int i = 0; i <= t.degree; ++i) s += t.p[i] * m[i];
   return s;
 }
 

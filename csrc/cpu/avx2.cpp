@@ -20,6 +20,7 @@
 
 namespace kaf {
 namespace avx2 {
+namespace {
 
 struct V {
   using Int = __m256i;
@@ -106,12 +107,11 @@ struct V {
   }
 };
 
+}  // namespace
 }  // namespace avx2
 }  // namespace kaf
 
 #define KAF_ISA avx2
-#define KAF_LOOPS avx2_loops
-#define KAF_ISA_NAME "avx2"
 #include "loops.inl"
 
 #ifdef __clang__

@@ -26,6 +26,7 @@
 
 namespace kaf {
 namespace avx512 {
+namespace {
 
 struct V {
   using Int = __m512i;
@@ -143,12 +144,11 @@ struct V {
   }
 };
 
+}  // namespace
 }  // namespace avx512
 }  // namespace kaf
 
 #define KAF_ISA avx512
-#define KAF_LOOPS avx512_loops
-#define KAF_ISA_NAME "avx512"
 #include "loops.inl"
 
 #ifdef __clang__

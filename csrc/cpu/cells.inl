@@ -2,13 +2,15 @@
 
 namespace kaf {
 namespace KAF_ISA {
+namespace {
 
 template <class T> struct Precision;
 template <> struct Precision<float> {
   static constexpr int kPoints = 8;           // Chebyshev points and polynomial coefficients of a cell
   static constexpr bool kMonomials = true;    // polynomials in v^m, made in double; else in T_m(v)
-  static constexpr double kTail = 20;         // a Gaussian below e^-kTail is 0
   static constexpr double kWidth = 0.52;      // of a cell, times sqrt(gamma): interpolation error 2e-8
+  static constexpr double kTail = 20;         // a Gaussian below e^-kTail is 0
+  static constexpr double kHighTail[] = {23.6, 1.28};  // and one of order N > 4 below e^-([0] + [1] (N - 4))
   static constexpr float kMagic = 0x1.8p23f;  // adding it rounds to an integer, left in the low bits
   static constexpr int kMaxCells = 4096;
   using Int = int32_t;
@@ -16,8 +18,9 @@ template <> struct Precision<float> {
 template <> struct Precision<double> {
   static constexpr int kPoints = 16;
   static constexpr bool kMonomials = false;   // their coefficients would cost four digits
-  static constexpr double kTail = 41;
   static constexpr double kWidth = 0.65;      // interpolation error 3e-17
+  static constexpr double kTail = 41;
+  static constexpr double kHighTail[] = {45.1, 1.53};
   static constexpr double kMagic = 0x1.8p52;
   static constexpr int kMaxCells = 8192;
   using Int = int64_t;
@@ -25,16 +28,57 @@ template <> struct Precision<double> {
 
 constexpr int kPermuteCells = 32;  // tables of as many cells are looked up with permutes, where V has them
 
-// A double for each Chebyshev point or coefficient of a cell.
-template <int P> struct VectorOf {
-  typedef double type __attribute__((vector_size(P * sizeof(double))));
+#ifdef KAF_SCALAR
+constexpr bool kScalar = true, kPermutes = false;
+constexpr int kDoubles = 2;  // in a register
+#else
+constexpr bool kScalar = false, kPermutes = V::kPermutes;
+constexpr int kDoubles = V::kWidth / 2;
+#endif
+
+// A double for each Chebyshev point or coefficient of a cell, in registers.
+template <int P> struct Vector {
+  typedef double Part __attribute__((vector_size(kDoubles * sizeof(double))));
+  static constexpr int kParts = P / kDoubles;
+  Part part[kParts];
+
+  KAF_FN static Vector all(double a) {
+    Vector v;
+    KAF_UNROLL
+    for (int i = 0; i < kParts; ++i) v.part[i] = a - Part{};
+    return v;
+  }
+  KAF_FN static Vector load(const double* p) {
+    Vector v;
+    KAF_UNROLL
+    for (int i = 0; i < kParts; ++i) std::memcpy(&v.part[i], p + i * kDoubles, sizeof(Part));
+    return v;
+  }
+  KAF_FN void store(double* p) const {
+    KAF_UNROLL
+    for (int i = 0; i < kParts; ++i) std::memcpy(p + i * kDoubles, &part[i], sizeof(Part));
+  }
+  KAF_FN friend Vector operator+(Vector a, Vector b) {
+    KAF_UNROLL
+    for (int i = 0; i < kParts; ++i) a.part[i] += b.part[i];
+    return a;
+  }
+  KAF_FN friend Vector operator*(Vector a, Vector b) {
+    KAF_UNROLL
+    for (int i = 0; i < kParts; ++i) a.part[i] *= b.part[i];
+    return a;
+  }
+  KAF_FN double sum() const {
+    Part total = part[0];
+    KAF_UNROLL
+    for (int i = 1; i < kParts; ++i) total += part[i];
+    double sums[kDoubles];
+    std::memcpy(sums, &total, sizeof total);
+    for (int n = kDoubles / 2; n > 0; n /= 2)
+      for (int i = 0; i < n; ++i) sums[i] += sums[i + n];
+    return sums[0];
+  }
 };
-template <int P> using Vector = typename VectorOf<P>::type;
-template <int P> inline __attribute__((always_inline)) Vector<P> load_vector(const double* p) {
-  Vector<P> v;
-  std::memcpy(&v, p, sizeof v);
-  return v;
-}
 
 // The polynomials p_m, m = 0 … P − 1, that curves are written in on a cell: v^m or the Chebyshev polynomials T_m(v).
 template <class T> struct Polynomials {
@@ -62,7 +106,7 @@ template <class T> struct Polynomials {
 // From values at the Chebyshev points of [-1, 1] to coefficients of p_m: Σ_i coefficients_of[i] value_i. And the transpose.
 template <class T> struct Interpolation {
   static constexpr int P = Precision<T>::kPoints;
-  Vector<P> points, coefficients_of[P], values_of[P];
+  double points[P], coefficients_of[P][P], values_of[P][P];
   Interpolation() {
     const long double pi = 3.141592653589793238462643383279502884L;
     long double t[P][P] = {};  // t[n][m]: coefficient of p_m in T_n
@@ -93,17 +137,39 @@ inline double round_up(double w) {
   return std::ldexp(std::ceil(m * 4096) / 4096, e);
 }
 
-template <class T> void place_cells(Basis& b, bool permutes) {
+// The highest order of derivative, n + 2m of ψ[n, m], that a plan's tables and sums are for.
+inline int order_of(const Plan& p) {
+  int order = p.sums_count ? p.moment_degree : 0;
+  for (int u = 0; u < p.curves_count; ++u) order = std::max(order, p.curve_degree[u]);
+  return order;
+}
+
+// How far from a point ψ is not negligible beside its peak, to two roundings of T.
+template <class T> double reach_of(double gamma, int order) {
+  using Pr = Precision<T>;
+  return std::sqrt((order > 4 ? Pr::kHighTail[0] + Pr::kHighTail[1] * (order - 4) : Pr::kTail) / gamma);
+}
+
+// The width of cells, times sqrt(gamma). The error of interpolating ψ at P points is h^P times its P-th derivative, and
+// that of order N has a peak sqrt(2^P (N + P)!/N!) times higher.
+template <class T> double width_of(int order) {
+  constexpr int P = Precision<T>::kPoints;
+  double growth = 1;  // sqrt((4 + P)!/4! / ((N + P)!/N!))
+  for (int i = 5; i <= order; ++i) growth *= std::sqrt(static_cast<double>(i) / (i + P));
+  return Precision<T>::kWidth * std::pow(growth, 1.0 / P);
+}
+
+template <class T> void place_cells(Basis& b, const double* points, int64_t d, bool permutes, int order) {
   using Pr = Precision<T>;
   b.cells = Cells{};
-  const double reach = std::sqrt(Pr::kTail / b.gamma);
-  const double low = b.points.front() - reach, high = b.points.back() + reach;
+  const double reach = reach_of<T>(b.gamma, order), span = points[d - 1] - points[0];
+  const double low = points[0] - reach, high = points[d - 1] + reach;
   if (!(b.gamma > 0) || !std::isfinite(high - low)) return;
-  double width = Pr::kWidth / std::sqrt(b.gamma);
+  double width = width_of<T>(order) / std::sqrt(b.gamma);
   // In cells much wider than the distances that matter, d² is lost against the error of interpolation.
-  const double span = b.points.back() - b.points.front();
   if (span > 0) width = std::clamp(span, width / 16, width);
-  const bool fits = permutes && (high - low) < width * 1.12 * (kPermuteCells - 3.1);
+  const double wider = order > 4 ? 1 : 1.12;  // by which cells may be widened to fit
+  const bool fits = permutes && (high - low) < width * wider * (kPermuteCells - 3.1);
   if (fits) width = (high - low) / (kPermuteCells - 3.1);
   // Normal numbers only, and cell numbers small enough that i · width is exact in T.
   if (!(width > 1e-30 && width < 1e30 && (high - low) / width < Pr::kMaxCells - 4)) return;
@@ -114,107 +180,114 @@ template <class T> void place_cells(Basis& b, bool permutes) {
   if (fits && b.cells.count <= kPermuteCells) b.cells.count = kPermuteCells;
 }
 
-template <class T> void fill_values(Basis& b) {
+template <class T> void fill_windows(const Basis& b, const double* points, int64_t d, int order, Windows& w) {
   constexpr int P = Precision<T>::kPoints;
+  using Values = Vector<P>;
   const auto& it = interpolation<T>();
-  const int count = b.cells.count, d = static_cast<int>(b.points.size());
-  const double half = b.cells.width / 2, reach = std::sqrt(Precision<T>::kTail / b.gamma) + half;
-  b.begin.assign(count, 0);
-  b.end.assign(count, 0);
+  const int count = b.cells.count;
+  const double half = b.cells.width / 2, reach = reach_of<T>(b.gamma, order) + half;
+  w.begin.assign(count, 0);
+  w.end.assign(count, 0);
   size_t total = 0;
   for (int j = 1, lo = 0, hi = 0; j < count - 1; ++j) {
     const double centre = (b.cells.first + j) * b.cells.width;
-    while (lo < d && b.points[lo] < centre - reach) ++lo;
-    while (hi < d && b.points[hi] <= centre + reach) ++hi;
-    b.begin[j] = lo;
-    b.end[j] = std::max(lo, hi);
-    total += b.end[j] - b.begin[j];
+    while (lo < d && points[lo] < centre - reach) ++lo;
+    while (hi < d && points[hi] <= centre + reach) ++hi;
+    w.begin[j] = lo;
+    w.end[j] = std::max(lo, hi);
+    total += w.end[j] - w.begin[j];
   }
-  b.values.resize(total * P);
-  double* values = b.values.data();
+  w.values.resize(total * (order + 1) * P);
+  double* values = w.values.data();
   const double gamma = b.gamma;
   for (int j = 0; j < count; ++j) {
     const double centre = (b.cells.first + j) * b.cells.width;
-    for (int k = b.begin[j]; k < b.end[j]; ++k, values += P) {
-      const Vector<P> x = (centre - b.points[k]) + it.points * half, z = -gamma * x * x;
-      for (int i = 0; i < P; ++i) values[i] = exp_double(z[i]);
+    for (int k = w.begin[j]; k < w.end[j]; ++k) {
+      double d[P], gaussian[P];
+      for (int i = 0; i < P; ++i) {
+        d[i] = (centre - points[k]) + it.points[i] * half;
+        gaussian[i] = exp_double(-gamma * d[i] * d[i]);
+      }
+      Values power = Values::load(gaussian);
+      for (int q = 0; q <= order; ++q, values += P, power = power * Values::load(d)) power.store(values);
     }
   }
 }
-
-inline void sort_points(Basis& b, const double* dictionary, int64_t d) {
-  b.order.resize(d);
-  for (int64_t k = 0; k < d; ++k) b.order[k] = static_cast<int>(k);
-  std::sort(b.order.begin(), b.order.end(), [&](int i, int j) { return dictionary[i] < dictionary[j]; });
-  b.points.resize(d);
-  for (int64_t k = 0; k < d; ++k) b.points[k] = dictionary[b.order[k]];
-}
-
-#ifdef KAF_SCALAR
-constexpr bool kScalar = true, kPermutes = false;
-#else
-constexpr bool kScalar = false, kPermutes = V::kPermutes;
-#endif
 
 template <class T> void make_bases_of(Plan& p, int64_t begin, int64_t end) {
   const int64_t d = p.dictionary_size;
-  for (int64_t row = begin; row < end; ++row) {
+  const int order = order_of(p);
+  for (int64_t row = begin; row < end && p.kernel == kGaussian; ++row) {
     Basis& b = p.bases[row];
-    const double* dictionary = p.dictionary.data() + row * d;
-    b.gamma = p.gamma[row];
-    if (!std::all_of(dictionary, dictionary + d, [](double v) { return std::isfinite(v); })) continue;
-    sort_points(b, dictionary, d);
-    place_cells<T>(b, kPermutes && std::is_same_v<T, float>);
+    const double* points = p.points.data() + row * d;
+    if (!std::all_of(points, points + d, [](double v) { return std::isfinite(v); })) continue;
+    place_cells<T>(b, points, d, kPermutes && std::is_same_v<T, float>, order);
     if (b.cells.count == 0) continue;
-    // A table pays only from some number of elements on: operations to make and contract it against summing directly.
+    // A table pays only from some number of elements on. Multiply-adds to make and contract it, an exponential counted as
+    // 8, against those of summing directly, 24 for each Gaussian and use.
     constexpr int P = Precision<T>::kPoints;
-    const double window = std::min<double>(d, 1 + (2 * std::sqrt(Precision<T>::kTail / b.gamma) + b.cells.width) *
+    const double window = std::min<double>(d, 1 + (2 * reach_of<T>(b.gamma, order) + b.cells.width) *
                                                       std::max<int64_t>(d - 1, 1) /
-                                                      std::max(b.points.back() - b.points.front(), 1e-300));
-    const int uses = p.curves_count + p.sums_count;
-    const double make = b.cells.count * P * (window * (uses + (p.shared_basis ? 0 : 12)) + P * uses);
-    const double direct = static_cast<double>(p.positions) * d * 14;
+                                                      std::max(points[d - 1] - points[0], 1e-300));
+    const int uses = p.curves_count + p.sums_count, fillings = (p.curves_count > 0) + (p.sums_count > 0);
+    const double make = b.cells.count * P * (window * (uses + (p.shared_basis ? 0 : 8 * fillings)) + P * uses);
+    const double direct = static_cast<double>(p.positions) * d * 24 * uses;
     if (direct < make) b.cells.count = 0;
-    else if (p.shared_basis) fill_values<T>(b);
+    else if (p.shared_basis) fill_windows<T>(b, points, d, order, p.windows);
   }
 }
 
-// Coefficients of one curve on every cell: rows [count][P], or columns [P][32] with cell i in column i mod 32.
-template <class T, int Degree>
-void fit(const Basis& b, const double* values, const Term* terms, bool columns, T* table) {
+// How many channels with the same windows are handled together, which are read once for all: as many as have registers
+// for their sums. What a channel gets does not depend on it.
+template <class T> constexpr int kTogether = std::max(1, 8 * kDoubles / Precision<T>::kPoints);
+
+// Coefficients of one curve of N channels on every cell, from terms [N][D][degree + 1] to tables, `step` apart: rows
+// [count][P], or columns [P][32] with cell i in column i mod 32. `order` is that of the windows, degree at most that.
+template <class T, int N>
+void fit(const Cells& cells, const Windows& w, int order, const double* terms, int64_t d, int degree, bool columns,
+         T* tables, int64_t step) {
   constexpr int P = Precision<T>::kPoints;
+  using Values = Vector<P>;
   const auto& it = interpolation<T>();
-  const double half = b.cells.width / 2;
-  for (int j = 0; j < b.cells.count; ++j) {
-    Vector<P> at{}, coefficients{};
-    const double centre = (b.cells.first + j) * b.cells.width;
-    for (int k = b.begin[j]; k < b.end[j]; ++k, values += P) {
-      const double* t = terms[b.order[k]].p;
-      const Vector<P> d = (centre - b.points[k]) + it.points * half;
-      Vector<P> poly = Vector<P>{} + t[Degree];
-      for (int q = Degree - 1; q >= 0; --q) poly = poly * d + t[q];
-      at += poly * load_vector<P>(values);
+  const double* values = w.values.data();
+  const int64_t next = d * (degree + 1);  // channel's terms
+  for (int j = 0; j < cells.count; ++j) {
+    Values at[N];
+    for (Values& v : at) v = Values::all(0);
+    const double* t = terms + w.begin[j] * (degree + 1);
+    for (int k = w.begin[j]; k < w.end[j]; ++k, values += int64_t{order - degree} * P)
+      for (int q = 0; q <= degree; ++q, ++t, values += P) {
+        const Values v = Values::load(values);
+        KAF_UNROLL
+        for (int n = 0; n < N; ++n) at[n] = at[n] + Values::all(t[n * next]) * v;
+      }
+    const int column = static_cast<int>((cells.first + j) & (kPermuteCells - 1));
+    for (int n = 0; n < N; ++n) {
+      double values_at[P], coefficients[P];
+      at[n].store(values_at);
+      Values c = Values::all(0);
+      for (int i = 0; i < P; ++i) c = c + Values::load(it.coefficients_of[i]) * Values::all(values_at[i]);
+      c.store(coefficients);
+      T* table = tables + n * step;
+      for (int m = 0; m < P; ++m)
+        (columns ? table[m * kPermuteCells + column] : table[j * P + m]) = static_cast<T>(coefficients[m]);
     }
-    for (int i = 0; i < P; ++i) coefficients += it.coefficients_of[i] * at[i];
-    const int column = static_cast<int>((b.cells.first + j) & (kPermuteCells - 1));
-    for (int m = 0; m < P; ++m)
-      (columns ? table[m * kPermuteCells + column] : table[j * P + m]) = static_cast<T>(coefficients[m]);
   }
 }
 
-inline bool finite(const Term* terms, int64_t d) {
-  double sum = 0;
-  for (int64_t k = 0; k < d; ++k)
-    for (double c : terms[k].p) sum += c * 0.0;
-  return sum == 0;
+inline bool finite(const double* values, int64_t size) {
+  double sums[8] = {};  // that need not wait for each other
+  int64_t i = 0;
+  for (; i + 8 <= size; i += 8)
+    for (int l = 0; l < 8; ++l) sums[l] += values[i + l] * 0.0;
+  for (; i < size; ++i) sums[0] += values[i] * 0.0;
+  return std::all_of(sums, sums + 8, [](double sum) { return sum == 0; });
 }
 
-// The basis of a channel with its values: the shared one, or this channel's made in `own`.
-template <class T> const Basis& basis_with_values(const Plan& p, int64_t c, Basis& own) {
-  const Basis& b = p.bases[p.shared_basis ? 0 : c];
-  if (p.shared_basis || b.cells.count == 0) return b;
-  own = b;
-  fill_values<T>(own);
+// The windows of a channel: the shared ones, or this channel's made in `own`.
+template <class T> const Windows& windows_of(const Plan& p, int64_t c, Windows& own) {
+  if (p.shared_basis || p.bases[c].cells.count == 0) return p.windows;
+  fill_windows<T>(p.bases[c], p.points.data() + c * p.dictionary_size, p.dictionary_size, order_of(p), own);
   return own;
 }
 
@@ -227,60 +300,61 @@ inline bool columns_fit(const Plan& p) {
   return true;
 }
 
-template <class T> void make_tables_of(Plan& p, int64_t begin, int64_t end) {
-  constexpr int P = Precision<T>::kPoints;
+template <class T> void make_tables_of(Plan& p, Windows& own, int64_t begin, int64_t end) {
+  constexpr int P = Precision<T>::kPoints, N = kTogether<T>;
   const int64_t d = p.dictionary_size;
-  Basis own;
-  for (int64_t c = begin; c < end; ++c) {
-    const Basis& b = basis_with_values<T>(p, c, own);
-    const int64_t size = static_cast<int64_t>(b.cells.count) * P;
+  const int order = order_of(p);
+  for (int64_t c = begin, together; c < end; c += together) {
+    together = p.shared_basis && c + N <= end ? N : 1;
+    const Cells& cells = p.bases[p.shared_basis ? 0 : c].cells;
+    const int64_t size = static_cast<int64_t>(cells.count) * P;
     if (size == 0) continue;
-    const bool columns = kPermutes && std::is_same_v<T, float> && b.cells.count == kPermuteCells;
-    for (int u = 0; u < p.curves_count; ++u) {
-      T* table = reinterpret_cast<T*>(p.tables.get()) + p.table_offset[c] + u * size;
-      const Term* terms = p.curves.data() + (u * p.channels + c) * d;
-      if (!finite(terms, d)) {
-        std::fill(table, table + size, std::numeric_limits<T>::quiet_NaN());
-        continue;
-      }
-      switch (p.curve_degree[u]) {
-        case 0: fit<T, 0>(b, b.values.data(), terms, columns, table); break;
-        case 1: fit<T, 1>(b, b.values.data(), terms, columns, table); break;
-        case 2: fit<T, 2>(b, b.values.data(), terms, columns, table); break;
-        case 3: fit<T, 3>(b, b.values.data(), terms, columns, table); break;
-        default: fit<T, 4>(b, b.values.data(), terms, columns, table);
-      }
+    const Windows& w = windows_of<T>(p, c, own);
+    const bool columns = kPermutes && std::is_same_v<T, float> && cells.count == kPermuteCells;
+    T* table = reinterpret_cast<T*>(p.tables.get()) + p.table_offset[c];
+    const int64_t step = p.curves_count * size;  // to the next channel's
+    for (int u = 0; u < p.curves_count; ++u, table += size) {
+      const int degree = p.curve_degree[u];
+      const int64_t next = d * (degree + 1);
+      const double* terms = p.curves.data() + p.curve_offset[u] + c * next;
+      if (together == N) fit<T, N>(cells, w, order, terms, d, degree, columns, table, step);
+      else fit<T, 1>(cells, w, order, terms, d, degree, columns, table, step);
+      for (int64_t n = 0; n < together; ++n)
+        if (!finite(terms + n * next, next))
+          std::fill(table + n * step, table + n * step + size, std::numeric_limits<T>::quiet_NaN());
     }
   }
 }
 
-// moments[k][q] += Σ_cells Σ_i s_i d_i^q values_i, with s the cell's sums taken to its Chebyshev points.
-template <class T> void contract_cells(const Basis& b, const double* sums, int degree, double* moments) {
+// moments[k][q] = Σ_cells Σ_i s_i d_i^q exp(−γ d_i²) of N channels, with s a channel's sums [N][count][P] taken to the
+// cells' Chebyshev points. Moments are by the order of points; `scratch` holds N D (degree + 1) P numbers.
+template <class T, int N>
+void contract_cells(const Cells& cells, const Windows& w, int order, int64_t d, const double* sums, int degree,
+                    double* scratch, double* moments) {
   constexpr int P = Precision<T>::kPoints;
+  using Values = Vector<P>;
   const auto& it = interpolation<T>();
-  const double half = b.cells.width / 2, *values = b.values.data();
-  std::vector<double> acc(b.points.size() * (degree + 1) * P);
-  for (int j = 0; j < b.cells.count; ++j, sums += P) {
-    Vector<P> s{};
-    for (int m = 0; m < P; ++m) s += it.values_of[m] * sums[m];
-    const double centre = (b.cells.first + j) * b.cells.width;
-    for (int k = b.begin[j]; k < b.end[j]; ++k, values += P) {
-      const Vector<P> d = (centre - b.points[k]) + it.points * half;
-      Vector<P> term = s * load_vector<P>(values);
-      double* a = acc.data() + static_cast<size_t>(k) * (degree + 1) * P;
-      for (int q = 0; q <= degree; ++q, a += P, term *= d) {
-        const Vector<P> sum = load_vector<P>(a) + term;
-        std::memcpy(a, &sum, sizeof sum);
+  const double* values = w.values.data();
+  const int64_t next = static_cast<int64_t>(cells.count) * P, each = d * (degree + 1);
+  std::fill(scratch, scratch + N * each * P, 0.0);
+  for (int j = 0; j < cells.count; ++j, sums += P) {
+    if (w.begin[j] == w.end[j]) continue;
+    Values s[N];
+    for (int n = 0; n < N; ++n) {
+      s[n] = Values::all(0);
+      for (int m = 0; m < P; ++m) s[n] = s[n] + Values::load(it.values_of[m]) * Values::all(sums[n * next + m]);
+    }
+    double* a = scratch + w.begin[j] * (degree + 1) * P;
+    for (int k = w.begin[j]; k < w.end[j]; ++k, values += int64_t{order - degree} * P)
+      for (int q = 0; q <= degree; ++q, a += P, values += P) {
+        const Values v = Values::load(values);
+        KAF_UNROLL
+        for (int n = 0; n < N; ++n) (Values::load(a + n * each * P) + s[n] * v).store(a + n * each * P);
       }
-    }
   }
-  for (size_t k = 0; k < b.points.size(); ++k)
-    for (int q = 0; q <= degree; ++q) {
-      double sum = 0;
-      for (int i = 0; i < P; ++i) sum += acc[(k * (degree + 1) + q) * P + i];
-      moments[b.order[k] * (kMaxDegree + 1) + q] = sum;
-    }
+  for (int64_t i = 0; i < N * each; ++i, scratch += P) moments[i] = Values::load(scratch).sum();
 }
 
+}  // namespace
 }  // namespace KAF_ISA
 }  // namespace kaf

@@ -1,5 +1,6 @@
-// The loops of plan.h, compiled once for each instruction set: the including file defines KAF_ISA (a namespace) and the
-// vector type V, or KAF_SCALAR for none, and puts its target pragma before this.
+// The loops of plan.h, compiled once for each instruction set: the including file defines KAF_ISA, its name in isa.h, and
+// in that namespace the vector type V, or KAF_SCALAR for none, and puts its target pragma before this. All but the table
+// of loops at the end has internal linkage, or the linker might keep one instruction set's copy for the whole program.
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -8,9 +9,11 @@
 #include "cells.inl"
 #include "row.inl"
 #include "memory.inl"
+#include "kernels.inl"
 
 namespace kaf {
 namespace KAF_ISA {
+namespace {
 
 constexpr int kTile = 1024;   // elements of one channel handled at a time
 constexpr int kColumns = 32;  // channels handled together where channels are innermost in memory
@@ -40,11 +43,12 @@ template <class T> void run_products(const Plan& p, int64_t c, int64_t n, const 
   }
 }
 
+inline int64_t direct_sums(const Plan& p) { return p.dictionary_size * (p.moment_degree + 1); }
+
 template <class T>
 void run_sums(const Plan& p, int64_t c, int64_t n, const Row<T>& r, const Grid<T>& grid, double* sums, T* copies) {
   const T* weights[] = {nullptr, r.grad, r.grad_x, r.product};
-  const int64_t size =
-      grid.count ? int64_t{grid.count} * Precision<T>::kPoints : p.dictionary_size * (kMaxDegree + 1);
+  const int64_t size = grid.count ? int64_t{grid.count} * Precision<T>::kPoints : direct_sums(p);
   for (int i = 0; i < p.sums_count; ++i, sums += size) {
     if (grid.count) spread(grid, r.x, weights[p.sums[i]], n, sums, copies, r.next);
     else spread_direct(p, c, r.x, weights[p.sums[i]], n, sums);
@@ -53,6 +57,7 @@ void run_sums(const Plan& p, int64_t c, int64_t n, const Row<T>& r, const Grid<T
 
 template <class T>
 void run_row(const Plan& p, int64_t c, int64_t n, const Row<T>& r, const Grid<T>& grid, double* sums, T* copies) {
+  if (p.kernel != kGaussian) return run_kernel(p, c, n, r.x, r.grad, r.outputs[0], sums);
 #ifndef KAF_SCALAR
   if constexpr (kPermutes && std::is_same_v<T, float>)
     // An ordinary backward pass finds the places of x once for both.
@@ -291,7 +296,7 @@ template <class T> void run_of(Plan& p, int64_t begin, int64_t end) {
     grids.emplace_back(b.cells);
   }
   const auto buffers = std::make_unique_for_overwrite<Buffers<T>>();
-  std::vector<Line> tables(16 * most * Precision<T>::kPoints * sizeof(T) / sizeof(Line) + 1);
+  std::vector<Line> tables(p.sums_count ? 16 * most * Precision<T>::kPoints * sizeof(T) / sizeof(Line) : 0);
   T* const copies = reinterpret_cast<T*>(tables.data());
   for (int64_t task = begin; task < end; ++task) {
     const int64_t chunk = task / p.blocks, c = task % p.blocks * p.block, width = std::min(p.block, p.channels - c);
@@ -309,27 +314,40 @@ template <class T> void run_of(Plan& p, int64_t begin, int64_t end) {
   }
 }
 
-template <class T> void contract_of(Plan& p, int64_t begin, int64_t end) {
-  constexpr int P = Precision<T>::kPoints;
-  const int64_t d = p.dictionary_size, row = d * (kMaxDegree + 1);
-  Basis own;
-  for (int64_t c = begin; c < end; ++c) {
-    const Basis& b = basis_with_values<T>(p, c, own);
-    const int64_t size = b.cells.count ? static_cast<int64_t>(b.cells.count) * P : row;
-    std::vector<double> sums(size);
+template <class T> void contract_of(Plan& p, Windows& own, int64_t begin, int64_t end) {
+  constexpr int P = Precision<T>::kPoints, N = kTogether<T>;
+  const int64_t d = p.dictionary_size, row = direct_sums(p), step = p.moment_degree + 1;
+  const int order = order_of(p);
+  std::vector<double> sums, scratch(N * row * P), contracted(N * row);
+  for (int64_t c = begin, together; c < end; c += together) {
+    together = p.shared_basis && c + N <= end ? N : 1;
+    const int64_t r = p.shared_basis ? 0 : c;
+    const Cells& cells = p.bases[r].cells;
+    const Windows& w = windows_of<T>(p, c, own);
+    const int* places = p.order.data() + r * d;
+    const int64_t size = cells.count ? static_cast<int64_t>(cells.count) * P : row;
+    sums.resize(together * size);
     for (int i = 0; i < p.sums_count; ++i) {
-      double* moments = p.moments.data() + (i * p.channels + c) * row;
-      const double* partial = p.partial.get() + p.sum_offset[c] + i * size;
-      double total = 0;
-      for (int64_t m = 0; m < size; ++m) {
-        double sum = 0;
-        for (int64_t chunk = 0; chunk < p.chunks; ++chunk) sum += partial[chunk * p.sums_size + m];
-        sums[m] = sum;
-        total += sum * 0.0;
+      for (int64_t n = 0; n < together; ++n) {
+        const double* partial = p.partial.get() + p.sum_offset[c + n] + i * size;
+        double* sum = sums.data() + n * size;
+        std::copy(partial, partial + size, sum);
+        for (int64_t chunk = 1; chunk < p.chunks; ++chunk)
+          for (int64_t m = 0; m < size; ++m) sum[m] += partial[chunk * p.sums_size + m];
       }
-      if (total != 0) std::fill(moments, moments + row, std::numeric_limits<double>::quiet_NaN());
-      else if (b.cells.count) contract_cells<T>(b, sums.data(), p.moment_degree, moments);
-      else std::copy(sums.begin(), sums.end(), moments);
+      const double* found = contracted.data();
+      if (!cells.count) found = sums.data();
+      else if (together == N)
+        contract_cells<T, N>(cells, w, order, d, sums.data(), p.moment_degree, scratch.data(), contracted.data());
+      else contract_cells<T, 1>(cells, w, order, d, sums.data(), p.moment_degree, scratch.data(), contracted.data());
+      for (int64_t n = 0; n < together; ++n) {
+        double* moments = p.moments.data() + (i * p.channels + c + n) * row;
+        if (!finite(sums.data() + n * size, size)) {
+          std::fill(moments, moments + row, std::numeric_limits<double>::quiet_NaN());
+          continue;
+        }
+        for (int64_t k = 0; k < d; ++k) std::copy_n(found + (n * d + k) * step, step, moments + places[k] * step);
+      }
     }
   }
 }
@@ -346,7 +364,7 @@ template <class T> void layout_of(Plan& p) {
     p.table_offset[c] = tables;
     p.sum_offset[c] = sums;
     tables += size * p.curves_count;
-    sums += (size ? size : p.dictionary_size * (kMaxDegree + 1)) * p.sums_count;
+    sums += (size ? size : direct_sums(p)) * p.sums_count;
   }
   p.sums_size = sums;
   if (sums) {
@@ -357,20 +375,26 @@ template <class T> void layout_of(Plan& p) {
   p.partial.reset(new double[p.chunks * sums]);
 }
 
-#define KAF_BOTH(name)                                         \
-  void name(Plan& p, int64_t begin, int64_t end) {             \
-    p.float64 ? name##_of<double>(p, begin, end) : name##_of<float>(p, begin, end); \
-  }
-KAF_BOTH(make_bases)
-KAF_BOTH(make_tables)
-KAF_BOTH(run)
-KAF_BOTH(contract)
-#undef KAF_BOTH
-inline void layout(Plan& p) { p.float64 ? layout_of<double>(p) : layout_of<float>(p); }
+void make_bases(Plan& p, int64_t begin, int64_t end) {
+  p.float64 ? make_bases_of<double>(p, begin, end) : make_bases_of<float>(p, begin, end);
+}
+void layout(Plan& p) { p.float64 ? layout_of<double>(p) : layout_of<float>(p); }
+void make_tables(Plan& p, Windows& w, int64_t begin, int64_t end) {
+  p.float64 ? make_tables_of<double>(p, w, begin, end) : make_tables_of<float>(p, w, begin, end);
+}
+void run(Plan& p, int64_t begin, int64_t end) { p.float64 ? run_of<double>(p, begin, end) : run_of<float>(p, begin, end); }
+void contract(Plan& p, Windows& w, int64_t begin, int64_t end) {
+  p.float64 ? contract_of<double>(p, w, begin, end) : contract_of<float>(p, w, begin, end);
+}
 
+}  // namespace
 }  // namespace KAF_ISA
 
-const Loops KAF_LOOPS{KAF_ISA_NAME, KAF_ISA::make_bases, KAF_ISA::make_tables, KAF_ISA::run, KAF_ISA::contract,
-                      KAF_ISA::layout};
+#define KAF_JOIN(a, b) KAF_JOIN_(a, b)
+#define KAF_JOIN_(a, b) a##b
+#define KAF_NAME(a) KAF_NAME_(a)
+#define KAF_NAME_(a) #a
+const Loops KAF_JOIN(KAF_ISA, _loops){KAF_NAME(KAF_ISA), KAF_ISA::make_bases, KAF_ISA::layout,
+                                      KAF_ISA::make_tables, KAF_ISA::run, KAF_ISA::contract};
 
 }  // namespace kaf

@@ -2,6 +2,7 @@
 
 namespace kaf {
 namespace KAF_ISA {
+namespace {
 
 // Where channels are innermost in memory, they are handled by tiles of so many positions, as each has one copy of its
 // sums; kRow is from one channel's row to the next in their buffers, not a multiple of 4 KiB.
@@ -170,5 +171,6 @@ inline V load_lanes(Type type, const char* p) {
 
 #endif
 
+}  // namespace
 }  // namespace KAF_ISA
 }  // namespace kaf

@@ -1,415 +1,345 @@
-// The CPU kernels of the operators that kafops/ops.py declares: reads tensors into a Plan, runs it, reads the result.
-#include <Python.h>
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-
-#include <algorithm>
+// The operators of kafops/schemas.inc on the CPU: reads tensors into a Plan, runs it, reads the result.
 #include <cstdlib>
-#include <optional>
-#include <string>
 #include <tuple>
 
-#include "kernels.h"
-#include "plan.h"
+#include "tensors.h"
 
 namespace kaf {
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-
-enum Needs : int64_t { kNeedX = 1, kNeedAlpha = 2, kNeedGamma = 4, kNeedDictionary = 8, kNeedGrad = 16 };
-
 // ------------------------------------------------------------------------------------------------- instruction sets
 
-bool runs_here(const Loops& loops) {
-#if defined(__x86_64__) && defined(__GNUC__)
-  __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c");
-  if (&loops == &avx2_loops) return avx2;
-  if (&loops == &avx512_loops)
-    return avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
-           __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
-#endif
-  return &loops == &portable_loops;
-}
+struct Choice {
+  const Loops* loops = nullptr;
+  std::string error;  // where there are none
+};
 
-// The best that runs here, or the one that KAFOPS_CPU_CAPABILITY names; nullptr and a reason where it cannot.
-const Loops* choose_loops(std::string& error) {
-  const Loops* all[] = {
-#if defined(__x86_64__) && defined(__GNUC__)
-      &avx512_loops, &avx2_loops,
+// The best loops that run here, or those that KAFOPS_CPU_CAPABILITY names. Decided once.
+const Choice& choice() {
+  static const Choice chosen = [] {
+#ifdef KAF_HAS
+    __builtin_cpu_init();
 #endif
-      &portable_loops};
-  const char* wanted = std::getenv("KAFOPS_CPU_CAPABILITY");
-  std::string names;
-  for (const Loops* loops : all) {
-    if (!runs_here(*loops)) continue;
-    if (!wanted || !*wanted || std::string(wanted) == loops->name) return loops;
-    names += (names.empty() ? "" : ", ") + std::string(loops->name);
+    const char* wanted = std::getenv("KAFOPS_CPU_CAPABILITY");
+    std::string names;
+    const Loops* found = nullptr;
+#define X(isa, runs_here)                                                         \
+  if (runs_here) {                                                                \
+    names += (names.empty() ? "" : ", ") + std::string(#isa);                     \
+    if (!found && (!wanted || !*wanted || std::string(wanted) == #isa)) found = &isa##_loops; \
   }
-  error = "KAFOPS_CPU_CAPABILITY=" + std::string(wanted) + " does not run here; this machine runs: " + names;
-  return nullptr;
+    KAF_ISAS(X)
+#undef X
+    if (found) return Choice{found, ""};
+    return Choice{nullptr, "KAFOPS_CPU_CAPABILITY=" + std::string(wanted) +
+                               " does not run here; this machine runs: " + names};
+  }();
+  return chosen;
 }
 
 const Loops& loops() {
-  static std::string error;
-  static const Loops* const chosen = choose_loops(error);
-  STD_TORCH_CHECK(chosen, error);
-  return *chosen;
+  STD_TORCH_CHECK(choice().loops, choice().error);
+  return *choice().loops;
 }
 
-// ----------------------------------------------------------------------------------------------------------- tensors
+// ------------------------------------------------------------------------------------------------------------- plans
 
-Type type_of(const Tensor& t, const char* name) {
-  switch (t.scalar_type()) {
-    case ScalarType::Float: return Type::f32;
-    case ScalarType::Double: return Type::f64;
-    case ScalarType::BFloat16: return Type::bf16;
-    case ScalarType::Half: return Type::f16;
-    default: STD_TORCH_CHECK(false, name, " must be float32, float64, bfloat16 or float16");
-  }
-}
-
-// A parameter [rows, columns] or [rows], read to double.
-struct Parameter {
-  const Tensor* tensor;
-  int64_t rows, columns;
-  std::vector<double> values;
-
-  Parameter(const Tensor& t, const char* name, int64_t dim) : tensor(&t), rows(0), columns(1) {
-    const Type type = type_of(t, name);
-    STD_TORCH_CHECK(t.is_cpu() && t.dim() == dim && (type == Type::f32 || type == Type::f64), name, " must be a ", dim,
-                    "-dimensional float32 or float64 tensor on the CPU");
-    rows = t.size(0);
-    if (dim == 2) columns = t.size(1);
-    values.resize(rows * columns);
-    const int64_t across = t.stride(0), along = dim == 2 ? t.stride(1) : 0;
-    const char* data = static_cast<const char*>(t.data_ptr());
-    for (int64_t r = 0; r < rows; ++r)
-      for (int64_t k = 0; k < columns; ++k) {
-        const int64_t at = r * across + k * along;
-        values[r * columns + k] = type == Type::f32 ? reinterpret_cast<const float*>(data)[at]
-                                                    : reinterpret_cast<const double*>(data)[at];
+// Terms of ψ[n, m], one for each channel's bandwidth: α times it is a curve's term, and its sum against moments of data
+// is a sum over ψ[n, m]. That of another kernel than the Gaussian is the factor that its loops leave out.
+class Psi {
+ public:
+  Psi(const Arguments& a, int n, int m) : order{n, m}, terms_(a.gamma.rows) {
+    for (int64_t r = 0; r < a.gamma.rows; ++r) {
+      const double gamma = a.gamma.at(r);
+      Term& t = terms_[r];
+      if (a.kernel != kGaussian) {
+        t = constant(std::pow(gamma, 0.5 * n - m));
+        continue;
       }
-  }
-  const double* row(int64_t c) const { return values.data() + (rows == 1 ? 0 : c) * columns; }
-};
-
-// The arguments that all operators share.
-struct Arguments {
-  Tensor x;
-  Parameter alpha, gamma;
-  std::optional<Parameter> dictionary;
-  double boundary;
-  int64_t channels = 1, d;
-
-  Arguments(const Tensor& x_, const Tensor& alpha_, const Tensor& gamma_, const std::optional<Tensor>& dictionary_,
-            double boundary_)
-      : x(x_), alpha(alpha_, "alpha", 2), gamma(gamma_, "gamma", 1), boundary(boundary_), d(alpha.columns) {
-    if (dictionary_) dictionary.emplace(*dictionary_, "dictionary", 2);
-    STD_TORCH_CHECK(d > 0, "alpha must have at least one column");
-    STD_TORCH_CHECK(!dictionary || dictionary->columns == d, "dictionary and alpha must have as many columns");
-    for (const Parameter* p : {&alpha, &gamma, dictionary ? &*dictionary : nullptr})
-      if (p && p->rows != 1) {
-        STD_TORCH_CHECK(x.dim() >= 2 && p->rows == x.size(1), "a parameter has ", p->rows,
-                        " rows, but x has another number of channels");
-        channels = p->rows;
-      }
-  }
-
-  void read_parameters(Plan& p) const {
-    const auto same = [](const Parameter& v) {
-      for (int64_t r = 1; r < v.rows; ++r)
-        if (!std::equal(v.row(0), v.row(0) + v.columns, v.row(r))) return false;
-      return true;
-    };
-    p.channels = channels;
-    p.dictionary_size = d;
-    p.shared_basis = channels > 0 && same(gamma) && (!dictionary || same(*dictionary));
-    const int64_t rows = p.shared_basis ? 1 : channels;
-    p.gamma.resize(rows);
-    p.dictionary.resize(rows * d);
-    p.bases.resize(rows);
-    for (int64_t r = 0; r < rows; ++r) {
-      p.gamma[r] = *gamma.row(r);
-      for (int64_t k = 0; k < d; ++k)
-        p.dictionary[r * d + k] = dictionary ? dictionary->row(r)[k] : d == 1 ? 0 : boundary * (2.0 * k / (d - 1) - 1);
+      t = constant(1);
+      for (int i = 0; i < m; ++i) t = d_dgamma(t);
+      for (int i = 0; i < n; ++i) t = d_dx(t, gamma);
     }
   }
+  const Term& operator()(int64_t c) const { return terms_[terms_.size() == 1 ? 0 : c]; }
+  int degree() const { return terms_[0].degree; }
+
+  const Order order;
+
+ private:
+  std::vector<Term> terms_;
 };
 
-// Adds a curve to the plan and says where its values go.
-void add_product(Plan& p, int output, Weight weight, int degree) {
-  p.products[p.products_count++] = {output, weight, p.curves_count};
-  p.curve_degree[p.curves_count++] = degree;
-  p.curves.resize(p.curves_count * p.channels * p.dictionary_size);
+// Adds a curve to the plan, says where its values go, and calls write(c, k, where) for the coefficients of each point.
+template <class F> void add_curve(Plan& p, int output, Weight weight, int degree, Order order, F write) {
+  const int curve = p.curves_count++;
+  p.products[p.products_count++] = {output, weight, curve};
+  p.curve_degree[curve] = degree;
+  p.curve_order[curve] = order;
+  p.curve_offset[curve] = static_cast<int64_t>(p.curves.size());
+  const int64_t d = p.dictionary_size;
+  p.curves.resize(p.curves.size() + p.channels * d * (degree + 1));
+  double* out = p.curves.data() + p.curve_offset[curve];
+  for (int64_t c = 0; c < p.channels; ++c) {
+    const int* places = p.order.data() + (p.shared_basis ? 0 : c) * d;
+    for (int64_t i = 0; i < d; ++i, out += degree + 1) write(c, places[i], out);
+  }
 }
 
-// Fills the plan's last curve: term(c, k).
-template <class F> void set_curve(Plan& p, F term) {
-  Term* out = p.curves.data() + (p.curves_count - 1) * p.channels * p.dictionary_size;
-  for (int64_t c = 0; c < p.channels; ++c)
-    for (int64_t k = 0; k < p.dictionary_size; ++k) *out++ = term(c, k);
+// Adds the curve Σ_k α_k ψ.
+void add_curve(Plan& p, int output, Weight weight, const Arguments& a, const Psi& psi) {
+  const int degree = psi.degree();
+  add_curve(p, output, weight, degree, psi.order, [&](int64_t c, int64_t k, double* out) {
+    const double alpha = a.alpha.at(c, k), *factors = psi(c).p;
+    for (int q = 0; q <= degree; ++q) out[q] = alpha * factors[q];
+  });
 }
 
-// Positions are all dimensions but the channel's, in the order in which the output (or x) lies in memory, merged where
-// every tensor allows it.
-void set_geometry(Plan& p, const Arguments& a, const std::vector<std::pair<View*, const Tensor*>>& tensors) {
-  for (const auto& [view, t] : tensors)
-    STD_TORCH_CHECK(t->is_cpu() && t->dim() == a.x.dim() &&
-                        std::equal(t->sizes().begin(), t->sizes().end(), a.x.sizes().begin()) &&
-                        t->scalar_type() == a.x.scalar_type(),
-                    "grad and grad_x must be CPU tensors with the shape and dtype of x");
-  struct Dim {
-    int64_t size;
-    std::vector<int64_t> strides;
-  };
-  std::vector<Dim> dims;
-  const int64_t channel = p.channels == 1 ? -1 : 1;
-  p.positions = 1;
-  for (int64_t i = 0; i < a.x.dim(); ++i) {
-    if (i == channel) continue;
-    p.positions *= a.x.size(i);
-    if (a.x.size(i) == 1) continue;
-    Dim dim{a.x.size(i), {}};
-    for (const auto& [view, t] : tensors) dim.strides.push_back(t->stride(i));
-    dims.push_back(dim);
-  }
-  std::stable_sort(dims.begin(), dims.end(), [](const Dim& l, const Dim& r) { return l.strides[0] > r.strides[0]; });
-  std::vector<Dim> merged;
-  for (const Dim& inner : dims) {
-    bool fits = !merged.empty();
-    for (size_t t = 0; fits && t < tensors.size(); ++t)
-      fits = merged.back().strides[t] == inner.strides[t] * inner.size;
-    if (fits) {
-      merged.back().size *= inner.size;
-      merged.back().strides = inner.strides;
-    } else {
-      merged.push_back(inner);
-    }
-  }
-  if (merged.empty()) merged.push_back({1, std::vector<int64_t>(tensors.size(), 1)});
-  p.dims = static_cast<int>(merged.size());
-  for (int i = 0; i < p.dims; ++i) p.sizes[i] = merged[i].size;
-  for (size_t t = 0; t < tensors.size(); ++t) {
-    const auto& [view, tensor] = tensors[t];
-    view->data = static_cast<char*>(tensor->data_ptr());
-    view->type = type_of(*tensor, "x");
-    view->channel_stride = channel < 0 ? 0 : tensor->stride(channel);
-    for (int i = 0; i < p.dims; ++i) view->strides[i] = merged[i].strides[t];
-  }
-  p.float64 = p.x.type == Type::f64;
-  // Tasks follow memory: a range of positions, all channels or some of many. Each leaves its own cell sums, so it must be
-  // long enough for those not to count; a few at least, for the threads to share.
-  p.channels_inner = p.channels > 1 && p.x.channel_stride == 1 && p.x.strides[p.dims - 1] != 1;
-  p.block = p.channels_inner ? 32 : 64;
-  p.blocks = (p.channels + p.block - 1) / p.block;
-  p.chunks = std::clamp<int64_t>(p.positions / 8192, (8 + p.blocks - 1) / p.blocks, 256);
-  p.chunks = std::clamp<int64_t>(p.positions / 1024, 1, p.chunks);
-  p.chunk = (p.positions + p.chunks - 1) / p.chunks;
+// Adds the curve of Gaussians with term(c, k), of that degree at most.
+template <class F> void add_curve_of(Plan& p, int output, Weight weight, int degree, F term) {
+  add_curve(p, output, weight, degree, {}, [&](int64_t c, int64_t k, double* out) {
+    const Term t = term(c, k);
+    for (int q = 0; q <= degree; ++q) out[q] = coefficient(t, q);
+  });
+}
+
+// Adds a sum of data, weighted, over ψ and returns its number. The Gaussian's ψ have their sums in common.
+int add_sum(Plan& p, Weight weight, const Psi& psi) {
+  p.moment_degree = std::max(p.moment_degree, psi.degree());
+  if (p.kernel == kGaussian && p.sums_count) return 0;
+  p.sum_order[p.sums_count] = psi.order;
+  p.sums[p.sums_count] = weight;
+  return p.sums_count++;
+}
+
+// f(begin, end) for parts of [0, end), on several threads where a part is worth one.
+template <class F> void in_parallel(int64_t end, int64_t grain, const F& f) {
+  if (end <= grain) return f(0, end);
+  torch::stable::parallel_for(0, end, grain, f);
 }
 
 void execute(Plan& p) {
-  using torch::stable::parallel_for;
   const Loops& l = loops();
   const int64_t uses = p.curves_count + p.sums_count;
   if (uses == 0) return;  // nobody asked for anything
   const int64_t channels_at_once = p.shared_basis ? 64 / uses : 4;  // about 20 µs of work
-  parallel_for(0, static_cast<int64_t>(p.bases.size()), channels_at_once,
-               [&](int64_t b, int64_t e) { l.make_bases(p, b, e); });
+  in_parallel(static_cast<int64_t>(p.bases.size()), channels_at_once,
+              [&](int64_t b, int64_t e) { l.make_bases(p, b, e); });
   l.layout(p);
-  parallel_for(0, p.channels, channels_at_once, [&](int64_t b, int64_t e) { l.make_tables(p, b, e); });
-  const int64_t tasks = p.chunks * p.blocks, elements = p.channels * p.positions;
-  parallel_for(0, tasks, std::max<int64_t>(1, tasks * 16384 / std::max<int64_t>(elements, 1)),
-               [&](int64_t b, int64_t e) { l.run(p, b, e); });
+  in_parallel(p.channels, channels_at_once, [&](int64_t b, int64_t e) {
+    Windows windows;
+    l.make_tables(p, windows, b, e);
+  });
+  // About 16384 elements, or as many kernel values by another kernel, are worth a thread.
+  const int64_t tasks = p.chunks * p.blocks, work = p.channels * p.positions * (p.kernel == kGaussian ? 1 : p.dictionary_size);
+  in_parallel(tasks, std::max<int64_t>(1, tasks * 16384 / std::max<int64_t>(work, 1)),
+              [&](int64_t b, int64_t e) { l.run(p, b, e); });
   if (!p.sums_count) return;
-  p.moments.resize(p.sums_count * p.channels * p.dictionary_size * (kMaxDegree + 1));
-  parallel_for(0, p.channels, channels_at_once, [&](int64_t b, int64_t e) { l.contract(p, b, e); });
+  p.moments.resize(p.sums_count * p.channels * p.dictionary_size * (p.moment_degree + 1));
+  in_parallel(p.channels, channels_at_once, [&](int64_t b, int64_t e) {
+    Windows windows;
+    l.contract(p, windows, b, e);
+  });
 }
 
-// Moments of the i-th sum at point k of channel c.
-const double* moments(const Plan& p, int i, int64_t c, int64_t k) {
-  return p.moments.data() + ((i * p.channels + c) * p.dictionary_size + k) * (kMaxDegree + 1);
+// The i-th sum over a term at point k of channel c.
+double sum_over(const Plan& p, int i, int64_t c, int64_t k, const Term& t) {
+  return dot(t, p.moments.data() + ((i * p.channels + c) * p.dictionary_size + k) * (p.moment_degree + 1));
+}
+
+void write_zero(const Tensor& out) {
+  std::memset(out.mutable_data_ptr(), 0, out.numel() * size_of(*type_of(out)));
 }
 
 // A parameter's gradient from value(c, k), added over channels where the parameter's row is shared by all.
-template <class F> void write_gradient(const Tensor& out, const Parameter& like, const Plan& p, F value) {
-  std::vector<double> sums(like.rows * like.columns);
-  for (int64_t c = 0; c < p.channels; ++c)
-    for (int64_t k = 0; k < like.columns; ++k) sums[(like.rows == 1 ? 0 : c) * like.columns + k] += value(c, k);
-  if (out.scalar_type() == ScalarType::Float) std::copy(sums.begin(), sums.end(), static_cast<float*>(out.data_ptr()));
-  else std::copy(sums.begin(), sums.end(), static_cast<double*>(out.data_ptr()));
-}
-
-Tensor empty_gradient(const Tensor& like, bool needed) {
-  return needed ? torch::stable::new_empty(like, like.sizes()) : torch::stable::new_empty(like, {0});
-}
-Tensor empty_gradient(const Arguments& a, const std::optional<Tensor>& dictionary, bool needed) {
-  return dictionary && needed ? empty_gradient(*dictionary, true) : torch::stable::new_empty(a.x, {0});
+template <class F> void write_gradient(const Tensor& out, const Parameter& like, int64_t channels, F value) {
+  const auto write = [&](auto* to) {
+    for (int64_t r = 0; r < like.rows; ++r)
+      for (int64_t k = 0; k < like.columns; ++k) {
+        double sum = 0;
+        for (int64_t c = like.rows == 1 ? 0 : r; c < (like.rows == 1 ? channels : r + 1); ++c) sum += value(c, k);
+        *to++ = static_cast<std::remove_reference_t<decltype(*to)>>(sum);
+      }
+  };
+  if (out.scalar_type() == ScalarType::Float) write(static_cast<float*>(out.mutable_data_ptr()));
+  else write(static_cast<double*>(out.mutable_data_ptr()));
 }
 
 // --------------------------------------------------------------------------------------------------------- operators
 
-Tensor forward(Tensor x, Tensor alpha, Tensor gamma, std::optional<Tensor> dictionary, double boundary) {
-  const Arguments a(x, alpha, gamma, dictionary, boundary);
-  Tensor y = torch::stable::empty_like(x);
-  if (x.numel() == 0) return y;
+Tensor forward(const Tensor& x, const Tensor& alpha, const Tensor& gamma, const std::optional<Tensor>& dictionary,
+               double boundary, int64_t kernel, int64_t base, int64_t n, int64_t m) {
+  const Arguments a(x, alpha, gamma, dictionary, boundary, kernel, base);
+  a.check_order(n, m, "the curve");
+  const Tensor y = empty_like_x(x);
+  if (a.elements == 0) return y;
   Plan p;
   a.read_parameters(p);
-  set_geometry(p, a, {{&p.outputs[0], &y}, {&p.x, &x}});
-  add_product(p, 0, kOne, 0);
-  set_curve(p, [&](int64_t c, int64_t k) { return constant(a.alpha.row(c)[k]); });
+  set_geometry<2>(p, a, {{&p.outputs[0], &y}, {&p.x, &x}});
+  add_curve(p, 0, kOne, a, Psi(a, n, m));
   execute(p);
   return y;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> backward(Tensor grad, Tensor x, Tensor alpha, Tensor gamma,
-                                                    std::optional<Tensor> dictionary, double boundary, int64_t needs) {
-  const Arguments a(x, alpha, gamma, dictionary, boundary);
+std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& x, const Tensor& alpha,
+                                                    const Tensor& gamma, const std::optional<Tensor>& dictionary,
+                                                    double boundary, int64_t needs, int64_t kernel, int64_t base,
+                                                    int64_t n, int64_t m) {
+  const Arguments a(x, alpha, gamma, dictionary, boundary, kernel, base);
+  a.check_like_x(grad, "grad");
+  const bool need_x = needs & kNeedX, need_alpha = needs & kNeedAlpha, need_gamma = needs & kNeedGamma;
   const bool need_dictionary = dictionary && (needs & kNeedDictionary);
-  const bool need_sums = needs & (kNeedAlpha | kNeedGamma) || need_dictionary;
-  Tensor dx = needs & kNeedX ? torch::stable::empty_like(x) : torch::stable::new_empty(x, {0});
-  Tensor dalpha = empty_gradient(alpha, needs & kNeedAlpha), dgamma = empty_gradient(gamma, needs & kNeedGamma);
-  Tensor ddictionary = empty_gradient(a, dictionary, need_dictionary);
+  a.check_order(n, m, need_alpha ? "the gradient of alpha" : "the curve");
+  if (need_x) a.check_order(n + 1, m, "the gradient of x");
+  if (need_gamma) a.check_order(n, m + 1, "the gradient of gamma");
+  if (need_dictionary) a.check_order(n + 1, m, "the gradient of dictionary");
+  const Tensor dx = empty_like_x(x, need_x);
+  const Tensor dalpha = empty_gradient(alpha, need_alpha), dgamma = empty_gradient(gamma, need_gamma);
+  const Tensor ddictionary = need_dictionary ? empty_gradient(*dictionary, true) : empty_like_x(x, false);
+
+  if (a.elements == 0) {
+    for (const Tensor* gradient : {&dalpha, &dgamma, &ddictionary}) write_zero(*gradient);
+    return {dx, dalpha, dgamma, ddictionary};
+  }
+
   Plan p;
   a.read_parameters(p);
-  const auto f = [&](int64_t c, int64_t k) { return constant(a.alpha.row(c)[k]); };
-  const auto gamma_of = [&](int64_t c) { return *a.gamma.row(c); };
-  if (x.numel() > 0) {
-    std::vector<std::pair<View*, const Tensor*>> tensors{{&p.x, &x}, {&p.grad, &grad}};
-    if (needs & kNeedX) tensors.insert(tensors.begin(), {&p.outputs[0], &dx});
-    set_geometry(p, a, tensors);
-    if (needs & kNeedX) {
-      add_product(p, 0, kGrad, 1);
-      set_curve(p, [&](int64_t c, int64_t k) { return d_dx(f(c, k), gamma_of(c)); });
-    }
-    if (need_sums) p.sums[p.sums_count++] = kGrad;
-    p.moment_degree = needs & kNeedGamma ? 2 : need_dictionary ? 1 : 0;
-    execute(p);
-  } else {
-    p.moments.assign(p.channels * p.dictionary_size * (kMaxDegree + 1), 0.0);
-  }
-  const auto against = [&](int64_t c, int64_t k, const Term& t) { return dot(t, moments(p, 0, c, k)); };
-  if (needs & kNeedAlpha)
-    write_gradient(dalpha, a.alpha, p, [&](int64_t c, int64_t k) { return against(c, k, constant(1)); });
-  if (needs & kNeedGamma)
-    write_gradient(dgamma, a.gamma, p, [&](int64_t c, int64_t) {
-      double sum = 0;
-      for (int64_t k = 0; k < a.d; ++k) sum += against(c, k, d_dgamma(f(c, k)));
-      return sum;
+  if (need_x) set_geometry<3>(p, a, {{&p.outputs[0], &dx}, {&p.x, &x}, {&p.grad, &grad}});
+  else set_geometry<2>(p, a, {{&p.x, &x}, {&p.grad, &grad}});
+  std::optional<Psi> psi, along_x, along_gamma;
+  int alpha_sum = 0, gamma_sum = 0, dictionary_sum = 0;
+  if (need_x || need_dictionary) along_x.emplace(a, n + 1, m);
+  if (need_x) add_curve(p, 0, kGrad, a, *along_x);
+  if (need_alpha) alpha_sum = add_sum(p, kGrad, psi.emplace(a, n, m));
+  if (need_gamma) gamma_sum = add_sum(p, kGrad, along_gamma.emplace(a, n, m + 1));
+  if (need_dictionary) dictionary_sum = add_sum(p, kGrad, *along_x);
+  execute(p);
+  if (need_alpha)
+    write_gradient(dalpha, a.alpha, a.channels,
+                   [&](int64_t c, int64_t k) { return sum_over(p, alpha_sum, c, k, (*psi)(c)); });
+  if (need_gamma)
+    write_gradient(dgamma, a.gamma, a.channels, [&](int64_t c, int64_t) {
+      double total = 0;
+      for (int64_t k = 0; k < a.d; ++k) total += a.alpha.at(c, k) * sum_over(p, gamma_sum, c, k, (*along_gamma)(c));
+      return total;
     });
   if (need_dictionary)
-    write_gradient(ddictionary, *a.dictionary, p,
-                   [&](int64_t c, int64_t k) { return against(c, k, -1.0 * d_dx(f(c, k), gamma_of(c))); });
+    write_gradient(ddictionary, *a.dictionary, a.channels, [&](int64_t c, int64_t k) {
+      return -a.alpha.at(c, k) * sum_over(p, dictionary_sum, c, k, (*along_x)(c));
+    });
   return {dx, dalpha, dgamma, ddictionary};
 }
 
 // Gradients of L = <v_x, dx> + <v_alpha, dalpha> + <v_gamma, dgamma> + <v_dictionary, ddictionary>, which is
 // Σ v_x g f′(x) + Σ g q(x) with q = Σ_k (v_alpha_k + v_gamma ∂/∂γ + v_dictionary_k ∂/∂δ_k) f.
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> double_backward(
-    std::optional<Tensor> v_x, std::optional<Tensor> v_alpha, std::optional<Tensor> v_gamma,
-    std::optional<Tensor> v_dictionary, Tensor grad, Tensor x, Tensor alpha, Tensor gamma,
-    std::optional<Tensor> dictionary, double boundary, int64_t needs) {
-  const Arguments a(x, alpha, gamma, dictionary, boundary);
-  const bool need_dictionary = dictionary && (needs & kNeedDictionary);
-  const bool need_sums = needs & (kNeedAlpha | kNeedGamma) || need_dictionary;
-  Tensor dgrad = needs & kNeedGrad ? torch::stable::empty_like(x) : torch::stable::new_empty(x, {0});
-  Tensor dx = needs & kNeedX ? torch::stable::empty_like(x) : torch::stable::new_empty(x, {0});
-  Tensor dalpha = empty_gradient(alpha, needs & kNeedAlpha), dgamma = empty_gradient(gamma, needs & kNeedGamma);
-  Tensor ddictionary = empty_gradient(a, dictionary, need_dictionary);
-  Plan p;
-  a.read_parameters(p);
-
-  const auto read = [&](const std::optional<Tensor>& v, const Parameter& like, const char* name, int64_t dim) {
+    const std::optional<Tensor>& v_x, const std::optional<Tensor>& v_alpha, const std::optional<Tensor>& v_gamma,
+    const std::optional<Tensor>& v_dictionary, const Tensor& grad, const Tensor& x, const Tensor& alpha,
+    const Tensor& gamma, const std::optional<Tensor>& dictionary, double boundary, int64_t needs, int64_t base) {
+  const Arguments a(x, alpha, gamma, dictionary, boundary, kGaussian, base);
+  a.check_like_x(grad, "grad");
+  if (v_x) a.check_like_x(*v_x, "v_x");
+  const auto read = [](const std::optional<Tensor>& v, const Parameter& like, const char* name, int64_t dim) {
     std::optional<Parameter> values;
     if (v) {
       values.emplace(*v, name, dim);
-      STD_TORCH_CHECK(values->rows == like.rows && values->columns == like.columns, name, " has the wrong shape");
+      STD_TORCH_CHECK(values->rows == like.rows && values->columns == like.columns, name,
+                      " must have the shape of what it is a weight of, ", shape_of(like.tensor), ", got ", shape_of(*v));
     }
     return values;
   };
-  const auto va = read(v_alpha, a.alpha, "the gradient of alpha's gradient", 2);
-  const auto vg = read(v_gamma, a.gamma, "the gradient of gamma's gradient", 1);
-  STD_TORCH_CHECK(dictionary || !v_dictionary, "a gradient of the dictionary's gradient needs a dictionary");
-  const auto vd = v_dictionary ? read(v_dictionary, *a.dictionary, "the gradient of dictionary's gradient", 2)
-                               : std::optional<Parameter>();
-  const auto gamma_of = [&](int64_t c) { return *a.gamma.row(c); };
-  const auto f = [&](int64_t c, int64_t k) { return constant(a.alpha.row(c)[k]); };
+  const auto va = read(v_alpha, a.alpha, "v_alpha", 2);
+  const auto vg = read(v_gamma, a.gamma, "v_gamma", 1);
+  STD_TORCH_CHECK(dictionary || !v_dictionary, "v_dictionary needs a dictionary, got v_dictionary ",
+                  shape_of(*v_dictionary), " and dictionary None");
+  const auto vd =
+      v_dictionary ? read(v_dictionary, *a.dictionary, "v_dictionary", 2) : std::optional<Parameter>();
+
+  const bool need_grad = needs & kNeedGrad, need_x = needs & kNeedX;
+  const bool need_alpha = needs & kNeedAlpha, need_gamma = needs & kNeedGamma;
+  const bool need_dictionary = dictionary && (needs & kNeedDictionary);
+  const bool need_sums = need_alpha || need_gamma || need_dictionary;
+  const Tensor dgrad = empty_like_x(x, need_grad), dx = empty_like_x(x, need_x);
+  const Tensor dalpha = empty_gradient(alpha, need_alpha), dgamma = empty_gradient(gamma, need_gamma);
+  const Tensor ddictionary = need_dictionary ? empty_gradient(*dictionary, true) : empty_like_x(x, false);
+  if (a.elements == 0) {
+    for (const Tensor* gradient : {&dalpha, &dgamma, &ddictionary}) write_zero(*gradient);
+    return {dgrad, dx, dalpha, dgamma, ddictionary};
+  }
+
+  const auto gamma_of = [&](int64_t c) { return a.gamma.at(c); };
+  const auto f = [&](int64_t c, int64_t k) { return constant(a.alpha.at(c, k)); };
   const auto f1 = [&](int64_t c, int64_t k) { return d_dx(f(c, k), gamma_of(c)); };
   // The derivative of `of`, a term of some curve, along v_gamma and v_dictionary; q is that of f, plus v_alpha's part.
   const auto along = [&](int64_t c, int64_t k, const Term& of) {
     Term t = constant(0);
-    if (vg) t = t + *vg->row(c) * d_dgamma(of);
-    if (vd) t = t + -vd->row(c)[k] * d_dx(of, gamma_of(c));
+    if (vg) t = t + vg->at(c) * d_dgamma(of);
+    if (vd) t = t + -vd->at(c, k) * d_dx(of, gamma_of(c));
     return t;
   };
-  const auto q = [&](int64_t c, int64_t k) {
-    return along(c, k, f(c, k)) + constant(va ? va->row(c)[k] : 0.0);
-  };
+  const auto q = [&](int64_t c, int64_t k) { return along(c, k, f(c, k)) + constant(va ? va->at(c, k) : 0.0); };
   const bool has_q = va || vg || vd;
   const int q_degree = vg ? 2 : vd ? 1 : 0;
-  int product_sum = -1, grad_sum = -1;  // which sum holds the moments of v g and of g
-
-  if (x.numel() > 0) {
-    std::vector<std::pair<View*, const Tensor*>> tensors;
-    if (needs & kNeedGrad) tensors.push_back({&p.outputs[0], &dgrad});
-    if (needs & kNeedX) tensors.push_back({&p.outputs[1], &dx});
-    tensors.push_back({&p.x, &x});
-    if (v_x) tensors.push_back({&p.grad_x, &*v_x});
-    if (needs & kNeedX || need_sums) tensors.push_back({&p.grad, &grad});
-    set_geometry(p, a, tensors);
-    if (needs & kNeedGrad) {
-      if (v_x) add_product(p, 0, kGradX, 1), set_curve(p, f1);
-      if (has_q || !v_x) add_product(p, 0, kOne, q_degree), set_curve(p, q);
-    }
-    if (needs & kNeedX) {
-      if (v_x)
-        add_product(p, 1, kProduct, 2),
-            set_curve(p, [&](int64_t c, int64_t k) { return d_dx(f1(c, k), gamma_of(c)); });
-      if (has_q || !v_x)
-        add_product(p, 1, kGrad, q_degree + 1),
-            set_curve(p, [&](int64_t c, int64_t k) { return d_dx(q(c, k), gamma_of(c)); });
-    }
-    if (need_sums && v_x) p.sums[product_sum = p.sums_count++] = kProduct;
-    if (need_sums && has_q) p.sums[grad_sum = p.sums_count++] = kGrad;
-    p.moment_degree = kMaxDegree;
-    execute(p);
+  Plan p;
+  a.read_parameters(p);
+  Bound bound[5];
+  int count = 0;
+  if (need_grad) bound[count++] = {&p.outputs[0], &dgrad};
+  if (need_x) bound[count++] = {&p.outputs[1], &dx};
+  bound[count++] = {&p.x, &x};
+  if (v_x) bound[count++] = {&p.grad_x, &*v_x};
+  if (need_x || need_sums) bound[count++] = {&p.grad, &grad};
+  set_geometry(p, a, bound, count);
+  if (need_grad) {
+    if (v_x) add_curve_of(p, 0, kGradX, 1, f1);
+    if (has_q || !v_x) add_curve_of(p, 0, kOne, q_degree, q);
   }
+  if (need_x) {
+    if (v_x) add_curve_of(p, 1, kProduct, 2, [&](int64_t c, int64_t k) { return d_dx(f1(c, k), gamma_of(c)); });
+    if (has_q || !v_x)
+      add_curve_of(p, 1, kGrad, q_degree + 1, [&](int64_t c, int64_t k) { return d_dx(q(c, k), gamma_of(c)); });
+  }
+  int product_sum = -1, grad_sum = -1;  // which sum holds the moments of v g and of g
+  if (need_sums && v_x) p.sums[product_sum = p.sums_count++] = kProduct;
+  if (need_sums && has_q) p.sums[grad_sum = p.sums_count++] = kGrad;
+  p.moment_degree = 4;  // of what follows
+  execute(p);
 
   // Σ_n of v g times a term (of the k-th point) plus Σ_n of g times another.
   const auto against = [&](int64_t c, int64_t k, const Term& with_product, const Term& with_grad) {
     double sum = 0;
-    if (product_sum >= 0) sum += dot(with_product, moments(p, product_sum, c, k));
-    if (grad_sum >= 0) sum += dot(with_grad, moments(p, grad_sum, c, k));
+    if (product_sum >= 0) sum += sum_over(p, product_sum, c, k, with_product);
+    if (grad_sum >= 0) sum += sum_over(p, grad_sum, c, k, with_grad);
     return sum;
   };
-  if (needs & kNeedAlpha)
-    write_gradient(dalpha, a.alpha, p, [&](int64_t c, int64_t k) {
+  if (need_alpha)
+    write_gradient(dalpha, a.alpha, a.channels, [&](int64_t c, int64_t k) {
       return against(c, k, d_dx(constant(1), gamma_of(c)), along(c, k, constant(1)));
     });
-  if (needs & kNeedGamma)
-    write_gradient(dgamma, a.gamma, p, [&](int64_t c, int64_t) {
+  if (need_gamma)
+    write_gradient(dgamma, a.gamma, a.channels, [&](int64_t c, int64_t) {
       double sum = 0;
       for (int64_t k = 0; k < a.d; ++k) {
         const Term fg = d_dgamma(f(c, k));  // derivatives commute: ∂/∂γ of q is q's formula applied to ∂f/∂γ
-        sum += against(c, k, d_dx(fg, gamma_of(c)), along(c, k, fg) + d_dgamma(constant(va ? va->row(c)[k] : 0.0)));
+        sum += against(c, k, d_dx(fg, gamma_of(c)), along(c, k, fg) + d_dgamma(constant(va ? va->at(c, k) : 0.0)));
       }
       return sum;
     });
   if (need_dictionary)
-    write_gradient(ddictionary, *a.dictionary, p, [&](int64_t c, int64_t k) {
+    write_gradient(ddictionary, *a.dictionary, a.channels, [&](int64_t c, int64_t k) {
       return against(c, k, -1.0 * d_dx(f1(c, k), gamma_of(c)), -1.0 * d_dx(q(c, k), gamma_of(c)));
     });
   return {dgrad, dx, dalpha, dgamma, ddictionary};
 }
 
 }  // namespace
-
-const char* instruction_set() { return loops().name; }
-
 }  // namespace kaf
+
+STABLE_TORCH_LIBRARY_FRAGMENT(kafops, m) {
+#define KAF_OPERATOR(schema) m.def(schema);
+#include "../../kafops/schemas.inc"
+#undef KAF_OPERATOR
+}
 
 STABLE_TORCH_LIBRARY_IMPL(kafops, CPU, m) {
   m.impl("kaf", TORCH_BOX(&kaf::forward));
@@ -417,19 +347,8 @@ STABLE_TORCH_LIBRARY_IMPL(kafops, CPU, m) {
   m.impl("kaf_double_backward", TORCH_BOX(&kaf::double_backward));
 }
 
-// The Python module: importing it registers the kernels; capability() names the instruction set in use.
-static PyObject* capability(PyObject*, PyObject*) {
-  std::string error;
-  const kaf::Loops* loops = kaf::choose_loops(error);
-  if (loops) return PyUnicode_FromString(loops->name);
-  PyErr_SetString(PyExc_ValueError, error.c_str());
-  return nullptr;
-}
-
-PyMODINIT_FUNC PyInit__C() {
-  static PyMethodDef methods[] = {{"capability", capability, METH_NOARGS, "Name of the instruction set in use."},
-                                  {nullptr, nullptr, 0, nullptr}};
-  static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", "The CPU kernels of kafops.", -1, methods,
-                               nullptr, nullptr, nullptr, nullptr};
-  return PyModule_Create(&module);
-}
+// For whoever loads the library: the instruction set in use, nullptr and the reason where KAFOPS_CPU_CAPABILITY asks for
+// one that does not run here.
+#define KAF_EXPORT extern "C" __attribute__((visibility("default")))
+KAF_EXPORT const char* kafops_capability() { return kaf::choice().loops ? kaf::choice().loops->name : nullptr; }
+KAF_EXPORT const char* kafops_capability_error() { return kaf::choice().loops ? nullptr : kaf::choice().error.c_str(); }

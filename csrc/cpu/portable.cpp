@@ -6,6 +6,4 @@
 
 #define KAF_SCALAR
 #define KAF_ISA portable
-#define KAF_LOOPS portable_loops
-#define KAF_ISA_NAME "portable"
 #include "loops.inl"

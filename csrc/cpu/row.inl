@@ -2,6 +2,7 @@
 
 namespace kaf {
 namespace KAF_ISA {
+namespace {
 
 constexpr int kHeld = 512;   // elements that are summed in float32: more that are equal would lose digits
 constexpr int kCopies = 4;   // of a row's sums, so that equal x do not wait for each other
@@ -320,22 +321,37 @@ void spread(const Grid<T>& g, const T* x, const T* w, int64_t n, double* sums, T
   flush<1>(copies, size, 0, size, sums);
 }
 
+// x − δ and exp(−γ (x − δ)²) for up to kBlock points of a dictionary, x taken to where its square is finite.
+constexpr int kBlock = 32;
+struct Gaussians {
+  double at[kBlock], value[kBlock];
+  Gaussians(double x, double gamma, const double* points, int64_t n) {
+    const double xe = std::isinf(x) ? std::copysign(1e150, x) : x;
+    for (int64_t i = 0; i < n; ++i) {
+      at[i] = xe - points[i];
+      value[i] = exp_double(-gamma * at[i] * at[i]);
+    }
+  }
+};
+
 // The same without a table, for few elements or cells too many: every Gaussian, in double.
 template <class T>
 void eval_direct(const Plan& p, int64_t c, int curve, const T* x, const T* w, T* out, int64_t n, bool add) {
   const int64_t d = p.dictionary_size, row = p.shared_basis ? 0 : c;
-  const double gamma = p.gamma[row], *points = p.dictionary.data() + row * d;
-  const Term* terms = p.curves.data() + (curve * p.channels + c) * d;
+  const double gamma = p.bases[row].gamma, *points = p.points.data() + row * d;
   const int degree = p.curve_degree[curve];
+  const double* terms = p.curves.data() + p.curve_offset[curve] + c * d * (degree + 1);
   for (int64_t e = 0; e < n; ++e) {
-    const double xe = std::isinf(x[e]) ? std::copysign(1e150, static_cast<double>(x[e])) : static_cast<double>(x[e]);
     double y = 0;
-    for (int64_t k = 0; k < d; ++k) {
-      const double at = xe - points[k];
-      double poly = terms[k].p[degree];
-      for (int q = degree - 1; q >= 0; --q) poly = poly * at + terms[k].p[q];
-      const double value = exp_double(-gamma * at * at);
-      y += value == 0 ? terms[k].p[0] * 0 : poly * value;
+    const double* term = terms;
+    for (int64_t k = 0; k < d; k += kBlock) {
+      const int64_t length = std::min<int64_t>(d - k, kBlock);
+      const Gaussians g(x[e], gamma, points + k, length);
+      for (int64_t i = 0; i < length; ++i, term += degree + 1) {
+        double poly = term[degree];
+        for (int q = degree - 1; q >= 0; --q) poly = poly * g.at[i] + term[q];
+        y += g.value[i] == 0 ? term[0] * 0 : poly * g.value[i];
+      }
     }
     if (w) y *= w[e];
     out[e] = static_cast<T>(add ? out[e] + y : y);
@@ -344,18 +360,22 @@ void eval_direct(const Plan& p, int64_t c, int curve, const T* x, const T* w, T*
 
 template <class T> void spread_direct(const Plan& p, int64_t c, const T* x, const T* w, int64_t n, double* moments) {
   const int64_t d = p.dictionary_size, row = p.shared_basis ? 0 : c;
-  const double gamma = p.gamma[row], *points = p.dictionary.data() + row * d;
+  const double gamma = p.bases[row].gamma, *points = p.points.data() + row * d;
   for (int64_t e = 0; e < n; ++e) {
-    const double xe = std::isinf(x[e]) ? std::copysign(1e150, static_cast<double>(x[e])) : static_cast<double>(x[e]);
     const double we = w ? w[e] : 1;
-    for (int64_t k = 0; k < d; ++k) {
-      const double at = xe - points[k], value = exp_double(-gamma * at * at);
-      double term = we * value;
-      const double step = value == 0 ? 0 : at;
-      for (int q = 0; q <= p.moment_degree; ++q, term *= step) moments[k * (kMaxDegree + 1) + q] += term;
+    double* m = moments;
+    for (int64_t k = 0; k < d; k += kBlock) {
+      const int64_t length = std::min<int64_t>(d - k, kBlock);
+      const Gaussians g(x[e], gamma, points + k, length);
+      for (int64_t i = 0; i < length; ++i) {
+        double term = we * g.value[i];
+        const double step = g.value[i] == 0 ? 0 : g.at[i];
+        for (int q = 0; q <= p.moment_degree; ++q, term *= step) *m++ += term;
+      }
     }
   }
 }
 
+}  // namespace
 }  // namespace KAF_ISA
 }  // namespace kaf
