@@ -9,7 +9,7 @@ from torch import Tensor
 
 from kafops import bases, kernels
 
-__all__ = ["arguments", "boundary_of", "codes", "like_x"]
+__all__ = ["arguments", "boundary_of", "codes", "like_parameter", "like_x"]
 
 _HALF = (torch.bfloat16, torch.float16)
 _FULL = (torch.float32, torch.float64)
@@ -61,6 +61,18 @@ def like_x(name: str, t: Tensor, x: Tensor) -> None:
     if t.shape != x.shape or t.device != x.device:
         raise ValueError(
             f"{name} must have the shape and device of x, {_shape(x)} on {x.device}, got {_shape(t)} on {t.device}"
+        )
+
+
+def like_parameter(name: str, v: Tensor, p: Tensor | None) -> None:
+    """Raise a ValueError or TypeError unless v, the weight of a gradient, has the shape and device of parameter p."""
+    _tensor(name, v, _FULL)
+    if p is None:
+        raise ValueError(f"{name} must be None where there is no dictionary, got {_shape(v)}: it needs a dictionary")
+    if v.shape != p.shape or v.device != p.device:
+        raise ValueError(
+            f"{name} must have the shape and device of its parameter, {_shape(p)} on {p.device}, got {_shape(v)} on "
+            f"{v.device}"
         )
 
 

@@ -120,7 +120,7 @@ def _call(
     if torch.compiler.is_compiling():  # where checks cost nothing, and errors do not come back as they were raised
         return _checked(x, alpha, gamma, dictionary, boundary, kernel, base, channel_dim)
     try:
-        if channel_dim == 1 and kernel == "gaussian" and backends.choose(x) != "reference":
+        if channel_dim == 1 and type(channel_dim) is int and kernel == "gaussian" and backends.choose(x) != "reference":
             return autograd.apply(x, alpha, gamma, dictionary, boundary, 0, _BASES[base])
     except Exception:
         _check(x, alpha, gamma, dictionary, kernel, base, channel_dim)

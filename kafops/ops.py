@@ -118,9 +118,8 @@ def _check(a: dict[str, Any]) -> None:
             checks.like_x(name, a[name], x)
     for name in ("alpha", "gamma", "dictionary"):
         v = a.get(f"v_{name}")
-        if v is not None and (a[name] is None or v.shape != a[name].shape):
-            wanted = "no dictionary" if a[name] is None else f"{name} {list(a[name].shape)}"
-            raise ValueError(f"v_{name} must have the shape of {name}, got {list(v.shape)} for {wanted}")
+        if v is not None:
+            checks.like_parameter(f"v_{name}", v, a[name])
     checks.codes(a.get("kernel", 0), a["base"], a.get("n", 0), a.get("m", 0))
 
 
