@@ -32,6 +32,7 @@ from kafops.torch_private import (
     SingleLevelFunction,
     any_requires_grad,
     get_tracing_state,
+    gradients_wanted,
     transforms_active,
 )
 from kafops.transforms import add, below, product, register
@@ -86,7 +87,7 @@ class KAFEagerFunction(torch.autograd.Function):
         """Compute the gradients of ⟨grad, y⟩."""
         if grad is None:
             return (None,) * 7
-        needs = _bits(ctx.needs_input_grad)
+        needs = _needs(ctx)
         boundary, kernel, base = ctx.rest
         tensors = ctx.saved_tensors
         if torch.is_grad_enabled() or transforms_active() or _watched((grad, *tensors)):
@@ -116,7 +117,7 @@ class _Kaf(SingleLevelFunction):
     def backward(ctx: Any, w: Tensor | None) -> Gradients:
         if w is None:
             return _KAF.no_gradients
-        needs = _bits(ctx.needs_input_grad)
+        needs = _needs(ctx)
         return *ctx.curve.backward(w, *ctx.saved_tensors, needs), *(None,) * 5
 
     @staticmethod
@@ -152,7 +153,7 @@ class _KafBackward(SingleLevelFunction):
         weights = _only(v, ctx.needs)
         if all(t is None for t in weights):
             return _BACKWARD.no_gradients
-        needs = _bits(ctx.needs_input_grad[1:]) | (Needs.GRAD if ctx.needs_input_grad[0] else 0)
+        needs = _needs(ctx, _DOUBLE.flags)
         return *ctx.curve.double_backward(weights, *ctx.saved_tensors, needs), *(None,) * 6
 
     @staticmethod
@@ -287,8 +288,10 @@ def _differentiable_double_backward(*arguments: Any, **named: Any) -> tuple[Tens
     )
 
 
-def _bits(needed: Sequence[bool]) -> int:
-    return sum([flag for flag, wanted in zip(_FLAGS, needed, strict=False) if wanted])
+def _needs(ctx: Any, flags: tuple[int, ...] = _FLAGS) -> int:
+    """The bits of the gradients that are needed. A graph that is differentiated further is asked for some of them."""
+    wanted = gradients_wanted(ctx) if torch.is_grad_enabled() else ctx.needs_input_grad
+    return sum([flag for flag, needed in zip(flags, wanted, strict=False) if needed])
 
 
 def _only(gradients: Sequence[Tensor | None], needs: int) -> Gradients:

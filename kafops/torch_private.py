@@ -4,7 +4,7 @@ PyTorch has no public name for any of these. No other module uses a private one.
 """
 
 from collections.abc import Callable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch._functorch import utils as _functorch_utils
@@ -18,8 +18,8 @@ __all__ = [
     "assumed_constant",
     "enable_forward_mode",
     "enable_single_level_functions",
-    "forward_mode_active",
     "get_tracing_state",
+    "gradients_wanted",
     "transforms_active",
     "unregister",
 ]
@@ -48,9 +48,20 @@ def transforms_active() -> bool:
     return torch._C._are_functorch_transforms_active() or _forward_ad._current_level >= 0
 
 
-def forward_mode_active() -> bool:
-    """Whether a forward-mode level is active, also where torch.compile traces. 2.0."""
-    return _forward_ad._current_level >= 0
+def gradients_wanted(ctx: Any) -> tuple[bool, ...]:
+    """Which of a function's first inputs, tensors all, the backward pass that is running differentiates in. 2.1.
+
+    ctx.needs_input_grad has every input that requires a gradient, also where torch.autograd.grad was asked for others.
+    """
+    edges = zip(ctx.needs_input_grad, ctx.next_functions, strict=False)
+    return tuple(needed and node is not None and _executes(node) for needed, (node, _) in edges)
+
+
+def _executes(node: Any) -> bool:
+    try:
+        return torch._C._will_engine_execute_node(node)
+    except RuntimeError:  # said of a leaf that torch.autograd.grad was asked for
+        return True
 
 
 def assumed_constant(function: _F) -> _F:
