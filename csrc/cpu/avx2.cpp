@@ -31,6 +31,7 @@ struct V {
   static V load(const float* p) { return {_mm256_loadu_ps(p)}; }
   static void store(float* p, V a) { _mm256_storeu_ps(p, a.m); }
   static void store_int(uint32_t* p, Int a) { _mm256_storeu_si256(reinterpret_cast<Int*>(p), a); }
+  static Int load_int(const uint32_t* p) { return _mm256_loadu_si256(reinterpret_cast<const Int*>(p)); }
   template <int N> static Int shift_left(Int a) { return _mm256_slli_epi32(a, N); }
   static V set(float a) { return {_mm256_set1_ps(a)}; }
   static V add(V a, V b) { return {_mm256_add_ps(a.m, b.m)}; }
@@ -46,6 +47,18 @@ struct V {
   static Int sub_int(Int a, Int b) { return _mm256_sub_epi32(a, b); }
   static Int min_unsigned(Int a, Int b) { return _mm256_min_epu32(a, b); }
   static Int max_unsigned(Int a, Int b) { return _mm256_max_epu32(a, b); }
+
+  using Mask = __m256;
+  static Mask within(Int a, Int first, Int span) {  // first ≤ a ≤ first + span
+    const Int beyond = sub_int(a, first);
+    return _mm256_castsi256_ps(_mm256_cmpeq_epi32(min_unsigned(beyond, span), beyond));
+  }
+  static bool all(Mask m) { return _mm256_movemask_ps(m) == 0xff; }
+  static V select(Mask m, V yes, V no) { return {_mm256_blendv_ps(no.m, yes.m, m)}; }
+  static Int select_int(Mask m, Int yes, Int no) { return _mm256_blendv_epi8(no, yes, _mm256_castps_si256(m)); }
+  static V step(V a, V b) {  // 1 where a > b or one is NaN, else 0
+    return {_mm256_and_ps(_mm256_cmp_ps(a.m, b.m, _CMP_NLE_UQ), _mm256_set1_ps(1))};
+  }
 
   // Lane l: step · (l mod count), count a power of two.
   static Int steps(int32_t step, int32_t count) {

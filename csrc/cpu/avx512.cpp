@@ -54,6 +54,17 @@ struct V {
   static Int min_unsigned(Int a, Int b) { return _mm512_min_epu32(a, b); }
   static Int max_unsigned(Int a, Int b) { return _mm512_max_epu32(a, b); }
 
+  using Mask = __mmask16;
+  static Mask within(Int a, Int first, Int span) {  // first ≤ a ≤ first + span
+    return _mm512_cmple_epu32_mask(sub_int(a, first), span);
+  }
+  static bool all(Mask m) { return m == 0xffff; }
+  static V select(Mask m, V yes, V no) { return {_mm512_mask_mov_ps(no.m, m, yes.m)}; }
+  static Int select_int(Mask m, Int yes, Int no) { return _mm512_mask_mov_epi32(no, m, yes); }
+  static V step(V a, V b) {  // 1 where a > b or one is NaN, else 0
+    return {_mm512_maskz_mov_ps(_mm512_cmp_ps_mask(a.m, b.m, _CMP_NLE_UQ), _mm512_set1_ps(1))};
+  }
+
   // Lane l: step · (l mod count), count a power of two.
   static Int steps(int32_t step, int32_t count) {
     const Int lane = _mm512_and_si512(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15), set_int(count - 1));

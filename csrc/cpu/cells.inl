@@ -130,6 +130,39 @@ template <class T> const Interpolation<T>& interpolation() {
   return it;
 }
 
+// The widest cells on which a smooth base's derivative is a polynomial to a third of a rounding of its peak, in float32.
+inline double base_width(int order) { return 0.6 / (1 + order / 12.0); }
+
+// Whether tables hold a base's derivative. Not a base itself, order 0, as a sum of Chebyshev polynomials: near 0 it is
+// small, and such a sum is exact to the size of its terms only.
+template <class T> bool held(const Beneath& b) { return b.smooth() && (b.order > 0 || Precision<T>::kMonomials); }
+
+// Tables of a smooth base itself, order 0, hold what is left of it without a ramp that the loops add: x / 2 in cells
+// −n … n, with n this number, and max(x, 0) in the others. The rest is small beside x, and so are its roundings.
+inline int64_t half_ramp_cells(double width) { return static_cast<int64_t>(std::ceil(std::max(0.4 / width - 0.5, 0.0))); }
+
+// Coefficients [count][P] of a smooth base's derivative on every cell but the first and last, where they are 0.
+template <class T> void fit_base(const Beneath& b, const Cells& cells, double* out) {
+  constexpr int P = Precision<T>::kPoints;
+  const auto& it = interpolation<T>();
+  const int64_t halves = half_ramp_cells(cells.width);
+  std::fill(out, out + static_cast<int64_t>(cells.count) * P, 0.0);
+  for (int j = 1; j < cells.count - 1; ++j) {
+    double coefficients[P] = {};
+    const int64_t number = cells.first + j;
+    for (int i = 0; i < P; ++i) {
+      const double x = number * cells.width + it.points[i] * cells.width / 2;
+      double value;
+      if (b.order > 0) value = base_derivative(b.base, b.order, x);
+      else if (std::abs(number) <= halves) value = base_derivative(b.base, 0, x) - x / 2;
+      else value = base_derivative(b.base, 0, -std::abs(x));  // base(x) − x = base(−x)
+      for (int m = 0; m < P; ++m) coefficients[m] += it.coefficients_of[i][m] * value;
+    }
+    if (b.order == 0 && number == 0) coefficients[0] = 0;  // so that what is left of the error shrinks with x
+    std::copy(coefficients, coefficients + P, out + j * P);
+  }
+}
+
 // Rounds up to 12 significant bits.
 inline double round_up(double w) {
   int e;
@@ -159,7 +192,9 @@ template <class T> double width_of(int order) {
   return Precision<T>::kWidth * std::pow(growth, 1.0 / P);
 }
 
-template <class T> void place_cells(Basis& b, const double* points, int64_t d, bool permutes, int order) {
+// Cells for a dictionary, at most `most` wide where that does not make them too many.
+template <class T>
+void place_cells(Basis& b, const double* points, int64_t d, bool permutes, int order, double most) {
   using Pr = Precision<T>;
   b.cells = Cells{};
   const double reach = reach_of<T>(b.gamma, order), span = points[d - 1] - points[0];
@@ -168,6 +203,8 @@ template <class T> void place_cells(Basis& b, const double* points, int64_t d, b
   double width = width_of<T>(order) / std::sqrt(b.gamma);
   // In cells much wider than the distances that matter, d² is lost against the error of interpolation.
   if (span > 0) width = std::clamp(span, width / 16, width);
+  const bool narrow = width <= most || (high - low) / most < 128;
+  if (narrow) width = std::min(width, most);
   const double wider = order > 4 ? 1 : 1.12;  // by which cells may be widened to fit
   const bool fits = permutes && (high - low) < width * wider * (kPermuteCells - 3.1);
   if (fits) width = (high - low) / (kPermuteCells - 3.1);
@@ -176,7 +213,7 @@ template <class T> void place_cells(Basis& b, const double* points, int64_t d, b
   width = round_up(width);
   const double first = std::ceil(low / width - 0.5) - 1, last = std::floor(high / width + 0.5) + 1;
   if (std::max(std::abs(first), std::abs(last)) >= Pr::kMaxCells) return;
-  b.cells = Cells{width, static_cast<int64_t>(first), static_cast<int>(last - first) + 1};
+  b.cells = Cells{width, static_cast<int64_t>(first), static_cast<int>(last - first) + 1, narrow};
   if (fits && b.cells.count <= kPermuteCells) b.cells.count = kPermuteCells;
 }
 
@@ -214,14 +251,54 @@ template <class T> void fill_windows(const Basis& b, const double* points, int64
   }
 }
 
+// A smooth base's derivative, as fit_base has it, in cells of its own: for x beyond a curve's cells.
+struct BaseTable {
+  static constexpr int P = Precision<float>::kPoints;
+  Cells cells;
+  std::vector<float> rows;  // [count][P]
+
+  explicit BaseTable(const Beneath& b) {
+    const double width = round_up(base_width(b.order));
+    const double reach = b.base == kSilu ? 22 : 8.2;  // beyond, a tenth of a rounding of the peak is left
+    const int last = static_cast<int>(std::ceil(reach / width + 0.5));
+    cells = Cells{width, -last, 2 * last + 1};
+    std::vector<double> coefficients(cells.count * P);
+    fit_base<float>(b, cells, coefficients.data());
+    if (b.order == 1) coefficients[2 * last * P] = 1;
+    rows.assign(coefficients.begin(), coefficients.end());
+  }
+};
+
+inline const BaseTable& base_table(const Beneath& b) {
+  static const auto all = [] {
+    std::vector<BaseTable> tables;
+    for (int base : {kSilu, kGelu})
+      for (int order = 0; order <= kMaxOrder; ++order) tables.emplace_back(Beneath{base, order});
+    return tables;
+  }();
+  return all[(b.base == kGelu) * (kMaxOrder + 1) + b.order];
+}
+
+// Coefficients of the bases beneath the products' curves.
+template <class T> void fit_bases(const Plan& p, const Cells& cells, Windows& w) {
+  const int64_t size = static_cast<int64_t>(cells.count) * Precision<T>::kPoints;
+  w.base.resize(p.products_count * size);
+  for (int i = 0; i < p.products_count; ++i)
+    if (held<T>(p.products[i].beneath)) fit_base<T>(p.products[i].beneath, cells, w.base.data() + i * size);
+}
+
 template <class T> void make_bases_of(Plan& p, int64_t begin, int64_t end) {
   const int64_t d = p.dictionary_size;
   const int order = order_of(p);
+  double most = std::numeric_limits<double>::infinity();
+  int bases = 0;
+  for (int i = 0; i < p.products_count; ++i)
+    if (const Beneath& b = p.products[i].beneath; held<T>(b)) most = std::min(most, base_width(b.order)), ++bases;
   for (int64_t row = begin; row < end && p.kernel == kGaussian; ++row) {
     Basis& b = p.bases[row];
     const double* points = p.points.data() + row * d;
     if (!std::all_of(points, points + d, [](double v) { return std::isfinite(v); })) continue;
-    place_cells<T>(b, points, d, kPermutes && std::is_same_v<T, float>, order);
+    place_cells<T>(b, points, d, kPermutes && std::is_same_v<T, float>, order, most);
     if (b.cells.count == 0) continue;
     // A table pays only from some number of elements on. Multiply-adds to make and contract it, an exponential counted as
     // 8, against those of summing directly, 24 for each Gaussian and use.
@@ -230,10 +307,11 @@ template <class T> void make_bases_of(Plan& p, int64_t begin, int64_t end) {
                                                       std::max<int64_t>(d - 1, 1) /
                                                       std::max(points[d - 1] - points[0], 1e-300));
     const int uses = p.curves_count + p.sums_count, fillings = (p.curves_count > 0) + (p.sums_count > 0);
-    const double make = b.cells.count * P * (window * (uses + (p.shared_basis ? 0 : 8 * fillings)) + P * uses);
+    const double make = b.cells.count * P * (window * (uses + (p.shared_basis ? 0 : 8 * fillings)) + P * uses +
+                                             (p.shared_basis ? 0 : 40 * bases));
     const double direct = static_cast<double>(p.positions) * d * 24 * uses;
     if (direct < make) b.cells.count = 0;
-    else if (p.shared_basis) fill_windows<T>(b, points, d, order, p.windows);
+    else if (p.shared_basis) fill_windows<T>(b, points, d, order, p.windows), fit_bases<T>(p, b.cells, p.windows);
   }
 }
 
@@ -243,9 +321,10 @@ template <class T> constexpr int kTogether = std::max(1, 8 * kDoubles / Precisio
 
 // Coefficients of one curve of N channels on every cell, from terms [N][D][degree + 1] to tables, `step` apart: rows
 // [count][P], or columns [P][32] with cell i in column i mod 32. `order` is that of the windows, degree at most that.
+// `base` [count][P] is what they hold of a base, nullptr for none.
 template <class T, int N>
-void fit(const Cells& cells, const Windows& w, int order, const double* terms, int64_t d, int degree, bool columns,
-         T* tables, int64_t step) {
+void fit(const Cells& cells, const Windows& w, int order, const double* base, const double* terms, int64_t d, int degree,
+         bool columns, T* tables, int64_t step) {
   constexpr int P = Precision<T>::kPoints;
   using Values = Vector<P>;
   const auto& it = interpolation<T>();
@@ -265,7 +344,7 @@ void fit(const Cells& cells, const Windows& w, int order, const double* terms, i
     for (int n = 0; n < N; ++n) {
       double values_at[P], coefficients[P];
       at[n].store(values_at);
-      Values c = Values::all(0);
+      Values c = base ? Values::load(base + j * P) : Values::all(0);
       for (int i = 0; i < P; ++i) c = c + Values::load(it.coefficients_of[i]) * Values::all(values_at[i]);
       c.store(coefficients);
       T* table = tables + n * step;
@@ -310,6 +389,7 @@ template <class T> void make_tables_of(Plan& p, Windows& own, int64_t begin, int
     const int64_t size = static_cast<int64_t>(cells.count) * P;
     if (size == 0) continue;
     const Windows& w = windows_of<T>(p, c, own);
+    if (!p.shared_basis && p.holds_base) fit_bases<T>(p, cells, own);
     const bool columns = kPermutes && std::is_same_v<T, float> && cells.count == kPermuteCells;
     T* table = reinterpret_cast<T*>(p.tables.get()) + p.table_offset[c];
     const int64_t step = p.curves_count * size;  // to the next channel's
@@ -317,8 +397,9 @@ template <class T> void make_tables_of(Plan& p, Windows& own, int64_t begin, int
       const int degree = p.curve_degree[u];
       const int64_t next = d * (degree + 1);
       const double* terms = p.curves.data() + p.curve_offset[u] + c * next;
-      if (together == N) fit<T, N>(cells, w, order, terms, d, degree, columns, table, step);
-      else fit<T, 1>(cells, w, order, terms, d, degree, columns, table, step);
+      const double* base = p.holds_base && held<T>(p.products[u].beneath) ? w.base.data() + u * size : nullptr;
+      if (together == N) fit<T, N>(cells, w, order, base, terms, d, degree, columns, table, step);
+      else fit<T, 1>(cells, w, order, base, terms, d, degree, columns, table, step);
       for (int64_t n = 0; n < together; ++n)
         if (!finite(terms + n * next, next))
           std::fill(table + n * step, table + n * step + size, std::numeric_limits<T>::quiet_NaN());

@@ -258,7 +258,11 @@ void run_kernel(const Plan& p, int64_t c, int64_t n, const T* x, const T* w, T* 
       default: run_kernel_of<T, kBSpline>(p, t, padded, points, sums);
     }
     if (!p.products_count) continue;
-    for (int64_t i = 0; i < length; ++i) out[at + i] = t.y[i] * t.w[i];
+    const Beneath& beneath = p.products[0].beneath;
+    for (int64_t i = 0; i < length; ++i) {
+      const double curve = t.y[i] * t.w[i], weight = w ? w[at + i] : T(1);
+      out[at + i] = static_cast<T>(beneath.base ? curve + weight * base_at(beneath, x[at + i]) : curve);
+    }
   }
 }
 

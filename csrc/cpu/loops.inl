@@ -37,8 +37,8 @@ template <class T> void run_products(const Plan& p, int64_t c, int64_t n, const 
     const Product& u = p.products[i];
     const T* table = tables + static_cast<int64_t>(u.curve) * grid.count * P;
     T* out = r.outputs[u.output];
-    if (grid.count) eval(grid, table, r.x, weights[u.weight], out, n, begun[u.output]);
-    else eval_direct(p, c, u.curve, r.x, weights[u.weight], out, n, begun[u.output]);
+    if (grid.count) eval(p, u, grid, table, r.x, weights[u.weight], out, n, begun[u.output]);
+    else eval_direct(p, c, u, r.x, weights[u.weight], out, n, begun[u.output]);
     begun[u.output] = true;
   }
 }
@@ -64,7 +64,9 @@ void run_row(const Plan& p, int64_t c, int64_t n, const Row<T>& r, const Grid<T>
     if (grid.count == kPermuteCells && p.products_count == 1 && p.sums_count == 1 && p.products[0].weight == kGrad &&
         p.sums[0] == kGrad) {
       const float* table = reinterpret_cast<const float*>(p.tables.get()) + p.table_offset[c];
-      return spread_vector<true>(grid, r.x, r.grad, n, sums, copies, r.next, table, r.outputs[p.products[0].output]);
+      return choose_base(p, p.products[0], grid, table, [&](const auto& base) {
+        spread_vector<true>(grid, r.x, r.grad, n, sums, copies, r.next, table, base, r.outputs[p.products[0].output]);
+      });
     }
 #endif
   run_products(p, c, n, r, grid);
@@ -88,11 +90,15 @@ bool eval_half_rows(const Plan& p, int64_t c, int64_t width, int64_t at, int64_t
     for (const Grid<T>& grid : grids)
       if (grid.count != kPermuteCells) return false;
     const int64_t from = place_offset(p, x, at), to = place_offset(p, out, at);
-    for (int64_t k = c; k < c + width; ++k)
-      eval_permute_half(grids[p.shared_basis ? 0 : k],
-                        reinterpret_cast<const float*>(p.tables.get()) + p.table_offset[k], x.type,
-                        reinterpret_cast<const uint16_t*>(x.data) + k * x.channel_stride + from,
-                        reinterpret_cast<uint16_t*>(out.data) + k * out.channel_stride + to, n);
+    for (int64_t k = c; k < c + width; ++k) {
+      const Grid<float>& grid = grids[p.shared_basis ? 0 : k];
+      const float* table = tables_of<float>(p) + p.table_offset[k];
+      choose_base(p, p.products[0], grid, table, [&](const auto& base) {
+        eval_permute_half(grid, table, base, x.type,
+                          reinterpret_cast<const uint16_t*>(x.data) + k * x.channel_stride + from,
+                          reinterpret_cast<uint16_t*>(out.data) + k * out.channel_stride + to, n);
+      });
+    }
     return true;
   }
 #endif
@@ -171,7 +177,8 @@ struct Block {
 // x is transposed, so that a register holds one channel, and the values back: in registers, and nothing else is, as
 // weights meet the values where they lie in memory. It goes through memory steadily, which the hardware can foresee.
 template <class V, bool Half>  // V for what only a V that permutes has
-void eval_square(const Plan& p, int64_t c, int64_t k, int64_t at, const Block& data, const Lanes& lanes) {
+void eval_square(const Plan& p, int64_t c, int64_t k, int64_t at, const Block& data, const Grid<float>& grid,
+                 const Lanes& lanes) {
   constexpr int W = V::kWidth, P = Precision<float>::kPoints;
   const Type type = Half ? p.x.type : Type::f32;
   const auto each = [&](const Walk& w, auto use) __attribute__((always_inline)) {
@@ -180,7 +187,7 @@ void eval_square(const Plan& p, int64_t c, int64_t k, int64_t at, const Block& d
     KAF_UNROLL
     for (int i = 0; i < W; ++i, position += step) use(i, position);
   };
-  alignas(64) float place[W * W], total[W * W];
+  alignas(64) float x[W * W], place[W * W], total[W * W];
   alignas(64) uint32_t cell[W * W];
   V y[W];
   each(data.x, [&](int i, const char* position) {
@@ -191,6 +198,7 @@ void eval_square(const Plan& p, int64_t c, int64_t k, int64_t at, const Block& d
   KAF_UNROLL
   for (int i = 0; i < W; ++i) {
     typename V::Int bits;
+    V::store(x + i * W, y[i]);
     V::store(place + i * W, lanes.locate(y[i], bits));
     V::store_int(cell + i * W, bits);
   }
@@ -199,10 +207,14 @@ void eval_square(const Plan& p, int64_t c, int64_t k, int64_t at, const Block& d
   for (int u = 0; u < p.products_count; ++u) {
     const Product& product = p.products[u];
     const float* table = tables + product.curve * (P * kPermuteCells);
-    KAF_UNROLL
-    for (int i = 0; i < W; ++i, table += next) {
-      y[i] = PermuteTable(table).polynomial(V::load_int(cell + i * W), V::load(place + i * W));
-    }
+    choose_base(p, product, grid, table, [&](const auto& base) __attribute__((always_inline)) {
+      KAF_UNROLL
+      for (int i = 0; i < W; ++i, table += next) {
+        const typename V::Int bits = V::load_int(cell + i * W);
+        const V value = PermuteTable(table).polynomial(bits, V::load(place + i * W));
+        y[i] = base.add(value, V::load(x + i * W), lanes.offset(bits));
+      }
+    });
     V::transpose(y);
     const auto weigh = [&](int i, const char* position) { y[i] = V::mul(y[i], load_lanes(type, position)); };
     if (product.weight == kGrad || product.weight == kProduct) each(data.grad, weigh);
@@ -247,7 +259,7 @@ inline void run_columns(const Plan& p, int64_t c, int64_t width, int64_t begin, 
         const auto square = type == Type::f32 ? eval_square<V, false> : eval_square<V, true>;
         for (int64_t i = 0; i < n; i += W)  // the last may overlap the one before
           for (int64_t k = 0; k < width; k += W)
-            square(p, c, k, std::min(i, n - W), {x, grad, grad_x, {outputs[0], outputs[1]}}, lanes);
+            square(p, c, k, std::min(i, n - W), {x, grad, grad_x, {outputs[0], outputs[1]}}, grid, lanes);
       }
     } else if (p.products_count) {
       x.move(type, n, width, b.x, load_square, load_run<float>);
@@ -356,6 +368,7 @@ template <class T> void contract_of(Plan& p, Windows& own, int64_t begin, int64_
 // that the sums of all chunks would take more memory than the elements.
 template <class T> void layout_of(Plan& p) {
   constexpr int P = Precision<T>::kPoints;
+  p.holds_base = std::all_of(p.bases.begin(), p.bases.end(), [](const Basis& b) { return b.cells.narrow; });
   p.table_offset.resize(p.channels);
   p.sum_offset.resize(p.channels);
   int64_t tables = 0, sums = 0;
@@ -371,7 +384,18 @@ template <class T> void layout_of(Plan& p) {
     p.chunks = std::clamp<int64_t>(p.channels * p.positions / sums, 1, p.chunks);
     p.chunk = (p.positions + p.chunks - 1) / p.chunks;
   }
+  const int64_t all_channels = tables;
+  for (int i = 0; i < p.products_count && !kScalar && std::is_same_v<T, float>; ++i)
+    if (p.products[i].beneath.smooth()) {
+      p.products[i].own_table = tables;
+      tables += base_table(p.products[i].beneath).rows.size();
+    }
   p.tables.reset(new Line[tables * sizeof(T) / sizeof(Line) + 1]);
+  for (int i = 0; i < p.products_count && tables > all_channels; ++i)
+    if (const Product& u = p.products[i]; u.beneath.smooth()) {
+      const std::vector<float>& rows = base_table(u.beneath).rows;
+      std::copy(rows.begin(), rows.end(), reinterpret_cast<float*>(p.tables.get()) + u.own_table);
+    }
   p.partial.reset(new double[p.chunks * sums]);
 }
 

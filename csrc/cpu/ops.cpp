@@ -103,6 +103,11 @@ template <class F> void add_curve_of(Plan& p, int output, Weight weight, int deg
   });
 }
 
+// Puts the base, differentiated as the curve, beneath the last curve: base^(n), or nothing where that was by γ.
+void put_beneath(Plan& p, const Arguments& a, int64_t n, int64_t m) {
+  if (m == 0) p.products[p.products_count - 1].beneath = {static_cast<int>(a.base), static_cast<int>(n)};
+}
+
 // Adds a sum of data, weighted, over ψ and returns its number. The Gaussian's ψ have their sums in common.
 int add_sum(Plan& p, Weight weight, const Psi& psi) {
   p.moment_degree = std::max(p.moment_degree, psi.degree());
@@ -177,6 +182,7 @@ Tensor forward(const Tensor& x, const Tensor& alpha, const Tensor& gamma, const 
   a.read_parameters(p);
   set_geometry<2>(p, a, {{&p.outputs[0], &y}, {&p.x, &x}});
   add_curve(p, 0, kOne, a, Psi(a, n, m));
+  put_beneath(p, a, n, m);
   execute(p);
   return y;
 }
@@ -209,7 +215,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad, const Te
   std::optional<Psi> psi, along_x, along_gamma;
   int alpha_sum = 0, gamma_sum = 0, dictionary_sum = 0;
   if (need_x || need_dictionary) along_x.emplace(a, n + 1, m);
-  if (need_x) add_curve(p, 0, kGrad, a, *along_x);
+  if (need_x) add_curve(p, 0, kGrad, a, *along_x), put_beneath(p, a, n + 1, m);
   if (need_alpha) alpha_sum = add_sum(p, kGrad, psi.emplace(a, n, m));
   if (need_gamma) gamma_sum = add_sum(p, kGrad, along_gamma.emplace(a, n, m + 1));
   if (need_dictionary) dictionary_sum = add_sum(p, kGrad, *along_x);
@@ -291,11 +297,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> double_backward(
   if (need_x || need_sums) bound[count++] = {&p.grad, &grad};
   set_geometry(p, a, bound, count);
   if (need_grad) {
-    if (v_x) add_curve_of(p, 0, kGradX, 1, f1);
+    if (v_x) add_curve_of(p, 0, kGradX, 1, f1), put_beneath(p, a, 1, 0);
     if (has_q || !v_x) add_curve_of(p, 0, kOne, q_degree, q);
   }
   if (need_x) {
-    if (v_x) add_curve_of(p, 1, kProduct, 2, [&](int64_t c, int64_t k) { return d_dx(f1(c, k), gamma_of(c)); });
+    if (v_x) {
+      add_curve_of(p, 1, kProduct, 2, [&](int64_t c, int64_t k) { return d_dx(f1(c, k), gamma_of(c)); });
+      put_beneath(p, a, 2, 0);
+    }
     if (has_q || !v_x)
       add_curve_of(p, 1, kGrad, q_degree + 1, [&](int64_t c, int64_t k) { return d_dx(q(c, k), gamma_of(c)); });
   }

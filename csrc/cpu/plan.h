@@ -9,6 +9,8 @@
 //     double backward  dg  = v f′(x) + q(x)                moments of g and of v g
 //                      dx  = v g f″(x) + g q′(x)
 //
+// with a derivative of a base added to f, f′ and f″ where the KAF has one (Beneath).
+//
 // The CPU evaluates a curve of Gaussians piecewise. For every channel and curve a table is made: the x axis is cut into
 // cells of equal width, and on each the curve is a polynomial, interpolated at Chebyshev points. An element then costs a
 // few operations to find its cell and one lookup and one multiply-add for each coefficient, whatever D is. The coefficient
@@ -55,6 +57,13 @@ struct Cells {
   double width = 0;    // has at most 12 significant bits, so that i · width is exact in T and x − i · width too
   int64_t first = 0;   // index of the first cell
   int count = 0;       // 0: no table, sum over the points directly
+  bool narrow = true;  // enough for tables of curves to hold the smooth base beneath them
+};
+
+// What a product adds to its curve: the derivative, of some order, of a base.
+struct Beneath {
+  int base = kNoBase, order = 0;
+  bool smooth() const { return base == kSilu || base == kGelu; }
 };
 
 // One bandwidth, and the cells for it and its dictionary.
@@ -67,6 +76,7 @@ struct Basis {
 struct Windows {
   std::vector<int> begin, end;  // which points, for each cell
   std::vector<double> values;   // [sum of windows][order + 1][kPoints], cell by cell
+  std::vector<double> base;     // [products][cells][kPoints], coefficients of the bases that tables hold
 };
 
 enum Kernel : int64_t { kGaussian, kRationalQuadratic, kMatern32, kBSpline, kKernels };  // codes of kafops/kernels.py
@@ -77,8 +87,10 @@ struct Order {  // of differentiation: n times in x and m times in γ
 
 enum Weight : int { kOne, kGrad, kGradX, kProduct };  // 1, g, v (the gradient of dx), v g
 
-struct Product {  // output += weight · curve(x)
+struct Product {  // output += weight · (curve(x) + base^(order)(x))
   int output, weight, curve;
+  Beneath beneath;
+  int64_t own_table = 0;  // offset in Plan::tables of a smooth base's own cells, see BaseTable
 };
 
 constexpr int kMaxProducts = 4, kMaxSums = 3, kMaxOutputs = 2;
@@ -114,11 +126,13 @@ struct Plan {
   Order sum_order[kMaxSums];                 // over ψ[n, m] / γ^(n/2 − m) of another kernel
 
   // Made by the loops.
+  bool holds_base = false;                   // whether tables hold smooth bases, except in the first and last cell
   Windows windows;                           // where the basis is shared
   std::vector<int64_t> table_offset;         // [C], of a channel's first table
   std::vector<int64_t> sum_offset;           // [C], of a channel's first cell sums
   int64_t sums_size = 0;                     // of one chunk, all channels
-  std::unique_ptr<Line[]> tables;            // of T: [C][curves_count][cells][kPoints], or for permutes [kPoints][32]
+  std::unique_ptr<Line[]> tables;            // of T: [C][curves_count][cells][kPoints], or for permutes [kPoints][32];
+                                             // after these, smooth bases in cells of their own
   std::unique_ptr<double[]> partial;         // [chunks][sums_size]
   std::vector<double> moments;               // [sums_count, C, D, moment_degree + 1] by the dictionary's order: the result
 

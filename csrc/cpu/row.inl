@@ -32,13 +32,45 @@ template <class T> struct Next {
   const T* data[2] = {};
 };
 
+template <class T> const T* tables_of(const Plan& p) { return reinterpret_cast<const T*>(p.tables.get()); }
+
+// Below which a ramp, or the slope of one, is 0: NaN, below which nothing is, makes the identity of ReLU.
+template <class T> T floor_of(const Beneath& b) { return b.base == kRelu ? T(0) : std::numeric_limits<T>::quiet_NaN(); }
+
+__attribute__((noinline)) inline double base_at(const Beneath& b, double x) {
+  return base_derivative(b.base, b.order, x);
+}
+
+// What a base adds to the polynomial of the cell (from 0) of x, which may hold a part of it.
+template <class T> class ScalarBase {
+ public:
+  ScalarBase(const Plan& p, const Beneath& b, const Grid<T>& g)
+      : b_(b), floor_(floor_of<T>(b)), held_(p.holds_base && held<T>(b)), last_(static_cast<int>(g.count) - 1),
+        zero_(static_cast<int>(-g.first)), halves_(static_cast<int>(half_ramp_cells(g.width))) {}
+
+  T operator()(T x, int cell) const {
+    if (!b_.smooth()) return b_.order == 0 ? (x < floor_ ? floor_ : x) : b_.order == 1 ? !(x <= floor_) : 0;
+    if (!held_ || cell == 0 || cell == last_) return static_cast<T>(base_at(b_, x));
+    return b_.order ? 0 : std::abs(cell - zero_) <= halves_ ? x / 2 : std::max(x, T(0));
+  }
+
+ private:
+  Beneath b_;
+  T floor_;
+  bool held_;
+  int last_, zero_, halves_;
+};
+
 template <class T>
-void eval_scalar(const Grid<T>& grid, const T* table, const T* x, const T* w, T* out, int64_t n, bool add) {
+void eval_scalar(const Plan& p, const Beneath& beneath, const Grid<T>& grid, const T* table, const T* x, const T* w,
+                 T* out, int64_t n, bool add) {
   constexpr int P = Precision<T>::kPoints;
+  const ScalarBase<T> base(p, beneath, grid);
   for (int64_t e = 0; e < n; ++e) {
     T v;
-    const T* row = table + grid.locate(x[e], v) * P;
-    T y = Polynomials<T>::sum(row, v);
+    const int cell = grid.locate(x[e], v);
+    T y = Polynomials<T>::sum(table + cell * P, v);
+    if (beneath.base) y += base(x[e], cell);
     if (w) y *= w[e];
     out[e] = add ? out[e] + y : y;
   }
@@ -88,27 +120,124 @@ struct Lanes {
   }
   // Cell numbers from 0; those of NaN, whatever they are, forced into range.
   inline typename V::Int row(typename V::Int bits) const { return V::min_unsigned(V::sub_int(bits, origin), last); }
+  // Where their rows of coefficients begin, in floats.
+  inline typename V::Int offset(typename V::Int bits) const { return V::template shift_left<3>(row(bits)); }
 };
+
+// Σ_m c_m v^m, lane l's coefficients from table + row[l] on.
+inline V polynomial_of(const float* table, const uint32_t* row, V v) {
+  V c[8];
+  V::quads_of([&](int l) { return table + row[l]; }, c);
+  V::quads_of([&](int l) { return table + row[l] + 4; }, c + 4);
+  V y = c[7];
+  KAF_UNROLL
+  for (int m = 6; m >= 0; --m) y = V::fma(y, v, c[m]);
+  return y;
+}
 
 constexpr int kGroup = 256;  // elements whose places are found before they are used, so that loads do not wait for stores
 
-// Places of a group of elements: v, and where each one's row of coefficients begins, in floats.
-struct Places {
+// What lies beneath a curve, for the loops over it. add(y, x, row): the value y of the curve at x plus the base, of which
+// the curve's table may hold a part. place(x, v, row): what to add to the polynomial of `row` at v, both of which it may
+// change, to come to the same. `row` is where lanes' rows of coefficients begin in the curve's table.
+struct NoBase {
+  V add(V y, V, typename V::Int) const { return y; }
+};
+struct Ramp {  // ReLU, or the identity
+  V floor;
+  V place(V x, V&, typename V::Int&) const { return V::max(floor, x); }
+  V add(V y, V x, typename V::Int) const { return V::add(y, V::max(floor, x)); }
+};
+struct Step {  // their first derivatives
+  V floor;
+  V place(V x, V&, typename V::Int&) const { return V::step(x, floor); }
+  V add(V y, V x, typename V::Int) const { return V::add(y, V::step(x, floor)); }
+};
+
+// The ramp that a table of a smooth base lacks, see half_ramp_cells.
+struct HalfRamp {
+  typename V::Int first, span;
+  explicit HalfRamp(const Grid<float>& g) {
+    const auto cells = static_cast<int32_t>(half_ramp_cells(g.width));
+    first = V::set_int(8 * (-g.first - cells));
+    span = V::set_int(8 * 2 * cells);
+  }
+  V at(V x, typename V::Int row) const {
+    return V::select(V::within(row, first, span), V::mul(V::set(0.5f), x), V::max(V::set(0), x));
+  }
+};
+
+class Smooth {
+ public:
+  Smooth(const Plan& p, const Product& u, const Grid<float>& g, const float* table, const Grid<float>& own)
+      : held_(p.holds_base), ramps_(u.beneath.order == 0), own_table_(tables_of<float>(p) + u.own_table), ramp_(g),
+        own_ramp_(own), lanes_(own), shift_(V::set_int(static_cast<int32_t>(own_table_ - table))), first_(V::set_int(8)),
+        span_(V::set_int(8 * (g.count - 3))), spoilt_(V::set(table[0])) {}
+
+  V place(V x, V& v, typename V::Int& row) const {
+    if (!held_) return value(x);
+    V rest = ramps_ ? ramp_.at(x, row) : V::set(0);
+    const auto known = V::within(row, first_, span_);
+    if (V::all(known)) return rest;
+    typename V::Int cell;
+    const V place = lanes_.locate(x, cell);
+    const typename V::Int own = lanes_.offset(cell);
+    v = V::select(known, v, place);
+    row = V::select_int(known, row, V::add_int(own, shift_));
+    return V::add(ramps_ ? V::select(known, rest, own_ramp_.at(x, own)) : rest, spoilt_);
+  }
+  V add(V y, V x, typename V::Int row) const {
+    if (!held_) return V::add(y, value(x));
+    const V inside = ramps_ ? V::add(y, ramp_.at(x, row)) : y;
+    const auto known = V::within(row, first_, span_);
+    return V::all(known) ? inside : V::select(known, inside, V::add(y, value(x)));
+  }
+
+ private:
+  __attribute__((noinline)) V value(V x) const {
+    typename V::Int cell;
+    const V v = lanes_.locate(x, cell);
+    alignas(64) uint32_t row[V::kWidth];
+    V::store_int(row, lanes_.offset(cell));
+    const V y = polynomial_of(own_table_, row, v);
+    return ramps_ ? V::add(y, own_ramp_.at(x, lanes_.offset(cell))) : y;
+  }
+
+  bool held_, ramps_;
+  const float* own_table_;
+  HalfRamp ramp_, own_ramp_;
+  Lanes lanes_;                       // of the base's own cells
+  typename V::Int shift_;             // from the curve's table to the base's own, so near that rows can tell
+  typename V::Int first_, span_;      // rows of the curve's table that hold the base
+  V spoilt_;                          // what is in the others: 0, or NaN in all of a curve that is not finite
+};
+
+// f(what lies beneath a curve with these cells and this table)
+template <class F> void choose_base(const Plan& p, const Product& u, const Grid<float>& g, const float* table, F f) {
+  const Beneath& b = u.beneath;
+  if (b.smooth()) f(Smooth(p, u, g, table, Grid<float>(base_table(b).cells)));
+  else if (b.base && b.order == 0) f(Ramp{V::set(floor_of<float>(b))});
+  else if (b.base && b.order == 1) f(Step{V::set(floor_of<float>(b))});
+  else f(NoBase{});
+}
+
+// Places of a group of elements: v, where each one's row of coefficients begins, and what to add to its polynomial.
+template <class Base> struct Places {
+  static constexpr bool kAdds = !std::is_same_v<Base, NoBase>;
   alignas(64) float v[kGroup];
   alignas(64) uint32_t row[kGroup];
-  void find(const Lanes& lanes, int e, V x) {
+  alignas(64) float rest[kAdds ? kGroup : 1];
+  void find(const Lanes& lanes, const Base& base, int e, V x) {
     typename V::Int cell;
-    V::store(v + e, lanes.locate(x, cell));
-    V::store_int(row + e, V::template shift_left<3>(lanes.row(cell)));
+    V at = lanes.locate(x, cell);
+    typename V::Int begin = lanes.offset(cell);
+    if constexpr (kAdds) V::store(rest + e, base.place(x, at, begin));
+    V::store(v + e, at);
+    V::store_int(row + e, begin);
   }
-  V polynomial(int e, const float* table) const {  // Σ_m c_m v^m
-    V c[8];
-    V::quads_of([&](int l) { return table + row[e + l]; }, c);
-    V::quads_of([&](int l) { return table + row[e + l] + 4; }, c + 4);
-    const V at = V::load(v + e);
-    V y = c[7];
-    KAF_UNROLL
-    for (int m = 6; m >= 0; --m) y = V::fma(y, at, c[m]);
+  V value(int e, const float* table) const {
+    const V y = polynomial_of(table, row + e, V::load(v + e));
+    if constexpr (kAdds) return V::add(y, V::load(rest + e));
     return y;
   }
 };
@@ -146,15 +275,16 @@ struct PermuteTable {
   }
 };
 
-// out = [out +] [w] curve(x), with the table held in registers.
-template <bool Weighted, bool Add>
-void eval_permute(const Grid<float>& g, const float* table, const float* x, const float* w, float* out, int64_t n) {
+// out = [out +] [w] (curve(x) + base), with the table held in registers.
+template <bool Weighted, bool Add, class Base>
+void eval_permute(const Grid<float>& g, const float* table, const Base& base, const float* x, const float* w, float* out,
+                  int64_t n) {
   const Lanes lanes(g);
   const PermuteTable held(table);
   const auto step = [&](const float* xe, const float* we, float* oe) __attribute__((always_inline)) {
     typename V::Int cell;
-    const V v = lanes.locate(V::load(xe), cell);
-    V::store(oe, weighted<Weighted, Add>(held.polynomial(cell, v), we, oe));
+    const V value = V::load(xe), v = lanes.locate(value, cell);
+    V::store(oe, weighted<Weighted, Add>(base.add(held.polynomial(cell, v), value, lanes.offset(cell)), we, oe));
   };
   int64_t e = 0;
   for (; e + V::kWidth <= n; e += V::kWidth) step(x + e, Weighted ? w + e : nullptr, out + e);
@@ -165,17 +295,18 @@ void eval_permute(const Grid<float>& g, const float* table, const float* x, cons
   }
 }
 
-// out = curve(x) in half precision, converted in registers.
-inline void eval_permute_half(const Grid<float>& g, const float* table, Type type, const uint16_t* x, uint16_t* out,
-                              int64_t n) {
+// out = curve(x) + base in half precision, converted in registers.
+template <class Base>
+void eval_permute_half(const Grid<float>& g, const float* table, const Base& base, Type type, const uint16_t* x,
+                       uint16_t* out, int64_t n) {
   constexpr int W = V::kWidth;
   const Lanes lanes(g);
   const PermuteTable held(table);
   const auto all = [&](auto half) __attribute__((always_inline)) {
     const auto step = [&](const uint16_t* xe, uint16_t* oe) __attribute__((always_inline)) {
       typename V::Int cell;
-      const V v = lanes.locate(V::load_half(xe, half), cell);
-      V::store_half(oe, held.polynomial(cell, v), half);
+      const V value = V::load_half(xe, half), v = lanes.locate(value, cell);
+      V::store_half(oe, base.add(held.polynomial(cell, v), value, lanes.offset(cell)), half);
     };
     int64_t e = 0;
     for (; e + W <= n; e += W) step(x + e, out + e);
@@ -189,30 +320,32 @@ inline void eval_permute_half(const Grid<float>& g, const float* table, Type typ
   else all(std::integral_constant<Type, Type::bf16>());
 }
 
-// out = [out +] [w] curve(x), with a table of any number of cells in memory.
-template <bool Weighted, bool Add>
-void eval_rows(const Grid<float>& g, const float* table, const float* x, const float* w, float* out, int64_t n) {
+// out = [out +] [w] (curve(x) + base), with a table of any number of cells in memory.
+template <bool Weighted, bool Add, class Base>
+void eval_rows(const Grid<float>& g, const float* table, const Base& base, const float* x, const float* w, float* out,
+               int64_t n) {
   const Lanes lanes(g);
-  Places places;
+  Places<Base> places;
   for (int64_t begin = 0; begin < n; begin += kGroup, x += kGroup, w += Weighted ? kGroup : 0, out += kGroup) {
     const int length = static_cast<int>(std::min<int64_t>(n - begin, kGroup)), whole = length / V::kWidth * V::kWidth;
-    for (int e = 0; e < whole; e += V::kWidth) places.find(lanes, e, V::load(x + e));
-    if (whole < length) places.find(lanes, whole, V::load(Tail(x + whole, length - whole).data));
+    for (int e = 0; e < whole; e += V::kWidth) places.find(lanes, base, e, V::load(x + e));
+    if (whole < length) places.find(lanes, base, whole, V::load(Tail(x + whole, length - whole).data));
     for (int e = 0; e < whole; e += V::kWidth)
-      V::store(out + e, weighted<Weighted, Add>(places.polynomial(e, table), Weighted ? w + e : nullptr, out + e));
+      V::store(out + e, weighted<Weighted, Add>(places.value(e, table), Weighted ? w + e : nullptr, out + e));
     if (whole < length) {
       Tail wt(Weighted ? w + whole : nullptr, length - whole), ot(Add ? out + whole : nullptr, length - whole);
-      V::store(ot.data, weighted<Weighted, Add>(places.polynomial(whole, table), wt.data, ot.data));
+      V::store(ot.data, weighted<Weighted, Add>(places.value(whole, table), wt.data, ot.data));
       std::copy(ot.data, ot.data + (length - whole), out + whole);
     }
   }
 }
 
-template <bool Weighted, bool Add>
-void eval_vector(const Grid<float>& g, const float* table, const float* x, const float* w, float* out, int64_t n) {
+template <bool Weighted, bool Add, class Base>
+void eval_vector(const Grid<float>& g, const float* table, const Base& base, const float* x, const float* w, float* out,
+                 int64_t n) {
   if constexpr (kPermutes)
-    if (g.count == kPermuteCells) return eval_permute<Weighted, Add>(g, table, x, w, out, n);
-  eval_rows<Weighted, Add>(g, table, x, w, out, n);
+    if (g.count == kPermuteCells) return eval_permute<Weighted, Add>(g, table, base, x, w, out, n);
+  eval_rows<Weighted, Add>(g, table, base, x, w, out, n);
 }
 
 // Sums of w v^m in float32, a row of eight for each cell. Every lane of a vector has a table of rows of its own (or
@@ -221,6 +354,7 @@ void eval_vector(const Grid<float>& g, const float* table, const float* x, const
 class Spreader {
  public:
   explicit Spreader(const Grid<float>& g) : lanes_(g) { forget(); }
+  const Lanes& lanes() const { return lanes_; }
 
   // tables[l]: where lane l's table begins, in bytes from the base given to add(). Returns the places of x in their cells.
   V prepare(int e, V x, V w, typename V::Int tables, typename V::Int& cell) {
@@ -261,11 +395,11 @@ class Spreader {
   alignas(64) uint32_t offset_[kGroup];
 };
 
-// One channel's row of elements; with Eval also out = w curve(x), from a table that permutes look up. Adding is limited
+// One channel's row of elements; with Eval also out = w (curve(x) + base), from a table that permutes look up. Adding is limited
 // by the load ports and leaves the memory idle, so it fetches the data of the tile that comes next.
-template <bool Eval>
+template <bool Eval, class Base>
 void spread_vector(const Grid<float>& g, const float* x, const float* w, int64_t n, double* sums, float* copies,
-                   const Next<float>& next, const float* table, float* out) {
+                   const Next<float>& next, const float* table, const Base& base, float* out) {
   constexpr int W = V::kWidth;
   const int64_t size = static_cast<int64_t>(g.count) * 8;
   const auto tables = V::steps(static_cast<int32_t>(size * 4), kCopies);
@@ -276,8 +410,9 @@ void spread_vector(const Grid<float>& g, const float* x, const float* w, int64_t
     const std::optional<PermuteTable> held = Eval ? std::optional<PermuteTable>(table) : std::nullopt;
     const auto step = [&](int e, const float* xe, const float* we, float* oe) __attribute__((always_inline)) {
       typename V::Int cell;
-      const V weight = V::load(we), v = spreader.prepare(e, V::load(xe), weight, tables, cell);
-      if constexpr (Eval) V::store(oe, V::mul(held->polynomial(cell, v), weight));
+      const V value = V::load(xe), weight = V::load(we), v = spreader.prepare(e, value, weight, tables, cell);
+      if constexpr (Eval)
+        V::store(oe, V::mul(base.add(held->polynomial(cell, v), value, spreader.lanes().offset(cell)), weight));
     };
     int e = 0;
     for (; e + W <= length; e += W) step(e, x + begin + e, w + begin + e, Eval ? out + begin + e : nullptr);
@@ -298,21 +433,23 @@ void spread_vector(const Grid<float>& g, const float* x, const float* w, int64_t
 #endif
 
 template <class T>
-void eval(const Grid<T>& g, const T* table, const T* x, const T* w, T* out, int64_t n, bool add) {
+void eval(const Plan& p, const Product& u, const Grid<T>& g, const T* table, const T* x, const T* w, T* out, int64_t n,
+          bool add) {
 #ifndef KAF_SCALAR
-  if constexpr (std::is_same_v<T, float>) {
-    if (w) add ? eval_vector<true, true>(g, table, x, w, out, n) : eval_vector<true, false>(g, table, x, w, out, n);
-    else add ? eval_vector<false, true>(g, table, x, w, out, n) : eval_vector<false, false>(g, table, x, w, out, n);
-    return;
-  }
+  if constexpr (std::is_same_v<T, float>)
+    return choose_base(p, u, g, table, [&](const auto& base) {
+      if (w) add ? eval_vector<true, true>(g, table, base, x, w, out, n) : eval_vector<true, false>(g, table, base, x, w, out, n);
+      else add ? eval_vector<false, true>(g, table, base, x, w, out, n) : eval_vector<false, false>(g, table, base, x, w, out, n);
+    });
 #endif
-  eval_scalar(g, table, x, w, out, n, add);
+  eval_scalar(p, u.beneath, g, table, x, w, out, n, add);
 }
 
 template <class T>
 void spread(const Grid<T>& g, const T* x, const T* w, int64_t n, double* sums, T* copies, const Next<T>& next) {
 #ifndef KAF_SCALAR
-  if constexpr (std::is_same_v<T, float>) return spread_vector<false>(g, x, w, n, sums, copies, next, nullptr, nullptr);
+  if constexpr (std::is_same_v<T, float>) 
+    return spread_vector<false>(g, x, w, n, sums, copies, next, nullptr, NoBase{}, nullptr);
 #endif
   if constexpr (std::is_same_v<T, float>) return spread_scalar(g, x, w, n, sums);
   // Adding all to one sum would lose digits: each tile has its own first.
@@ -336,11 +473,11 @@ struct Gaussians {
 
 // The same without a table, for few elements or cells too many: every Gaussian, in double.
 template <class T>
-void eval_direct(const Plan& p, int64_t c, int curve, const T* x, const T* w, T* out, int64_t n, bool add) {
+void eval_direct(const Plan& p, int64_t c, const Product& product, const T* x, const T* w, T* out, int64_t n, bool add) {
   const int64_t d = p.dictionary_size, row = p.shared_basis ? 0 : c;
   const double gamma = p.bases[row].gamma, *points = p.points.data() + row * d;
-  const int degree = p.curve_degree[curve];
-  const double* terms = p.curves.data() + p.curve_offset[curve] + c * d * (degree + 1);
+  const int degree = p.curve_degree[product.curve];
+  const double* terms = p.curves.data() + p.curve_offset[product.curve] + c * d * (degree + 1);
   for (int64_t e = 0; e < n; ++e) {
     double y = 0;
     const double* term = terms;
@@ -353,6 +490,7 @@ void eval_direct(const Plan& p, int64_t c, int curve, const T* x, const T* w, T*
         y += g.value[i] == 0 ? term[0] * 0 : poly * g.value[i];
       }
     }
+    if (product.beneath.base) y += base_at(product.beneath, x[e]);
     if (w) y *= w[e];
     out[e] = static_cast<T>(add ? out[e] + y : y);
   }

@@ -22,7 +22,6 @@ using torch::stable::Tensor;
 
 enum Needs : int64_t { kNeedX = 1, kNeedAlpha = 2, kNeedGamma = 4, kNeedDictionary = 8, kNeedGrad = 16 };
 
-constexpr int64_t kBases = 5;  // codes of kafops/bases.py, 0 for none
 
 // ------------------------------------------------------------------------------------------------- words of messages
 
@@ -132,7 +131,7 @@ struct Arguments {
     fit("gamma", gamma);
     if (dictionary) fit("dictionary", *dictionary);
     STD_TORCH_CHECK(0 <= kernel && kernel < kKernels, "kernel must be a code from 0 to ", kKernels - 1, ", got ", kernel);
-    STD_TORCH_CHECK(0 <= base && base < kBases, "base must be a code from 0 to ", kBases - 1, ", got ", base);
+    STD_TORCH_CHECK(kNoBase <= base && base <= kGelu, "base must be a code from 0 to ", int{kGelu}, ", got ", base);
   }
 
   // Raises unless ψ[n, m] is offered. `what` is computed from it.
