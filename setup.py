@@ -76,7 +76,10 @@ def extension(kind: type, name: str, sources: list[str], flags: object) -> setup
     return kind(
         name,
         sources,
-        depends=[str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/**/*") if p.suffix in suffixes],
+        depends=[
+            "kafops/schemas.inc",
+            *(str(p.relative_to(ROOT)) for p in ROOT.glob("csrc/**/*") if p.suffix in suffixes),
+        ],
         extra_compile_args=flags,
         extra_link_args=os.environ.get("KAFOPS_LD_FLAGS", "").split(),
         py_limited_api=True,

@@ -5,6 +5,7 @@ from kafops import ops as ops  # defines the schemas before any backend register
 # isort: split
 from kafops import backends, bases, bounds, init, kernels, reference
 from kafops.backends import backend
+from kafops.compiled import library
 from kafops.convert import Replacement, ReplacementReport, replace_activations
 from kafops.functional import kaf, kaf_free
 from kafops.modules import KAF, KAF1d, KAF2d, KAF3d, LazyKAF, LazyKAF1d, LazyKAF2d, LazyKAF3d
@@ -30,6 +31,7 @@ __all__ = [
     "kaf",
     "kaf_free",
     "kernels",
+    "library",
     "reference",
     "replace_activations",
 ]

@@ -1,6 +1,7 @@
 """Runs the kernels' tests for the other instruction sets: one process each, as the choice is made once in a process."""
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ from kafops.backends import cpu
 pytestmark = pytest.mark.skipif(cpu.load_error is not None, reason=f"no compiled kernels: {cpu.load_error}")
 
 ROOT = Path(__file__).parents[2]
-ALL = ("portable", "avx2", "avx512")
+ALL = re.findall(r"\bX\((\w+),", (ROOT / "csrc/cpu/isa.h").read_text(encoding="utf-8"))
 OTHERS = [name for name in ALL if cpu.load_error is not None or name != cpu.capability()]
 
 
