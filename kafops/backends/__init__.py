@@ -155,8 +155,6 @@ def _force_the_last() -> None:
     """Put the last token's backend in force. An error leaves everything as it was."""
     global _forced, _overrides
     name = _tokens[-1].name if _tokens else None
-    if name == _forced:
-        return
     libraries: list[torch.library.Library] = []
     try:
         if name is not None and (activate := _NAMED[name].activate) is not None:
@@ -220,8 +218,6 @@ def _preferred(device_type: str) -> Backend:
 @assumed_constant
 def _activate(name: str, device_type: str) -> None:
     """Register a backend's functions for a device type for good, once."""
-    if (name, device_type) in _active:
-        return
     activate = _NAMED[name].activate
     with _lock:
         if activate is not None and (name, device_type) not in _active:

@@ -102,6 +102,15 @@ def test_cuda_tensors_go_to_cuda_else_to_triton_else_to_the_reference(gpus):
     assert "; the Triton kernels could not be loaded (the package triton is not installed)" in text
 
 
+def test_an_interpreter_is_asked_by_name_only(gpus, monkeypatch):
+    monkeypatch.setattr(triton, "interpreted", True)
+    gpus.lack(cpu, "not built")
+    assert backends.available("cpu") == ("triton", "reference")
+    assert backends.explain("cpu").startswith("reference: plain PyTorch, because the compiled CPU kernels could not be")
+    with kafops.backend("triton"):
+        assert backends.choose(torch.empty(1)) == "triton"
+
+
 def test_the_reference_is_announced_once_with_its_reasons(gpus, monkeypatch):
     gpus.lack(cuda, "no nvcc")
     gpus.lack(triton, "no triton")
@@ -232,6 +241,8 @@ def test_kernels_that_a_backend_does_not_have_are_announced(kernel, gpus):
         assert backends.choose_for(kernel, x) == backends.choose_for(kernel, x)
         if cpu.load_error is None:
             assert backends.choose_for(kernel, torch.empty(1)) == "cpu"
+        with kafops.backend("reference"):
+            assert backends.choose_for(kernel, x) == "reference"
     assert backends.choose_for(kernel, x) == "cuda"
     if kernel == "gaussian":
         assert not caught
@@ -484,7 +495,7 @@ def test_two_threads_that_overlap_leave_nothing_behind():
 def test_a_thread_waits_until_another_has_entered(gpus, monkeypatch):
     """While functions are registered for one thread, none can enter in between and be overruled."""
     monkeypatch.setattr(triton, "interpreted", True)
-    halfway, go_on, entered, done = (threading.Event() for _ in range(4))
+    halfway, go_on, first_entered, second_entered, done = (threading.Event() for _ in range(5))
     impl = torch.library.Library.impl
 
     def slow(*arguments, **options):
@@ -494,11 +505,12 @@ def test_a_thread_waits_until_another_has_entered(gpus, monkeypatch):
 
     def first() -> None:
         with kafops.backend("triton"):
+            first_entered.set()
             assert done.wait(60)
 
     def second() -> None:
         with kafops.backend("reference"):
-            entered.set()
+            second_entered.set()
             assert done.wait(60)
 
     monkeypatch.setattr(torch.library.Library, "impl", slow)
@@ -506,9 +518,10 @@ def test_a_thread_waits_until_another_has_entered(gpus, monkeypatch):
         threads = [pool.submit(first)]
         assert halfway.wait(60)
         threads.append(pool.submit(second))
-        entered.wait(0.5)  # time to enter in between, if it could
+        second_entered.wait(0.5)  # time to enter in between, if it could
         go_on.set()
-        assert entered.wait(60)
+        assert first_entered.wait(60)
+        assert second_entered.wait(60)
         in_force = backends._forced
         done.set()
         for thread in threads:
@@ -554,14 +567,15 @@ def test_an_error_on_entry_leaves_nothing_behind(fails_at, around, gpus, monkeyp
     with kafops.backend(around) if around else contextlib.nullcontext():
         with monkeypatch.context() as patch:
             patch.setattr(torch.library.Library, "impl", fail)
-            with pytest.raises(KeyError, match="no room"):
+            with pytest.raises(KeyError, match="no room") as kept:  # and what its frames refer to
                 kafops.backend("triton").__enter__()
         assert backends._forced == around
         assert torch.equal(ops.kaf(x, *arguments), before)
-        with kafops.backend("triton"):  # and it may be entered later
+        with kafops.backend("triton"):  # it may be entered later
             assert torch.equal(ops.kaf(x, *arguments), torch.full_like(x, 7.0))
     assert backends._forced is None
     assert torch.equal(ops.kaf(x, *arguments), before)
+    assert kept.value.args == ("no room",)
 
 
 @pytest.mark.parametrize("inner", ["triton", "reference", "cuda"])
@@ -571,9 +585,12 @@ def test_leaving_an_inner_backend_restores_the_functions_of_the_outer(inner, gpu
     x, arguments = torch.ones(2, 3), (torch.ones(3, 4), torch.ones(3), None, 3.0)
     before, sevens = ops.kaf(x, *arguments), torch.full((2, 3), 7.0)
     with kafops.backend("triton"):
+        kept = list(backends._overrides)  # does not keep them in force
+        assert len(kept) == 2  # for CPU and CUDA tensors
         with kafops.backend(inner):
             assert torch.equal(ops.kaf(x, *arguments), sevens if inner == "triton" else before)
         assert torch.equal(ops.kaf(x, *arguments), sevens)
+        kept += backends._overrides
     assert torch.equal(ops.kaf(x, *arguments), before)
 
 
@@ -646,28 +663,37 @@ def test_a_function_that_forces_triton_is_compiled_around_it(gpus, monkeypatch):
         with kafops.backend("triton"):
             return kafops.kaf(x, alpha, gamma)
 
+    @torch.compile(backend="eager")
+    def by_cuda(x: torch.Tensor) -> torch.Tensor:
+        with kafops.backend("cuda"):
+            return ops.kaf(x, alpha, gamma, None, 3.0)
+
     for _ in range(2):
         assert torch.equal(by_triton(x), torch.full_like(x, 7.0))
         assert backends._forced is None
         assert torch.equal(kafops.kaf(x, alpha, gamma), before)
+        with kafops.backend("triton"):
+            assert torch.equal(by_cuda(x), before)  # and around one that takes them away
+            assert torch.equal(kafops.kaf(x, alpha, gamma), torch.full_like(x, 7.0))
 
 
 @pytest.mark.parametrize("x", [math.inf, -math.inf, 1e19])
 @pytest.mark.parametrize("kernel", sorted(kernels.KERNELS))
-def test_far_inputs_add_nothing_to_the_references_gradients(kernel, x):
+def test_far_inputs_add_nothing_to_the_gradients_of_the_reference(kernel, x):
     """Neither NaN, as an infinite distance times a kernel value of 0 would, nor anything else."""
 
-    def gradients(*values: float) -> tuple[torch.Tensor, ...]:
+    def y_and_gradients(*values: float) -> tuple[torch.Tensor, ...]:
         z = torch.tensor([values]).T.requires_grad_()
         alpha, gamma, dictionary = torch.ones(1, 3), torch.ones(1), torch.tensor([[-1.0, 0.0, 1.0]])
         parameters = tuple(p.requires_grad_() for p in (alpha, gamma, dictionary))
         with kafops.backend("reference"):
             y = kafops.kaf_free(z, *parameters, kernel=kernel)
-        return torch.autograd.grad(y.sum(), (z, *parameters))
+        return y, *torch.autograd.grad(y.sum(), (z, *parameters))
 
-    of_z, *of_parameters = gradients(0.5, x)
+    y, of_z, *of_parameters = y_and_gradients(0.5, x)
+    assert y[1] == 0 or math.isfinite(x)
     assert of_z[1] == 0
-    for got, want in zip(of_parameters, gradients(0.5)[1:], strict=True):
+    for got, want in zip(of_parameters, y_and_gradients(0.5)[2:], strict=True):
         torch.testing.assert_close(got, want, rtol=1e-6, atol=0)
 
 
