@@ -401,8 +401,8 @@ def test_forced_backends_nest_and_end_with_an_error():
 
 @compiled
 def test_a_compiled_function_notices_what_is_forced():
-    layer = torch.compile(kafops.KAF1d(3), backend="eager", fullgraph=True)
-    x = torch.randn(5, 3)
+    layer = torch.compile(kafops.KAF1d(3, dtype=torch.float64), backend="eager", fullgraph=True)
+    x = torch.randn(5, 3, dtype=torch.float64)
     y = layer(x)
     with kafops.backend("reference"):
         expected = layer(x)
