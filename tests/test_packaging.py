@@ -145,7 +145,9 @@ def test_source_distribution_holds_all_sources(tmp_path):
     (archive,) = tmp_path.glob("kafops-*.tar.gz")
     with tarfile.open(archive) as tar:
         names = {name.split("/", 1)[-1] for name in tar.getnames()}
-    package = {f"kafops/{name}" for name in ("py.typed", "schemas.inc", "backends/cpu.py", "backends/triton/kernels.py")}
+    package = {
+        f"kafops/{name}" for name in ("py.typed", "schemas.inc", "backends/cpu.py", "backends/triton/kernels.py")
+    }
     assert {*CSRC, *package, "setup.py", "pyproject.toml", "LICENSE"} <= names
     assert not {name for name in names if name.endswith((".so", ".o")) or name.startswith(("tests/", "runs/"))}
 
