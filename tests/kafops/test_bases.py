@@ -35,7 +35,10 @@ CASES = (
     Case(),
     Case(shape=(4, 3)),
     *(Case(shape=s, shared=ALONE) for s in ((), (1,), (7,), (600,), (0,))),
-    *(Case(shape=s) for s in ((2, 3, 5), (2, 3, 300), (3, 17, 4, 4), (1, 130, 5, 7), (0, 3, 4, 4), (2, 0, 4), (2, 3, 70, 70))),
+    *(
+        Case(shape=s)
+        for s in ((2, 3, 5), (2, 3, 300), (3, 17, 4, 4), (1, 130, 5, 7), (0, 3, 4, 4), (2, 0, 4), (2, 3, 70, 70))
+    ),
     Case(shape=(600, 3), free=True, varied=True),
     Case(shape=(2, 18, 9, 9), layout="channels_last", varied=True),
     Case(shape=(2, 48, 17, 9), layout="channels_last"),
@@ -76,7 +79,7 @@ def compute(p: Problem, base: str | None) -> dict[str, Tensor]:
 
 
 def assert_exact(p: Problem, base: str, got: dict[str, Tensor] | None = None) -> None:
-    """y may be off by 2u (|x| + Σ|α|), u the unit roundoff; derivatives by what the curve may, and a few u of the base's.
+    """y may be off by 2u (|x| + Σ|α|), u the unit roundoff; derivatives by what the curve may, some u of the base's.
 
     A cell's polynomial has coefficients that decay fast, so that its roundings are those of the first two terms: in
     storing, multiplying and adding them, 4 in float32, 8 of a series of Chebyshev polynomials. The truth, in float64,
@@ -163,7 +166,7 @@ def test_without_a_curve(count, boundary, dtype, base):
 @pytest.mark.parametrize("boundary", [0.5, 3.0, 12.0])
 @pytest.mark.parametrize("count", [2, 3000], ids=["few", "many"])
 def test_derivatives_of_every_order(count, boundary, dtype, base):
-    """α = 0: the n-th derivative of the base, to a few roundings of its peak, as kaf[n] and as what a gradient is of."""
+    """α = 0: the n-th derivative of the base, to a few roundings of its peak, as kaf[n] and as a gradient's part."""
     p = Case(shape=(count, 2), boundary=boundary, dtype=dtype, parameter_dtype=dtype).problem()
     x = torch.linspace(-30, 30, 2 * count, dtype=dtype, device=DEVICE).reshape(2, count).t().contiguous()
     p = replace(p, x=x, alpha=torch.zeros_like(p.alpha))

@@ -24,8 +24,8 @@ ALL = 1 + 2 + 4 + 8  # needs: the gradients of x, alpha, gamma and dictionary
 PARTS = ((1, 0), (0, 0), (0, 1), (1, 0))  # orders that they take beyond n and m
 ORDERS = [(n, m) for m in range(7) for n in range(13 - 2 * m)]
 SOME = [(0, 0), (1, 1), (5, 0), (2, 3), (12, 0), (0, 6), (6, 3)]
-# Two roundings for each of the up to 16 terms of a polynomial or a series, as in kafops.accuracy. In float64 the terms of
-# the oracle cancel to a thirtieth.
+# Two roundings for each of the up to 16 terms of a polynomial or a series, as in kafops.accuracy. In float64 the terms
+# of the oracle cancel to a thirtieth.
 ROUNDINGS = {F32: 32 * 2.0**-24, F64: 1e-13}
 
 few_and_many = pytest.mark.parametrize("count", [3, 1500], ids=["few", "many"])  # summed directly, and tabulated
