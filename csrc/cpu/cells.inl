@@ -300,8 +300,8 @@ template <class T> void make_bases_of(Plan& p, int64_t begin, int64_t end) {
     if (!std::all_of(points, points + d, [](double v) { return std::isfinite(v); })) continue;
     place_cells<T>(b, points, d, kPermutes && std::is_same_v<T, float>, order, most);
     if (b.cells.count == 0) continue;
-    // A table pays only from some number of elements on. Multiply-adds to make and contract it, an exponential counted as
-    // 8, against those of summing directly, 24 for each Gaussian and use.
+    // A table pays only from some number of elements on. Multiply-adds to make and contract it, an exponential counted
+    // as 8, against those of summing directly, 24 for each Gaussian and use.
     constexpr int P = Precision<T>::kPoints;
     const double window = std::min<double>(d, 1 + (2 * reach_of<T>(b.gamma, order) + b.cells.width) *
                                                       std::max<int64_t>(d - 1, 1) /
@@ -323,8 +323,8 @@ template <class T> constexpr int kTogether = std::max(1, 8 * kDoubles / Precisio
 // [count][P], or columns [P][32] with cell i in column i mod 32. `order` is that of the windows, degree at most that.
 // `base` [count][P] is what they hold of a base, nullptr for none.
 template <class T, int N>
-void fit(const Cells& cells, const Windows& w, int order, const double* base, const double* terms, int64_t d, int degree,
-         bool columns, T* tables, int64_t step) {
+void fit(const Cells& cells, const Windows& w, int order, const double* base, const double* terms, int64_t d,
+         int degree, bool columns, T* tables, int64_t step) {
   constexpr int P = Precision<T>::kPoints;
   using Values = Vector<P>;
   const auto& it = interpolation<T>();

@@ -28,7 +28,7 @@ SOME = [(0, 0), (1, 1), (5, 0), (2, 3), (12, 0), (0, 6), (6, 3)]
 # of the oracle cancel to a thirtieth.
 ROUNDINGS = {F32: 32 * 2.0**-24, F64: 1e-13}
 
-few_and_many = pytest.mark.parametrize("count", [3, 1500], ids=["few", "many"])  # summed directly, and tabulated
+few_and_many = pytest.mark.parametrize("count", [3, 600], ids=["few", "many"])  # summed directly, and tabulated
 dtypes = pytest.mark.parametrize("dtype", [F32, F64], ids=str)
 of_orders = pytest.mark.parametrize(("n", "m"), ORDERS, ids=str)
 
@@ -439,7 +439,7 @@ def arguments() -> dict:
 def test_refused(message, changed):
     with torch._C._AutoDispatchBelowAutograd(), pytest.raises(RuntimeError) as caught:
         kaf(**arguments() | changed)
-    assert message in str(caught.value)
+    assert str(caught.value).startswith(message)
 
 
 def test_refused_of_other_devices():
