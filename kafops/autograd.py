@@ -244,6 +244,15 @@ class _Curve:
             v = (_cast(v_x, torch.float32), *v[1:])
             gradients = self.composed_double_backward(v, grad.float(), x.float(), alpha, gamma, dictionary, needs)
             return *(_cast(t, x.dtype) for t in gradients[:2]), *gradients[2:]
+        parameters = (alpha, gamma, dictionary)
+        if x.dtype == torch.float64 and any(
+            p is not None and p.dtype != x.dtype for p in parameters
+        ):  # nor partial sums
+            v = tuple(_cast(t, x.dtype) for t in v)
+            exact = (_cast(p, x.dtype) for p in parameters)
+            gradients = self.composed_double_backward(v, grad, x, *exact, needs)  # type: ignore[arg-type]
+            of_parameters = zip(gradients[2:], parameters, strict=True)
+            return *gradients[:2], *(None if p is None else _cast(g, p.dtype) for g, p in of_parameters)
         points, needs_grad, needs = (gamma, dictionary), needs & Needs.GRAD, needs & ~Needs.GRAD
         of_grad: list[Tensor | None] = []
         parts: list[Gradients] = [(None,) * 4]
