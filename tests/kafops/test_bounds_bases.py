@@ -222,6 +222,18 @@ def test_ends_at_infinity_and_far_away(base, kernel):
             assert found.maximum.item() >= wanted[1]
 
 
+@pytest.mark.parametrize("base", ["silu", "gelu"])
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_a_slow_tail_goes_on_beyond_the_cells(base, sign):
+    """Where the base is 0 to the left: α / (1 + x²), 4e-9 of α = 1e6, of which nothing is searched."""
+    alpha, gamma, ends = f64([sign * 1e6]), f64(1.0), f64([-1.5e7])
+    for found, x in (
+        (value_bounds(alpha, gamma, 3.0, -2e7, -1.5e7, "rational_quadratic", base=base), -1.5e7),
+        (CurveRanges(alpha, gamma, 3.0, "rational_quadratic", base=base).values(ends - 1, ends), -1.5e7),
+    ):
+        assert found.minimum.item() <= sign * 1e6 / (1 + x * x) <= found.maximum.item()
+
+
 @of_kernels
 def test_both_slopes_of_a_kink_count(kernel):
     """Of relu at 0, also where 0 is an end, or all there is."""

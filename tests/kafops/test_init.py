@@ -296,14 +296,15 @@ def test_fits_on_a_base_are_of_what_it_lacks(base, target):
     gamma, function = torch.tensor([default_gamma(20, 3), 0.7], dtype=F64), FUNCTIONS[target]
     alpha = ridge(function, grid(20), gamma, base=base)
     torch.testing.assert_close(
-        alpha, ridge(lambda x: function(x) - BENEATH[base](x), grid(20), gamma), rtol=0, atol=1e-9
+        alpha, ridge(lambda x: function(x) - BENEATH[base](x), grid(20), gamma), rtol=0, atol=2e-8
     )
     layer = kafops.KAF(2, init=target, base=base, gamma=gamma, dtype=F64)
     torch.testing.assert_close(layer.alpha.detach(), alpha, rtol=0, atol=2e-8)
     if target == base:
         assert (layer.alpha == 0).all()
-    elif "identity" in (target, base):  # nothing in both
-        assert alpha.abs().max() > 1
+    else:
+        x = grid(20)[:, None].expand(-1, 2)
+        torch.testing.assert_close(layer(x).detach(), function(x), rtol=0, atol=1e-3)
     custom = kafops.KAF(2, init=lambda x: function(x), base=base, gamma=gamma, dtype=F64)
     assert torch.equal(custom.alpha, alpha)
 
@@ -396,7 +397,7 @@ def test_no_sum_costs_less_than_the_least(base, std):
     with pytest.raises(ValueError, match="no less than") as error:
         Isometric(1.0001, std).for_layer("gaussian", base)(points, gamma)
     least = float(str(error.value).split("no less than ")[1].split()[0])
-    assert 1 < least < 1.2
+    assert 1 <= least < 1.2
     torch.manual_seed(0)
     alpha = Isometric(1.2, std).for_layer("gaussian", base)(points, gamma.expand(300))
     _, variance, slope = moments_on_base(alpha, 0.9, points, base)
