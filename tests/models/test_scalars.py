@@ -2,6 +2,7 @@
 
 import math
 
+import mpmath
 import pytest
 import torch
 from torch import nn
@@ -134,6 +135,18 @@ def test_a_point_has_the_value_of_the_point_on_a_base_too(base: str) -> None:
     assert (least <= module(x)).all()
     assert (most >= module(x)).all()
     assert ((most - least) <= 3e-12 * module.alpha.abs().sum(1) + 3e-14 * x.abs()).all()
+
+
+@pytest.mark.parametrize("base", ["silu", "gelu"])
+def test_a_base_alone_is_enclosed_in_30_digits(base: str) -> None:
+    """Where float64 rounds it, by half of its last digit and more."""
+    module = kafops.KAF(1, base=base, dtype=torch.float64)
+    x = torch.linspace(-9, 30, 300, dtype=torch.float64)[:, None]
+    least, most = scalar(module).values(x, x)
+    with mpmath.workdps(30):
+        for place, low, high in zip(x[:, 0].tolist(), least[:, 0].tolist(), most[:, 0].tolist(), strict=True):
+            exact = place * (mpmath.ncdf(place) if base == "gelu" else 1 / (1 + mpmath.exp(-place)))
+            assert mpmath.mpf(low) <= exact <= mpmath.mpf(high)
 
 
 @pytest.mark.parametrize("base", BASES)
