@@ -130,7 +130,7 @@ template <class T> const Interpolation<T>& interpolation() {
   return it;
 }
 
-// The widest cells on which a smooth base's derivative is a polynomial to a third of a rounding of its peak, in float32.
+// The widest cells on which a smooth base's derivative is a polynomial to half a rounding of its peak.
 inline double base_width(int order) { return 0.6 / (1 + order / 12.0); }
 
 // Whether tables hold a base's derivative. Not a base itself, order 0, as a sum of Chebyshev polynomials: near 0 it is
@@ -139,7 +139,9 @@ template <class T> bool held(const Beneath& b) { return b.smooth() && (b.order >
 
 // Tables of a smooth base itself, order 0, hold what is left of it without a ramp that the loops add: x / 2 in cells
 // −n … n, with n this number, and max(x, 0) in the others. The rest is small beside x, and so are its roundings.
-inline int64_t half_ramp_cells(double width) { return static_cast<int64_t>(std::ceil(std::max(0.4 / width - 0.5, 0.0))); }
+inline int64_t half_ramp_cells(double width) {
+  return static_cast<int64_t>(std::ceil(std::max(0.4 / width - 0.5, 0.0)));
+}
 
 // Coefficients [count][P] of a smooth base's derivative on every cell but the first and last, where they are 0.
 template <class T> void fit_base(const Beneath& b, const Cells& cells, double* out) {
