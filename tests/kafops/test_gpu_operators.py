@@ -105,7 +105,7 @@ def test_needs_with_a_base(kernel):
         for flag, t, of_all in zip(flags, outputs, whole, strict=True):
             assert torch.equal(t, of_all) if needs & flag else t.shape == (0,), (needs, flag)
 
-    first = functools.partial(OPERATORS.kaf_backward, p.grad, p.x, *curve(p), kernel=kernel, base=3)
+    first = functools.partial(OPERATORS.kaf_backward, p.grad, p.x, *curve(p), kappa=kernel, base=3)
     for needs in range(16):
         check(first(15), first(15), (1, 2, 4, 8), 15)
         check(first(needs), first(15), (1, 2, 4, 8), needs)

@@ -85,7 +85,7 @@ class Problem:
 
     def call(self, operator, *first, n: int, m: int, **named):
         tensors = (self.x, self.alpha, self.gamma, self.dictionary)
-        return operator(*first, *tensors, 0.0, **named, kernel=CODES[self.kernel], n=n, m=m)
+        return operator(*first, *tensors, 0.0, **named, kappa=CODES[self.kernel], n=n, m=m)
 
     def rows(self, p: Tensor) -> Tensor:  # [C, ...]
         return p.double().expand(self.x.shape[1], *p.shape[1:])
@@ -342,8 +342,8 @@ def test_no_elements(shape):
     alpha, gamma = torch.randn(rows, 4), torch.ones(rows)
     x = torch.empty(shape)
     for kernel in CODES.values():
-        assert kaf(x, alpha, gamma, alpha, 0.0, kernel=kernel, n=1).shape == x.shape
-        got = kaf_backward(x, x, alpha, gamma, alpha, 0.0, ALL, kernel=kernel)
+        assert kaf(x, alpha, gamma, alpha, 0.0, kappa=kernel, n=1).shape == x.shape
+        got = kaf_backward(x, x, alpha, gamma, alpha, 0.0, ALL, kappa=kernel)
         assert got[0].shape == x.shape
         for g, p in zip(got[1:], (alpha, gamma, alpha), strict=True):
             assert g.shape == p.shape
