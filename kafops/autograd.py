@@ -249,8 +249,8 @@ class _Curve:
             p is not None and p.dtype != x.dtype for p in parameters
         ):  # nor partial sums
             v = tuple(_cast(t, x.dtype) for t in v)
-            exact = (_cast(p, x.dtype) for p in parameters)
-            gradients = self.composed_double_backward(v, grad, x, *exact, needs)  # type: ignore[arg-type]
+            exact = (alpha.to(x.dtype), gamma.to(x.dtype), _cast(dictionary, x.dtype))
+            gradients = self.composed_double_backward(v, grad, x, *exact, needs)
             of_parameters = zip(gradients[2:], parameters, strict=True)
             return *gradients[:2], *(None if p is None else _cast(g, p.dtype) for g, p in of_parameters)
         points, needs_grad, needs = (gamma, dictionary), needs & Needs.GRAD, needs & ~Needs.GRAD
