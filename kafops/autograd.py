@@ -90,7 +90,8 @@ class KAFEagerFunction(torch.autograd.Function):
         needs = _needs(ctx)
         boundary, kernel, base = ctx.rest
         tensors = ctx.saved_tensors
-        if torch.is_grad_enabled() or transforms_active() or _watched((grad, *tensors)):
+        asked = torch.is_grad_enabled() or torch.compiler.is_compiling() or transforms_active()
+        if asked or _watched((grad, *tensors)):
             gradients = ops.kaf_backward(grad, *tensors, boundary, needs, kernel, base)
         else:
             with AutoDispatchBelowAutograd():
