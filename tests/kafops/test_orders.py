@@ -275,7 +275,7 @@ def test_layouts(n, m, layout):
     alpha, gamma = torch.randn(18, 20, generator=draw), torch.full((18,), 1.67)
     arguments = (alpha, gamma, None, 3.0)
     for kernel in ("gaussian", "rational_quadratic"):
-        rest = {"kernel": CODES[kernel], "n": n, "m": m}
+        rest = {"kappa": CODES[kernel], "n": n, "m": m}
         got = kaf(x, *arguments, **rest)
         want = kaf(x.contiguous(), *arguments, **rest)
         size = (alpha.abs().sum(1) * peak(kernel, n, m) * 1.67 ** (n / 2 - m)).reshape(18, 1, 1)
