@@ -326,7 +326,7 @@ def test_same_bits_for_any_number_of_threads(kernel):
     try:
         for threads in (1, 2, 3, 7):
             torch.set_num_threads(threads)
-            rest = {"needs": ALL, "kernel": CODES[kernel], "n": 1, "m": 0}
+            rest = {"needs": ALL, "kappa": CODES[kernel], "n": 1, "m": 0}
             results.append(
                 kaf_backward(grad, x, alpha, gamma, dictionary, 0.0, **rest)[: 4 if CODES[kernel] < 2 else 2]
             )
@@ -426,14 +426,14 @@ def arguments() -> dict:
         ("boundary must be a positive finite number, got 0", {"boundary": 0.0}),
         ("boundary must be a positive finite number, got inf", {"boundary": math.inf}),
         ("boundary must be a positive finite number, got nan", {"boundary": math.nan}),
-        ("kernel must be a code from 0 to 3, got 4", {"kernel": 4}),
+        ("kernel must be a code from 0 to 3, got 4", {"kappa": 4}),
         ("base must be a code from 0 to 4, got -1", {"base": -1}),
         ("n and m, the orders of differentiation, must not be negative, got n = -1 and m = 0", {"n": -1}),
         ("kafops offers derivatives up to n + 2m = 12, got n = 11 and m = 1 for the curve", {"n": 11, "m": 1}),
-        ("kafops offers derivatives up to n + 2m = 12, got n = 13 and m = 0 for the curve", {"n": 13, "kernel": 1}),
+        ("kafops offers derivatives up to n + 2m = 12, got n = 13 and m = 0 for the curve", {"n": 13, "kappa": 1}),
         ("kernel 'matern32' was to be differentiated n = 2 times in x or its dictionary and m = 1 times in gamma, "
-         "but it has no more than 2 derivatives (n + m ≤ 2)", {"n": 2, "m": 1, "kernel": 2}),
-        ("kernel 'bspline' was to be differentiated n = 3 times", {"n": 3, "kernel": 3}),
+         "but it has no more than 2 derivatives (n + m ≤ 2)", {"n": 2, "m": 1, "kappa": 2}),
+        ("kernel 'bspline' was to be differentiated n = 3 times", {"n": 3, "kappa": 3}),
     ],
 )  # fmt: skip
 def test_refused(message, changed):
@@ -458,7 +458,7 @@ def test_refused_of_other_devices():
         ("got n = 13 and m = 0 for the gradient of x", {"n": 12, "needs": 3}),
         ("got n = 11 and m = 1 for the gradient of gamma", {"n": 11, "needs": 4}),
         ("got n = 13 and m = 0 for the gradient of dictionary", {"n": 12, "needs": 8, "dictionary": torch.zeros(1, 4)}),
-        ("but it has no more than 2 derivatives (n + m ≤ 2), for the gradient of x", {"n": 2, "needs": 1, "kernel": 3}),
+        ("but it has no more than 2 derivatives (n + m ≤ 2), for the gradient of x", {"n": 2, "needs": 1, "kappa": 3}),
     ],
 )  # fmt: skip
 def test_refused_of_gradients(message, changed):
