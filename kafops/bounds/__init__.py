@@ -52,7 +52,7 @@ def value_bounds(
     computed in float32 is off by its own rounding on top: docs/cpu-kernels.md#exactness.
 
     Args:
-        alpha: mixing coefficients, float32 or float64, finite.
+        alpha: mixing coefficients, float32, float64, bfloat16 or float16, finite.
         gamma: bandwidths in units of 1/x², positive and finite.
         boundary: half-width of a uniform dictionary in the units of x, as for `kafops.kaf`; or the points of a free
             one, as for `kafops.kaf_free`, in any order, repeated or not.

@@ -138,8 +138,8 @@ def normalised(
 def _parameter(name: str, value: Tensor, dim: int) -> Tensor:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
-    if value.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"{name} must be float32 or float64, got dtype {value.dtype}")
+    if value.dtype not in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+        raise TypeError(f"{name} must be float32, float64, bfloat16 or float16, got dtype {value.dtype}")
     if value.dim() != dim:
         wanted = "[C, D] or [1, D]" if dim == 2 else "[C] or [1]"
         raise ValueError(f"{name} must have shape {wanted}, got {list(value.shape)}")

@@ -380,6 +380,16 @@ def test_a_layer_without_channels_yet_says_so():
         kafops.LazyKAF1d().bounds()
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_layers_with_coefficients_in_half_precision(dtype):
+    layer = kafops.KAF(4, dtype=dtype)
+    wide = kafops.KAF(4)
+    wide.alpha.data.copy_(layer.alpha)  # exactly
+    wide.gamma.copy_(layer.gamma)
+    for got, wanted in zip(layer.bounds(-2, 2).slope, wide.bounds(-2, 2).slope, strict=True):
+        assert torch.equal(got, wanted)
+
+
 GOOD = {"alpha": torch.ones(3, 5), "gamma": torch.ones(3), "boundary": 3.0, "lower": -1.0, "upper": 1.0}
 
 
@@ -388,9 +398,9 @@ GOOD = {"alpha": torch.ones(3, 5), "gamma": torch.ones(3), "boundary": 3.0, "low
     [
         ({"alpha": [1.0]}, TypeError, "alpha must be a torch.Tensor, got list"),
         (
-            {"alpha": torch.ones(3, 5, dtype=torch.float16)},
+            {"alpha": torch.ones(3, 5, dtype=torch.int32)},
             TypeError,
-            "alpha must be float32 or float64, got dtype torch.float16",
+            "alpha must be float32, float64, bfloat16 or float16, got dtype torch.int32",
         ),
         ({"alpha": torch.ones(5)}, ValueError, r"alpha must have shape \[C, D\] or \[1, D\], got \[5\]"),
         ({"alpha": torch.ones(3, 0)}, ValueError, "at least one coefficient"),
