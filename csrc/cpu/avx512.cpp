@@ -36,6 +36,9 @@ struct V {
 
   static V load(const float* p) { return {_mm512_loadu_ps(p)}; }
   static void store(float* p, V a) { _mm512_storeu_ps(p, a.m); }
+  // The first n lanes; the others are 0, or stay in memory as they are.
+  static V load_some(const float* p, int n) { return {_mm512_maskz_loadu_ps((1u << n) - 1, p)}; }
+  static void store_some(float* p, V a, int n) { _mm512_mask_storeu_ps(p, (1u << n) - 1, a.m); }
   static void store_int(uint32_t* p, Int a) { _mm512_storeu_si512(p, a); }
   static Int load_int(const uint32_t* p) { return _mm512_loadu_si512(p); }
   template <int N> static Int shift_left(Int a) { return _mm512_slli_epi32(a, N); }

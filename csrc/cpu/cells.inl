@@ -30,10 +30,10 @@ constexpr int kPermuteCells = 32;  // tables of as many cells are looked up with
 
 #ifdef KAF_SCALAR
 constexpr bool kScalar = true, kPermutes = false;
-constexpr int kDoubles = 2;  // in a register
+constexpr int kFloats = 1, kDoubles = 2;  // in a register, as loops use it
 #else
 constexpr bool kScalar = false, kPermutes = V::kPermutes;
-constexpr int kDoubles = V::kWidth / 2;
+constexpr int kFloats = V::kWidth, kDoubles = V::kWidth / 2;
 #endif
 
 // A double for each Chebyshev point or coefficient of a cell, in registers.
@@ -370,13 +370,15 @@ template <class T> const Windows& windows_of(const Plan& p, int64_t c, Windows& 
   return own;
 }
 
-// Whether run_columns can do it: otherwise channels are handled as strided rows.
+// Whether run_columns does it: otherwise channels are handled as strided rows. Few channels would leave lanes idle.
 inline bool columns_fit(const Plan& p) {
-  if (kScalar || p.float64 || !p.channels_inner || p.channels % 16 || !p.shared_basis) return false;
-  if (p.bases[0].cells.count == 0 || p.bases[0].cells.count > 128) return false;
-  for (const View* v : {&p.x, &p.grad, &p.grad_x, &p.outputs[0], &p.outputs[1]})
-    if (*v && v->channel_stride != 1) return false;
-  return true;
+  return !kScalar && !p.float64 && p.channels_inner && (p.channels >= kFloats || kFloats % p.channels == 0);
+}
+
+// Whether channel c's tables are columns, [kPoints][kPermuteCells], to be looked up by permutes, or rows, [cells][kPoints].
+template <class T> bool permuted(const Plan& p, int64_t c) {
+  return kPermutes && std::is_same_v<T, float> && p.bases[p.shared_basis ? 0 : c].cells.count == kPermuteCells &&
+         (p.shared_basis || !columns_fit(p));
 }
 
 template <class T> void make_tables_of(Plan& p, Windows& own, int64_t begin, int64_t end) {
@@ -390,7 +392,7 @@ template <class T> void make_tables_of(Plan& p, Windows& own, int64_t begin, int
     if (size == 0) continue;
     const Windows& w = windows_of<T>(p, c, own);
     if (!p.shared_basis && p.holds_base) fit_bases<T>(p, cells, own);
-    const bool columns = kPermutes && std::is_same_v<T, float> && cells.count == kPermuteCells;
+    const bool columns = permuted<T>(p, c);
     T* table = reinterpret_cast<T*>(p.tables.get()) + p.table_offset[c];
     const int64_t step = p.curves_count * size;  // to the next channel's
     for (int u = 0; u < p.curves_count; ++u, table += size) {

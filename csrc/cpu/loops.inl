@@ -9,15 +9,12 @@
 #include "cells.inl"
 #include "row.inl"
 #include "memory.inl"
+#include "columns.inl"
 #include "kernels.inl"
 
 namespace kaf {
 namespace KAF_ISA {
 namespace {
-
-constexpr int kTile = 1024;   // elements of one channel handled at a time
-constexpr int kColumns = 32;  // channels handled together where channels are innermost in memory
-constexpr int kAhead = 32;    // positions that are fetched before they are needed
 
 // The work of one channel on n elements that lie in memory as T.
 template <class T> struct Row {
@@ -73,11 +70,6 @@ void run_row(const Plan& p, int64_t c, int64_t n, const Row<T>& r, const Grid<T>
   run_sums(p, c, n, r, grid, sums, copies);
 }
 
-template <class T> struct Buffers {
-  static constexpr int kSize = std::max(kTile, kColumns * kRow);
-  alignas(64) T x[kSize], grad[kSize], grad_x[kSize], product[kTile], outputs[kMaxOutputs][kSize];
-};
-
 // A forward pass in half precision along runs of unit stride, where permutes look up the tables: needs no buffers.
 template <class T>
 bool eval_half_rows(const Plan& p, int64_t c, int64_t width, int64_t at, int64_t n, const std::vector<Grid<T>>& grids) {
@@ -132,174 +124,6 @@ void run_rows(const Plan& p, int64_t c, int64_t width, int64_t begin, int64_t en
   }
 }
 
-#ifndef KAF_SCALAR
-
-// A tensor at channel c and position `at`, walked along its innermost position dimension.
-struct Walk {
-  char* data = nullptr;
-  int64_t step = 0;  // in elements
-  int bytes = 0;
-  Walk(const Plan& p, const View& v, int64_t c, int64_t at) {
-    if (!v) return;
-    bytes = size_of(v.type);
-    step = v.strides[p.dims - 1];
-    data = v.data + (place_offset(p, v, at) + c) * bytes;
-  }
-  char* at(int64_t position, int64_t channel) const { return data + (position * step + channel) * bytes; }
-
-  // Moves n positions of `width` channels to or from rows.
-  template <class Square, class Run>
-  void move(Type type, int64_t n, int64_t width, float* rows, Square square, Run run) const {
-    constexpr int W = V::kWidth;
-    const int64_t whole = n / W * W;
-    for (int64_t i = 0; i < whole; i += W)
-      for (int64_t k = 0; k < width; k += W) square(type, at(i, k), step, rows + k * kRow + i);
-    for (int64_t k = 0; whole < n && k < width; ++k)
-      run(type, at(whole, k), step, rows + k * kRow + whole, n - whole);
-  }
-
-  // Fetches this share of the n positions that come after the next `after`: all shares together fetch them all.
-  void fetch(int64_t after, int64_t n, int64_t share, int64_t shares) const {
-    if (!data) return;
-    for (int64_t i = after + n * share / shares; i < after + n * (share + 1) / shares; ++i) {
-      __builtin_prefetch(at(i, 0), 0, 2);
-      __builtin_prefetch(at(i, 16), 0, 2);
-    }
-  }
-};
-
-// A block of channels of all tensors, from some position on.
-struct Block {
-  Walk x, grad, grad_x, outputs[kMaxOutputs];
-};
-
-// All products of kWidth positions from `at` and kWidth channels from k on, with the tables that permutes look up.
-// x is transposed, so that a register holds one channel, and the values back: in registers, and nothing else is, as
-// weights meet the values where they lie in memory. It goes through memory steadily, which the hardware can foresee.
-template <class V, bool Half>  // V for what only a V that permutes has
-void eval_square(const Plan& p, int64_t c, int64_t k, int64_t at, const Block& data, const Grid<float>& grid,
-                 const Lanes& lanes) {
-  constexpr int W = V::kWidth, P = Precision<float>::kPoints;
-  const Type type = Half ? p.x.type : Type::f32;
-  const auto each = [&](const Walk& w, auto use) __attribute__((always_inline)) {
-    char* position = w.at(at, k);
-    const int64_t step = w.step * (Half ? 2 : 4);
-    KAF_UNROLL
-    for (int i = 0; i < W; ++i, position += step) use(i, position);
-  };
-  alignas(64) float x[W * W], place[W * W], total[W * W];
-  alignas(64) uint32_t cell[W * W];
-  V y[W];
-  each(data.x, [&](int i, const char* position) {
-    y[i] = load_lanes(type, position);
-    __builtin_prefetch(position + kAhead * data.x.step * (Half ? 2 : 4));
-  });
-  V::transpose(y);
-  KAF_UNROLL
-  for (int i = 0; i < W; ++i) {
-    typename V::Int bits;
-    V::store(x + i * W, y[i]);
-    V::store(place + i * W, lanes.locate(y[i], bits));
-    V::store_int(cell + i * W, bits);
-  }
-  const float* const tables = reinterpret_cast<const float*>(p.tables.get()) + p.table_offset[c + k];
-  const int64_t next = p.curves_count * (P * kPermuteCells);  // from one channel's tables to the next one's
-  for (int u = 0; u < p.products_count; ++u) {
-    const Product& product = p.products[u];
-    const float* table = tables + product.curve * (P * kPermuteCells);
-    choose_base(p, product, grid, table, [&](const auto& base) __attribute__((always_inline)) {
-      KAF_UNROLL
-      for (int i = 0; i < W; ++i, table += next) {
-        const typename V::Int bits = V::load_int(cell + i * W);
-        const V value = PermuteTable(table).polynomial(bits, V::load(place + i * W));
-        y[i] = base.add(value, V::load(x + i * W), lanes.offset(bits));
-      }
-    });
-    V::transpose(y);
-    const auto weigh = [&](int i, const char* position) { y[i] = V::mul(y[i], load_lanes(type, position)); };
-    if (product.weight == kGrad || product.weight == kProduct) each(data.grad, weigh);
-    if (product.weight == kGradX || product.weight == kProduct) each(data.grad_x, weigh);
-    if (u > 0 && p.products[u - 1].output == product.output) {
-      KAF_UNROLL
-      for (int i = 0; i < W; ++i) y[i] = V::add(y[i], V::load(total + i * W));
-    }
-    if (u + 1 < p.products_count && p.products[u + 1].output == product.output) {
-      KAF_UNROLL
-      for (int i = 0; i < W; ++i) V::store(total + i * W, y[i]);
-    } else {
-      const Walk& output = data.outputs[product.output];
-      each(output, [&](int i, char* position) {
-        __builtin_prefetch(position + kAhead * output.step * (Half ? 2 : 4), 1);
-        if constexpr (Half) V::store_half(reinterpret_cast<uint16_t*>(position), y[i], type);
-        else V::store(reinterpret_cast<float*>(position), y[i]);
-      });
-    }
-  }
-}
-
-// Channels [c, c + width) innermost in memory, width at most kColumns and a multiple of 16, all with the same cells;
-// positions [begin, end). Curves are evaluated by squares where permutes look up the tables. Otherwise tiles are
-// transposed to and from rows of one channel: that waits for memory and evaluating does not, so the next tile is fetched
-// meanwhile. Sums need neither, as every lane is a channel with sums of its own.
-inline void run_columns(const Plan& p, int64_t c, int64_t width, int64_t begin, int64_t end, const Grid<float>& grid,
-                        double* sums, Buffers<float>& b, float* held) {
-  constexpr int W = V::kWidth, kPrepared = kGroup / W;
-  Spreader spreader(grid);
-  const Lanes lanes(grid);
-  const int64_t size = grid.count * int64_t{8}, inner = p.sizes[p.dims - 1];
-  const auto sum_rows = V::steps(static_cast<int32_t>(size * 4), W);
-  const Type type = p.x.type;
-  for (int64_t at = begin, n; at < end; at += n) {
-    const int64_t left = std::min(end - at, inner - at % inner);
-    n = std::min<int64_t>(left, kColumnTile);
-    const Walk x(p, p.x, c, at), grad(p, p.grad, c, at), grad_x(p, p.grad_x, c, at);
-    const Walk outputs[] = {{p, p.outputs[0], c, at}, {p, p.outputs[1], c, at}};
-    if (p.products_count && kPermutes && grid.count == kPermuteCells && n >= W) {
-      if constexpr (kPermutes) {
-        const auto square = type == Type::f32 ? eval_square<V, false> : eval_square<V, true>;
-        for (int64_t i = 0; i < n; i += W)  // the last may overlap the one before
-          for (int64_t k = 0; k < width; k += W)
-            square(p, c, k, std::min(i, n - W), {x, grad, grad_x, {outputs[0], outputs[1]}}, grid, lanes);
-      }
-    } else if (p.products_count) {
-      x.move(type, n, width, b.x, load_square, load_run<float>);
-      if (grad.data) grad.move(type, n, width, b.grad, load_square, load_run<float>);
-      if (grad_x.data) grad_x.move(type, n, width, b.grad_x, load_square, load_run<float>);
-      for (int64_t k = 0; k < width; ++k) {
-        for (const Walk* w : {&x, &grad, &grad_x, &outputs[0], &outputs[1]})
-          w->fetch(n, std::min<int64_t>(left - n, kColumnTile), k, width);
-        run_products(p, c + k, n,
-                     Row<float>{b.x + k * kRow, grad.data ? b.grad + k * kRow : nullptr,
-                                grad_x.data ? b.grad_x + k * kRow : nullptr, b.product,
-                                {b.outputs[0] + k * kRow, b.outputs[1] + k * kRow}, {}},
-                     grid);
-      }
-      for (int i = 0; i < kMaxOutputs; ++i)
-        if (outputs[i].data) outputs[i].move(type, n, width, b.outputs[i], store_square, store_run<float>);
-    }
-    for (int i = 0; i < p.sums_count; ++i)
-      for (int64_t k = 0; k < width; k += W) {
-        for (int64_t from = 0; from < n; from += kPrepared) {
-          const int64_t to = std::min<int64_t>(n, from + kPrepared);
-          for (int64_t e = from; e < to; ++e) {
-            V w = load_lanes(type, grad.at(e, k));
-            if (p.sums[i] == kProduct) w = V::mul(w, load_lanes(type, grad_x.at(e, k)));
-            typename V::Int cell;
-            spreader.prepare(static_cast<int>(e - from) * W, load_lanes(type, x.at(e, k)), w, sum_rows, cell);
-          }
-          for (int64_t e = from; e < to; ++e)
-            spreader.add(static_cast<int>(e - from) * W, reinterpret_cast<char*>(held));
-        }
-        spreader.used([&](int64_t from, int64_t to) {
-          for (int l = 0; l < W; ++l)
-            flush<1>(held + l * size, size, from, to, sums + p.sum_offset[c + k + l] + i * size);
-        });
-      }
-  }
-}
-
-#endif
-
 template <class T> void run_of(Plan& p, int64_t begin, int64_t end) {
   int most = 0;
   std::vector<Grid<T>> grids;
@@ -318,7 +142,9 @@ template <class T> void run_of(Plan& p, int64_t begin, int64_t end) {
 #ifndef KAF_SCALAR
     if constexpr (std::is_same_v<T, float>)
       if (columns_fit(p)) {
-        run_columns(p, c, width, at, stop, grids[0], sums, *buffers, copies);
+        run_columns(p, c, width, at, stop, grids, sums, *buffers, copies, [&](int64_t channel, int64_t channels) {
+          run_rows(p, channel, channels, at, stop, grids, sums, *buffers, copies);
+        });
         continue;
       }
 #endif
