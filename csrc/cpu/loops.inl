@@ -132,13 +132,15 @@ template <class T> void run_of(Plan& p, int64_t begin, int64_t end) {
     grids.emplace_back(b.cells);
   }
   const auto buffers = std::make_unique_for_overwrite<Buffers<T>>();
-  std::vector<Line> tables(p.sums_count ? 16 * most * Precision<T>::kPoints * sizeof(T) / sizeof(Line) : 0);
+  constexpr int kTables = std::is_same_v<T, double> ? 1 : kScalar ? 0 : std::max(kCopies, kFloats);
+  std::vector<Line> tables(p.sums_count ? kTables * most * Precision<T>::kPoints * sizeof(T) / sizeof(Line) : 0);
   T* const copies = reinterpret_cast<T*>(tables.data());
   for (int64_t task = begin; task < end; ++task) {
-    const int64_t chunk = task / p.blocks, c = task % p.blocks * p.block, width = std::min(p.block, p.channels - c);
+    const int64_t chunk = task / p.blocks, c = p.first + task % p.blocks * p.block;
+    const int64_t width = (task + 1) % p.blocks ? p.block : p.last - c;
     const int64_t at = chunk * p.chunk, stop = std::min(at + p.chunk, p.positions);
     double* sums = p.partial.get() + chunk * p.sums_size;  // of this chunk; the block's part of them is this task's own
-    std::fill(sums + p.sum_offset[c], sums + (c + width < p.channels ? p.sum_offset[c + width] : p.sums_size), 0.0);
+    std::fill(sums + p.sum_offset[c], sums + (c + width < p.last ? p.sum_offset[c + width] : p.sums_size), 0.0);
 #ifndef KAF_SCALAR
     if constexpr (std::is_same_v<T, float>)
       if (columns_fit(p)) {
@@ -190,39 +192,71 @@ template <class T> void contract_of(Plan& p, Windows& own, int64_t begin, int64_
   }
 }
 
-// Sizes that depend on the cells: where each channel's tables and sums begin, and fewer chunks where cells are so many
-// that the sums of all chunks would take more memory than the elements.
+// Of tables and sums, in bytes, beside as much as x has.
+constexpr int64_t kWorkspace = int64_t{8} << 20, kMostWorkspace = int64_t{1} << 30;
+
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+template <class A> void reserve(std::unique_ptr<A[]>& array, int64_t& room, int64_t size) {
+  if (size <= room && array) return;
+  array.reset();
+  array.reset(new A[room = size]);
+}
+
+// Channels from `first` on, as far as the workspace reaches, where their tables and sums begin, and their tasks.
 template <class T> void layout_of(Plan& p) {
   constexpr int P = Precision<T>::kPoints;
+  const int64_t x = p.channels * p.positions * size_of(p.x.type), workspace = std::min(x, kMostWorkspace) + kWorkspace;
   p.holds_base = std::all_of(p.bases.begin(), p.bases.end(), [](const Basis& b) { return b.cells.narrow; });
   p.table_offset.resize(p.channels);
   p.sum_offset.resize(p.channels);
   int64_t tables = 0, sums = 0;
-  for (int64_t c = 0; c < p.channels; ++c) {
-    const int64_t size = static_cast<int64_t>(p.bases[p.shared_basis ? 0 : c].cells.count) * P;
-    p.table_offset[c] = tables;
-    p.sum_offset[c] = sums;
+  const auto bytes = [&] { return tables * static_cast<int64_t>(sizeof(T)) + sums * static_cast<int64_t>(sizeof(double)); };
+  for (p.last = p.first; p.last < p.channels && (p.last == p.first || bytes() < workspace); ++p.last) {
+    const int64_t size = static_cast<int64_t>(p.bases[p.shared_basis ? 0 : p.last].cells.count) * P;
+    p.table_offset[p.last] = tables;
+    p.sum_offset[p.last] = sums;
     tables += size * p.curves_count;
     sums += (size ? size : direct_sums(p)) * p.sums_count;
   }
-  p.sums_size = sums;
-  if (sums) {
-    p.chunks = std::clamp<int64_t>(p.channels * p.positions / sums, 1, p.chunks);
-    p.chunk = (p.positions + p.chunks - 1) / p.chunks;
+  if (const int64_t whole = (p.last - p.first) / kColumns * kColumns; p.last < p.channels && whole && p.first + whole < p.last) {
+    p.last = p.first + whole;
+    tables = p.table_offset[p.last];
+    sums = p.sum_offset[p.last];
   }
+  p.sums_size = sums;
+
+  // Tasks follow memory: a range of positions, all channels or some of many, and a few at least, for the threads to
+  // share. Each leaves sums of its own, so it must be long enough for those not to count.
+  const int64_t channels = p.last - p.first;
+  int64_t most_chunks = std::clamp<int64_t>(p.positions / 2048, 1, 256);
+  if (sums) most_chunks = std::clamp<int64_t>((workspace - bytes()) / (sums * int64_t{sizeof(double)}) + 1, 1, most_chunks);
+  const int64_t wanted = ceil_div(8, most_chunks);
+  if (columns_fit(p)) {  // a block that is all of a row of memory is fetched as it lies, but permutes go by squares
+    const int64_t most = std::max<int64_t>(channels / kColumns, 1);
+    p.blocks = permuted<T>(p, p.first) ? most : std::clamp(wanted, ceil_div(channels, kMostColumns), most);
+    p.block = std::max(channels / p.blocks / kColumns, int64_t{1}) * kColumns;
+  } else {
+    p.block = ceil_div(channels, std::clamp(wanted, ceil_div(channels, 64), channels));
+    p.blocks = ceil_div(channels, p.block);
+  }
+  p.chunks = std::clamp<int64_t>(p.positions / 8192, ceil_div(8, p.blocks), 256);
+  p.chunks = std::clamp<int64_t>(p.chunks, 1, most_chunks);
+  p.chunk = ceil_div(p.positions, p.chunks);
+
   const int64_t all_channels = tables;
   for (int i = 0; i < p.products_count && !kScalar && std::is_same_v<T, float>; ++i)
     if (p.products[i].beneath.smooth()) {
       p.products[i].own_table = tables;
       tables += base_table(p.products[i].beneath).rows.size();
     }
-  p.tables.reset(new Line[tables * sizeof(T) / sizeof(Line) + 1]);
+  reserve(p.tables, p.tables_room, tables * static_cast<int64_t>(sizeof(T)) / static_cast<int64_t>(sizeof(Line)) + 1);
   for (int i = 0; i < p.products_count && tables > all_channels; ++i)
     if (const Product& u = p.products[i]; u.beneath.smooth()) {
       const std::vector<float>& rows = base_table(u.beneath).rows;
       std::copy(rows.begin(), rows.end(), reinterpret_cast<float*>(p.tables.get()) + u.own_table);
     }
-  p.partial.reset(new double[p.chunks * sums]);
+  reserve(p.partial, p.partial_room, p.chunks * sums);
 }
 
 void make_bases(Plan& p, int64_t begin, int64_t end) {

@@ -75,6 +75,7 @@ struct Basis {
 // d^q exp(−γ d²) of one dictionary and bandwidth at the Chebyshev points of each cell, where it is not negligible.
 struct Windows {
   std::vector<int> begin, end;  // which points, for each cell
+  std::vector<int> row;         // the first one's row of values
   std::vector<double> values;   // [sum of windows][order + 1][kPoints], cell by cell
   std::vector<double> base;     // [products][cells][kPoints], coefficients of the bases that tables hold
 };
@@ -128,15 +129,20 @@ struct Plan {
   // Made by the loops.
   bool holds_base = false;                   // whether tables hold smooth bases, except in the first and last cell
   Windows windows;                           // where the basis is shared
+  std::vector<double> moments;               // [sums_count, C, D, moment_degree + 1] by the dictionary's order: the result
+
+  // Rounds: as many channels at a time, [first, last), as have tables and sums in the workspace.
+  int64_t first = 0, last = 0;
   std::vector<int64_t> table_offset;         // [C], of a channel's first table
   std::vector<int64_t> sum_offset;           // [C], of a channel's first cell sums
   int64_t sums_size = 0;                     // of one chunk, all channels
+  int64_t tables_room = 0, partial_room = 0;
   std::unique_ptr<Line[]> tables;            // of T: [C][curves_count][cells][kPoints], or for permutes [kPoints][32];
                                              // after these, smooth bases in cells of their own
   std::unique_ptr<double[]> partial;         // [chunks][sums_size]
-  std::vector<double> moments;               // [sums_count, C, D, moment_degree + 1] by the dictionary's order: the result
 
-  // Tasks: chunks of positions × blocks of channels, fixed by shapes and cells so that results do not depend on threads.
+  // Tasks: chunks of positions × blocks of a round's channels, the last of which has all that are left. They are fixed
+  // by shapes and cells, so that results do not depend on threads.
   int64_t chunk = 0, chunks = 0, block = 0, blocks = 0;
   bool channels_inner = false;               // channels are innermost in memory
 };
@@ -145,7 +151,7 @@ struct Plan {
 struct Loops {
   const char* name;
   void (*make_bases)(Plan&, int64_t begin, int64_t end);                 // rows of bases
-  void (*layout)(Plan&);                                                 // once, after all bases
+  void (*layout)(Plan&);                                                 // of the round that begins with `first`
   void (*make_tables)(Plan&, Windows&, int64_t begin, int64_t end);      // channels; windows are the caller's to hold
   void (*run)(Plan&, int64_t begin, int64_t end);                        // tasks
   void (*contract)(Plan&, Windows&, int64_t begin, int64_t end);         // channels
