@@ -88,7 +88,7 @@ struct V {
   static V lookup(Int, V low, V) { return low; }  // kPermutes is false
 
   // out[m] = float m of each of 8 rows of at least four, in order; row(l) is where row l begins.
-  template <class F> static void quads_of(F row, V* out) {
+  template <class F> KAF_FN static void quads_of(F row, V* out) {
     __m256 r[4];
     KAF_UNROLL
     for (int j = 0; j < 4; ++j)  // rows j, j + 4 side by side

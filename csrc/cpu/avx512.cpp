@@ -78,7 +78,7 @@ struct V {
   static V lookup(Int index, V low, V high) { return {_mm512_permutex2var_ps(low.m, index, high.m)}; }
 
   // out[m] = float m of each of 16 rows of at least four, in order; row(l) is where row l begins.
-  template <class F> static void quads_of(F row, V* out) {
+  template <class F> KAF_FN static void quads_of(F row, V* out) {
     __m512 r[4];
     KAF_UNROLL
     for (int j = 0; j < 4; ++j) {  // rows j, j + 4, j + 8, j + 12 side by side

@@ -138,7 +138,7 @@ struct Lanes {
 };
 
 // Σ_m c_m v^m, lane l's coefficients from table + row[l] on.
-inline V polynomial_of(const float* table, const uint32_t* row, V v) {
+KAF_FN V polynomial_of(const float* table, const uint32_t* row, V v) {
   V c[8];
   V::quads_of([&](int l) { return table + row[l]; }, c);
   V::quads_of([&](int l) { return table + row[l] + 4; }, c + 4);
@@ -262,7 +262,7 @@ template <class Base> struct Places {
     V::store(v + e, at);
     V::store_int(row + e, V::add_int(begin, tables));
   }
-  V value(int e, const float* table) const {
+  KAF_FN V value(int e, const float* table) const {
     const V y = polynomial_of(table, row + e, V::load(v + e));
     if constexpr (kAdds) return V::add(y, V::load(rest + e));
     return y;
