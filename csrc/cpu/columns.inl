@@ -85,12 +85,12 @@ struct Block {
   Block(const Plan& p, const Group& g, const Tile& t, Buffers<float>& buffers) {
     constexpr int W = V::kWidth;
     const int inner = p.dims - 1;
+    vectors = (t.n + g.positions - 1) / g.positions;
     in_place = t.in_one_run && t.neighbours && g.width * g.positions == W && t.n % g.positions == 0 &&
-               (g.permuted ? t.n >= W : p.x.type == Type::f32);
+               (g.permuted ? vectors >= W : p.x.type == Type::f32);
     for (const View* v : t.views)  // several positions in a vector are side by side
       in_place = in_place && (!*v || g.positions == 1 || v->strides[inner] == g.width);
     type = in_place ? p.x.type : Type::f32;
-    vectors = (t.n + g.positions - 1) / g.positions;
     Walk* const walks[] = {&x, &grad, &grad_x, &outputs[0], &outputs[1]};
     float* const rows[] = {buffers.x, buffers.grad, buffers.grad_x, buffers.outputs[0], buffers.outputs[1]};
     for (int i = 0; i < Tile::kViews; ++i) {
@@ -102,11 +102,10 @@ struct Block {
       w.step = in_place ? step * g.positions : W * sizeof(float);
       w.next = w.at(in_place ? vectors : 0), w.next_step = w.step;
       if (t.in_one_run && t.neighbours && v.strides[inner] == t.width) {  // the next tile, as it lies in memory
-        w.next_step = step * W / t.width;
-        w.next = t.data[i] + t.n * (step + (g.channel - t.channel) / W * w.next_step);
+        w.next_step = W * bytes;
+        w.next = t.data[i] + t.n * (step + (g.channel - t.channel) * bytes);
       }
     }
-    if (g.permuted) vectors = std::max<int64_t>(vectors, W);
   }
 };
 
@@ -228,7 +227,7 @@ void eval_square(const Plan& p, const Group& g, const Block& data, int64_t at, c
     V::store(place + i * W, lanes.locate(y[i], bits));
     V::store_int(cell + i * W, bits);
   }
-  const float* const tables = reinterpret_cast<const float*>(p.tables.get()) + p.table_offset[g.channel];
+  const float* const tables = tables_of<float>(p) + p.table_offset[g.channel];
   const int64_t next = p.curves_count * (P * kPermuteCells);  // from one channel's tables to the next one's
   for (int u = 0; u < p.products_count; ++u) {
     const Product& product = p.products[u];
@@ -265,15 +264,15 @@ void eval_square(const Plan& p, const Group& g, const Block& data, int64_t at, c
   }
 }
 
-// `count` groups that permutes look up, side by side.
+// `count` groups that permutes look up, side by side. A buffer has room for a square, in which rows may be idle.
 inline void eval_squares(const Plan& p, const Group* groups, const Block* blocks, size_t count, const Grid<float>& grid) {
   if constexpr (kPermutes) {
     if (!count || !p.products_count) return;
     const Lanes lanes(grid);
     const auto square = blocks->type == Type::f32 ? eval_square<V, false> : eval_square<V, true>;
-    for (int64_t i = 0; i < blocks->vectors; i += V::kWidth)  // the last may overlap the one before
-      for (size_t k = 0; k < count; ++k)
-        square(p, groups[k], blocks[k], std::min(i, blocks->vectors - V::kWidth), grid, lanes);
+    const int64_t last = std::max<int64_t>(blocks->vectors - V::kWidth, 0);  // which may overlap the one before
+    for (int64_t i = 0; i < last + V::kWidth; i += V::kWidth)
+      for (size_t k = 0; k < count; ++k) square(p, groups[k], blocks[k], std::min(i, last), grid, lanes);
   }
 }
 
