@@ -156,7 +156,7 @@ KAF_FN double base_derivative(int base, int n, double x) {
   const double tail = base == kSilu ? e / (1 + e) : n < 2 ? 0.5 * std::erfc(std::fabs(x) * 0.70710678118654752440) : 0;
   if (n == 0) return (x > 0 ? x : 0) - std::fabs(x) * tail;
   if (base == kSilu) return x * sigmoid_derivative(n, x, e) + n * sigmoid_derivative(n - 1, x, e);
-  double before = x > 0 ? 1 - tail : tail, density = e * 0.39894228040143267794;  // Φ, and its n-th derivative from here on
+  double before = x > 0 ? 1 - tail : tail, density = e * 0.39894228040143267794;  // Φ and φ, then their derivatives
   for (int k = 0; k < n - 1; ++k) {
     const double next = -x * density - k * (k > 0 ? before : 0);
     before = density;

@@ -90,7 +90,8 @@ class KAFEagerFunction(torch.autograd.Function):
         needs = _needs(ctx)
         boundary, kernel, base = ctx.rest
         tensors = ctx.saved_tensors
-        if torch.is_grad_enabled() or transforms_active() or _watched((grad, *tensors)):
+        asked = torch.is_grad_enabled() or torch.compiler.is_compiling() or transforms_active()
+        if asked or _watched((grad, *tensors)):
             gradients = ops.kaf_backward(grad, *tensors, boundary, needs, kernel, base)
         else:
             with AutoDispatchBelowAutograd():
@@ -244,6 +245,15 @@ class _Curve:
             v = (_cast(v_x, torch.float32), *v[1:])
             gradients = self.composed_double_backward(v, grad.float(), x.float(), alpha, gamma, dictionary, needs)
             return *(_cast(t, x.dtype) for t in gradients[:2]), *gradients[2:]
+        parameters = (alpha, gamma, dictionary)
+        if x.dtype == torch.float64 and any(
+            p is not None and p.dtype != x.dtype for p in parameters
+        ):  # nor partial sums
+            v = tuple(_cast(t, x.dtype) for t in v)
+            exact = (alpha.to(x.dtype), gamma.to(x.dtype), _cast(dictionary, x.dtype))
+            gradients = self.composed_double_backward(v, grad, x, *exact, needs)
+            of_parameters = zip(gradients[2:], parameters, strict=True)
+            return *gradients[:2], *(None if p is None else _cast(g, p.dtype) for g, p in of_parameters)
         points, needs_grad, needs = (gamma, dictionary), needs & Needs.GRAD, needs & ~Needs.GRAD
         of_grad: list[Tensor | None] = []
         parts: list[Gradients] = [(None,) * 4]

@@ -123,16 +123,22 @@ def _silu(x: Tensor, n: int) -> Tensor:
 
 
 def _sigmoid(x: Tensor, n: int) -> Tensor:
-    """σ^(n)(x), a polynomial in σ as σ′ = σ − σ²; made at −|x|, where it does not cancel."""
+    """σ^(n)(x) = e (1 + e)^−(n + 1) Σ_k (−1)^k A_k e^k at x ≤ 0, e = e^x, with A the Eulerian numbers of n.
+
+    They cancel to 1/300 at n = 13, a polynomial in σ to 1e-6. σ^(n)(−x) = (−1)^(n + 1) σ^(n)(x).
+    """
     if n == 0:
         return torch.sigmoid(x)
-    p = [0.0, 1.0]  # of σ
-    for _ in range(n):
-        p = [i * a - (i - 1) * b for i, (a, b) in enumerate(zip([*p, 0.0], [0.0, *p], strict=True))]
-    s = torch.sigmoid(-x.abs())
-    y = torch.zeros_like(s)
-    for c in reversed(p):
-        y = y * s + c
+    a = [1.0]
+    for m in range(2, n + 1):
+        a = [
+            (k + 1) * here + (m - k) * before for k, (here, before) in enumerate(zip([*a, 0.0], [0.0, *a], strict=True))
+        ]
+    e = torch.exp(torch.where(x > 0, -x, x))  # not −|x|, whose slope at 0 would be lost
+    y = torch.zeros_like(e)
+    for c in reversed(a):
+        y = c - y * e
+    y = y * e / (1 + e) ** (n + 1)
     return y if n % 2 else torch.where(x > 0, -y, y)
 
 

@@ -120,7 +120,7 @@ def _check(a: dict[str, Any]) -> None:
         v = a.get(f"v_{name}")
         if v is not None:
             checks.like_parameter(f"v_{name}", v, a[name])
-    checks.codes(a.get("kernel", 0), a["base"], a.get("n", 0), a.get("m", 0))
+    checks.codes(a.get("kappa", 0), a["base"], a.get("n", 0), a.get("m", 0))
 
 
 def _orders(operator: Operator, a: dict[str, Any]) -> list[tuple[int, int]]:
@@ -139,7 +139,7 @@ def _fake(operator: Operator) -> Callable[..., Any]:
         a = operator.bind(arguments, named)
         _check(a)
         for n, m in _orders(operator, a):
-            kernels.check_order(a["kernel"], n, m)
+            kernels.check_order(a["kappa"], n, m)
         x: Tensor = a["x"]
         if not operator.outputs:
             return torch.empty_like(x)

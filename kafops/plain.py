@@ -23,13 +23,13 @@ def kaf(
     gamma: Tensor,  # [C] or [1]
     dictionary: Tensor | None,  # [C, D] or [1, D]
     boundary: float,
-    kernel: int = 0,
+    kappa: int = 0,
     base: int = 0,
     n: int = 0,
     m: int = 0,
 ) -> Tensor:  # [N, C, *]
     """Compute the operator `kaf` of kafops/schemas.inc."""
-    terms = _Terms(x, alpha, gamma, dictionary, boundary, kernel)
+    terms = _Terms(x, alpha, gamma, dictionary, boundary, kappa)
     return terms.like_x(_curve(terms, alpha, base, n, m))
 
 
@@ -41,13 +41,13 @@ def kaf_backward(
     dictionary: Tensor | None,  # [C, D] or [1, D]
     boundary: float,
     needs: int,
-    kernel: int = 0,
+    kappa: int = 0,
     base: int = 0,
     n: int = 0,
     m: int = 0,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Compute the operator `kaf_backward` of kafops/schemas.inc."""
-    terms = _Terms(x, alpha, gamma, dictionary, boundary, kernel)
+    terms = _Terms(x, alpha, gamma, dictionary, boundary, kappa)
     weight = grad.to(terms.x.dtype)
     dx = terms.like_x(weight * _curve(terms, alpha, base, n + 1, m)) if needs & 1 else x.new_empty(0)
     dalpha = _like(terms.moments(weight, n, m), alpha) if needs & 2 else x.new_empty(0)
@@ -69,15 +69,15 @@ def complete_kaf(
     gamma: Tensor,  # [C] or [1]
     dictionary: Tensor | None,  # [C, D] or [1, D]
     boundary: float,
-    kernel: int = 0,
+    kappa: int = 0,
     base: int = 0,
     n: int = 0,
     m: int = 0,
 ) -> Tensor:  # [N, C, *]
     """Compute the operator `kaf`. With a base, the sum is rounded to x's dtype once."""
     curve = (alpha, gamma, dictionary, boundary)
-    if kernel or n or m:
-        return kaf(x, *curve, kernel, base, n, m)
+    if kappa or n or m:
+        return kaf(x, *curve, kappa, base, n, m)
     wide = _wide(x)
     return _narrow(gaussian(wide, *curve).add_(_base(base, wide, 0)), x)
 
@@ -91,15 +91,15 @@ def complete_kaf_backward(
     dictionary: Tensor | None,  # [C, D] or [1, D]
     boundary: float,
     needs: int,
-    kernel: int = 0,
+    kappa: int = 0,
     base: int = 0,
     n: int = 0,
     m: int = 0,
 ) -> tuple[Tensor, ...]:
     """Compute the operator `kaf_backward`."""
     curve = (alpha, gamma, dictionary, boundary)
-    if kernel or n or m:
-        return kaf_backward(grad, x, *curve, needs, kernel, base, n, m)
+    if kappa or n or m:
+        return kaf_backward(grad, x, *curve, needs, kappa, base, n, m)
     wide, weight = _wide(x), _wide(grad)
     dx, *of_parameters = gaussian(weight, wide, *curve, needs)
     if needs & 1:

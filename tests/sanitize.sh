@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Builds kafops._C with AddressSanitizer and UBSan in a temporary folder and runs the kernels' tests on it, once for each
+# Builds the CPU kernels with AddressSanitizer and UBSan in a temporary folder and runs the kernels' tests on it, once for each
 # instruction set that this machine has. Any finding ends its run at once, so the script fails.
 #
 #     tests/sanitize.sh [python] [arguments of pytest]
@@ -35,7 +35,7 @@ run() {  # instruction set, command...
 }
 
 for capability in portable avx2 avx512; do
-  if ! here=$(run $capability -c "import kafops.backends.cpu as b; print(b._C.__file__)" 2>&1); then
+  if ! here=$(run $capability -c "import kafops; print(kafops.library())" 2>&1); then
     echo "$here" | grep -q "does not run here" || { echo "$here"; exit 1; }
     echo "$capability: not on this machine"
     continue
@@ -43,6 +43,7 @@ for capability in portable avx2 avx512; do
   [[ $here == "$folder"/* ]] || { echo "the tests would run on $here, which is not the build with sanitizers"; exit 1; }
   echo "$capability:"
   run $capability -m pytest -q -o pythonpath="$folder/lib" -p no:cacheprovider -m "not slow" -k "not drawn and not eager" "$@" \
-    tests/kafops/test_kernels.py tests/kafops/test_kernels_other.py tests/kafops/test_functional.py
+    tests/kafops/test_kernels.py tests/kafops/test_kernels_other.py tests/kafops/test_orders.py \
+    tests/kafops/test_functional.py
 done
 echo "no findings"

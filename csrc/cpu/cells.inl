@@ -134,7 +134,7 @@ template <class T> const Interpolation<T>& interpolation() {
   return it;
 }
 
-// The widest cells on which a smooth base's derivative is a polynomial to a third of a rounding of its peak, in float32.
+// The widest cells on which a smooth base's derivative is a polynomial to half a rounding of its peak.
 inline double base_width(int order) { return 0.6 / (1 + order / 12.0); }
 
 // Whether tables hold a base's derivative. Not a base itself, order 0, as a sum of Chebyshev polynomials: near 0 it is
@@ -143,7 +143,9 @@ template <class T> bool held(const Beneath& b) { return b.smooth() && (b.order >
 
 // Tables of a smooth base itself, order 0, hold what is left of it without a ramp that the loops add: x / 2 in cells
 // −n … n, with n this number, and max(x, 0) in the others. The rest is small beside x, and so are its roundings.
-inline int64_t half_ramp_cells(double width) { return static_cast<int64_t>(std::ceil(std::max(0.4 / width - 0.5, 0.0))); }
+inline int64_t half_ramp_cells(double width) {
+  return static_cast<int64_t>(std::ceil(std::max(0.4 / width - 0.5, 0.0)));
+}
 
 // Coefficients [count][P] of a smooth base's derivative on every cell but the first and last, where they are 0.
 template <class T> void fit_base(const Beneath& b, const Cells& cells, double* out) {
@@ -316,8 +318,8 @@ template <class T> void make_bases_of(Plan& p, int64_t begin, int64_t end) {
     if (!std::all_of(points, points + d, [](double v) { return std::isfinite(v); })) continue;
     place_cells<T>(b, points, d, kPermutes && std::is_same_v<T, float>, order, most);
     if (b.cells.count == 0) continue;
-    // A table pays only from some number of elements on: operations to make and contract it against those of summing
-    // directly, 24 for each Gaussian and use.
+    // A table pays only from some number of elements on. Multiply-adds to make and contract it, an exponential counted
+    // as 8, against those of summing directly, 24 for each Gaussian and use.
     constexpr int P = Precision<T>::kPoints;
     const double window = std::min<double>(d, 1 + (2 * reach_of<T>(b.gamma, order) + b.cells.width) *
                                                       std::max<int64_t>(d - 1, 1) /
@@ -339,8 +341,8 @@ template <class T> constexpr int kTogether = std::max(1, 8 * kDoubles / Precisio
 // [count][P], or columns [P][32] with cell i in column i mod 32. `order` is that of the windows, degree at most that.
 // `base` [count][P] is what they hold of a base, nullptr for none.
 template <class T, int N>
-void fit(const Cells& cells, const Windows& w, int order, const double* base, const double* terms, int64_t d, int degree,
-         bool columns, T* tables, int64_t step) {
+void fit(const Cells& cells, const Windows& w, int order, const double* base, const double* terms, int64_t d,
+         int degree, bool columns, T* tables, int64_t step) {
   constexpr int P = Precision<T>::kPoints;
   using Values = Vector<P>;
   const auto& it = interpolation<T>();

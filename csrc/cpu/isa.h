@@ -1,5 +1,5 @@
-// The instruction sets that the loops are compiled for, the best first: the name, and whether this machine runs it. A new
-// one is a row here and a file of that name; setup.py, ops.cpp and the tests read the rows.
+// The instruction sets that the loops are compiled for, the best first: the name, and whether this machine runs it. A
+// new one is a row here and a file of that name; setup.py, ops.cpp and the tests read the rows.
 #pragma once
 
 #if defined(__x86_64__) && defined(__GNUC__)

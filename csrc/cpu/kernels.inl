@@ -157,19 +157,23 @@ template <class T, int Which> struct KernelLoops {
   using All = void (*)(KernelTile<T>&, int64_t, const KernelPoints&, double*, double*, double*);
 
   static void curve(Order o, KernelTile<T>& t, int64_t n, const KernelPoints& p) {
-    static constexpr Curve loops[3][3] = {{kernel_curve<T, Which, 0, 0>, kernel_curve<T, Which, 0, 1>, kernel_curve<T, Which, 0, 2>},
-                                          {kernel_curve<T, Which, 1, 0>, kernel_curve<T, Which, 1, 1>},
-                                          {kernel_curve<T, Which, 2, 0>}};
+    static constexpr Curve loops[3][3] = {
+        {kernel_curve<T, Which, 0, 0>, kernel_curve<T, Which, 0, 1>, kernel_curve<T, Which, 0, 2>},
+        {kernel_curve<T, Which, 1, 0>, kernel_curve<T, Which, 1, 1>},
+        {kernel_curve<T, Which, 2, 0>}};
     loops[o.n][o.m](t, n, p);
   }
   static void sums(Order o, KernelTile<T>& t, int64_t n, const KernelPoints& p, double* out) {
-    static constexpr Sums loops[3][3] = {{kernel_sums<T, Which, 0, 0>, kernel_sums<T, Which, 0, 1>, kernel_sums<T, Which, 0, 2>},
-                                         {kernel_sums<T, Which, 1, 0>, kernel_sums<T, Which, 1, 1>},
-                                         {kernel_sums<T, Which, 2, 0>}};
+    static constexpr Sums loops[3][3] = {
+        {kernel_sums<T, Which, 0, 0>, kernel_sums<T, Which, 0, 1>, kernel_sums<T, Which, 0, 2>},
+        {kernel_sums<T, Which, 1, 0>, kernel_sums<T, Which, 1, 1>},
+        {kernel_sums<T, Which, 2, 0>}};
     loops[o.n][o.m](t, n, p, out);
   }
-  static void all(Order o, KernelTile<T>& t, int64_t n, const KernelPoints& p, double* sums, double* by_x, double* by_gamma) {
-    static constexpr All loops[2][2] = {{kernel_all<T, Which, 0, 0>, kernel_all<T, Which, 0, 1>}, {kernel_all<T, Which, 1, 0>}};
+  static void all(Order o, KernelTile<T>& t, int64_t n, const KernelPoints& p, double* sums, double* by_x,
+                  double* by_gamma) {
+    static constexpr All loops[2][2] = {{kernel_all<T, Which, 0, 0>, kernel_all<T, Which, 0, 1>},
+                                        {kernel_all<T, Which, 1, 0>}};
     loops[o.n][o.m](t, n, p, sums, by_x, by_gamma);
   }
 };

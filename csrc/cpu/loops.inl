@@ -1,6 +1,6 @@
-// The loops of plan.h, compiled once for each instruction set: the including file defines KAF_ISA, its name in isa.h, and
-// in that namespace the vector type V, or KAF_SCALAR for none, and puts its target pragma before this. All but the table
-// of loops at the end has internal linkage, or the linker might keep one instruction set's copy for the whole program.
+// The loops of plan.h, compiled once for each instruction set: the including file defines KAF_ISA, its name in isa.h,
+// and in that namespace the vector type V, or KAF_SCALAR for none, and puts its target pragma before this. All but the
+// table at the end has internal linkage, or the linker might keep one instruction set's copy for the whole program.
 #include <algorithm>
 #include <cmath>
 #include <limits>
@@ -266,7 +266,9 @@ void layout(Plan& p) { p.float64 ? layout_of<double>(p) : layout_of<float>(p); }
 void make_tables(Plan& p, Windows& w, int64_t begin, int64_t end) {
   p.float64 ? make_tables_of<double>(p, w, begin, end) : make_tables_of<float>(p, w, begin, end);
 }
-void run(Plan& p, int64_t begin, int64_t end) { p.float64 ? run_of<double>(p, begin, end) : run_of<float>(p, begin, end); }
+void run(Plan& p, int64_t begin, int64_t end) {
+  p.float64 ? run_of<double>(p, begin, end) : run_of<float>(p, begin, end);
+}
 void contract(Plan& p, Windows& w, int64_t begin, int64_t end) {
   p.float64 ? contract_of<double>(p, w, begin, end) : contract_of<float>(p, w, begin, end);
 }

@@ -38,7 +38,7 @@ const Choice& choice() {
 }
 
 const Loops& loops() {
-  STD_TORCH_CHECK(choice().loops, choice().error);
+  KAF_CHECK(choice().loops, choice().error);
   return *choice().loops;
 }
 
@@ -250,15 +250,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> double_backward(
     std::optional<Parameter> values;
     if (v) {
       values.emplace(*v, name, dim);
-      STD_TORCH_CHECK(values->rows == like.rows && values->columns == like.columns, name,
-                      " must have the shape of what it is a weight of, ", shape_of(like.tensor), ", got ", shape_of(*v));
+      KAF_CHECK(values->rows == like.rows && values->columns == like.columns, name,
+                " must have the shape of what it is a weight of, ", shape_of(like.tensor), ", got ", shape_of(*v));
     }
     return values;
   };
   const auto va = read(v_alpha, a.alpha, "v_alpha", 2);
   const auto vg = read(v_gamma, a.gamma, "v_gamma", 1);
-  STD_TORCH_CHECK(dictionary || !v_dictionary, "v_dictionary needs a dictionary, got v_dictionary ",
-                  shape_of(*v_dictionary), " and dictionary None");
+  KAF_CHECK(dictionary || !v_dictionary, "v_dictionary needs a dictionary, got v_dictionary ", shape_of(*v_dictionary),
+            " and dictionary None");
   const auto vd =
       v_dictionary ? read(v_dictionary, *a.dictionary, "v_dictionary", 2) : std::optional<Parameter>();
 
@@ -357,8 +357,8 @@ STABLE_TORCH_LIBRARY_IMPL(kafops, CPU, m) {
   m.impl("kaf_double_backward", TORCH_BOX(&kaf::double_backward));
 }
 
-// For whoever loads the library: the instruction set in use, nullptr and the reason where KAFOPS_CPU_CAPABILITY asks for
-// one that does not run here.
+// For whoever loads the library: the instruction set in use, or nullptr, and the reason, where KAFOPS_CPU_CAPABILITY
+// asks for one that does not run here.
 #define KAF_EXPORT extern "C" __attribute__((visibility("default")))
 KAF_EXPORT const char* kafops_capability() { return kaf::choice().loops ? kaf::choice().loops->name : nullptr; }
 KAF_EXPORT const char* kafops_capability_error() { return kaf::choice().loops ? nullptr : kaf::choice().error.c_str(); }

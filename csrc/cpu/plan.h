@@ -12,11 +12,12 @@
 // with a derivative of a base added to f, f′ and f″ where the KAF has one (Beneath).
 //
 // The CPU evaluates a curve of Gaussians piecewise. For every channel and curve a table is made: the x axis is cut into
-// cells of equal width, and on each the curve is a polynomial, interpolated at Chebyshev points. An element then costs a
-// few operations to find its cell and one lookup and one multiply-add for each coefficient, whatever D is. The coefficient
-// gradients are the transpose: each element adds w p_m(v), m = 0 … kPoints − 1, with p_m the polynomials that curves are
-// written in, to its cell, and the sums are contracted once per channel with the Gaussians at the Chebyshev points.
-// docs/cpu-kernels.md has the error analysis. Curves of other kernels pay for every point at every element (kernels.inl).
+// cells of equal width, and on each the curve is a polynomial, interpolated at Chebyshev points. An element then costs
+// a few operations to find its cell and one lookup and one multiply-add for each coefficient, whatever D is. The
+// coefficient gradients are the transpose: each element adds w p_m(v), m = 0 … kPoints − 1, with p_m the polynomials
+// that curves are written in, to its cell, and the sums are contracted once per channel with the Gaussians at the
+// Chebyshev points. docs/cpu-kernels.md has the error analysis. Curves of other kernels pay for every point at every
+// element (kernels.inl).
 #pragma once
 #include <cstdint>
 #include <memory>
@@ -63,7 +64,7 @@ struct Cells {
 // What a product adds to its curve: the derivative, of some order, of a base.
 struct Beneath {
   int base = kNoBase, order = 0;
-  bool smooth() const { return base == kSilu || base == kGelu; }
+  KAF_FN bool smooth() const { return base == kSilu || base == kGelu; }
 };
 
 // One bandwidth, and the cells for it and its dictionary.
@@ -117,8 +118,8 @@ struct Plan {
   std::vector<double> points;                // [C, D] or, shared, [1, D]; rows are sorted
   std::vector<int> order;                    // points[r, i] is point order[r, i] of the dictionary
 
-  // Curves: for each point, in the order of `points`, the coefficients of d^0 … d^degree beside κ. That of another kernel
-  // than the Gaussian has degree 0 and stands beside ψ[n, m] / γ^(n/2 − m).
+  // Curves: for each point, in the order of `points`, the coefficients of d^0 … d^degree beside κ. That of another
+  // kernel than the Gaussian has degree 0 and stands beside ψ[n, m] / γ^(n/2 − m).
   std::vector<double> curves;                // all curves [C, D, degree + 1], one after the other
   int64_t curve_offset[kMaxProducts];
   int curve_degree[kMaxProducts];

@@ -150,9 +150,9 @@ KAF_FN V polynomial_of(const float* table, const uint32_t* row, V v) {
 
 constexpr int kGroup = 256;  // elements whose places are found before they are used, so that loads do not wait for stores
 
-// What lies beneath a curve, for the loops over it. add(y, x, row): the value y of the curve at x plus the base, of which
-// the curve's table may hold a part. place(x, v, row): what to add to the polynomial of `row` at v, both of which it may
-// change, to come to the same. `row` is where lanes' rows of coefficients begin in the curve's table.
+// What lies beneath a curve, for the loops over it. add(y, x, row): the value y of the curve at x plus the base, of
+// which the curve's table may hold a part. place(x, v, row): what to add to the polynomial of `row` at v, both of which
+// it may change, to come to the same. `row` is where lanes' rows of coefficients begin in the curve's table.
 struct NoBase {
   V add(V y, V, typename V::Int) const { return y; }
 };
@@ -304,8 +304,8 @@ struct PermuteTable {
 
 // out = [out +] [w] (curve(x) + base), with the table held in registers.
 template <bool Weighted, bool Add, class Base>
-void eval_permute(const Grid<float>& g, const float* table, const Base& base, const float* x, const float* w, float* out,
-                  int64_t n) {
+void eval_permute(const Grid<float>& g, const float* table, const Base& base, const float* x, const float* w,
+                  float* out, int64_t n) {
   const Lanes lanes(g);
   const PermuteTable held(table);
   const auto step = [&](const float* xe, const float* we, float* oe) __attribute__((always_inline)) {
@@ -431,8 +431,8 @@ class Spreader {
   alignas(64) uint32_t offset_[kGroup];
 };
 
-// One channel's row of elements; with Eval also out = w (curve(x) + base), from a table that permutes look up. Adding is limited
-// by the load ports and leaves the memory idle, so it fetches the data of the tile that comes next.
+// One channel's row of elements; with Eval also out = w (curve(x) + base), from a table that permutes look up. Adding
+// is limited by the load ports and leaves the memory idle, so it fetches the data of the tile that comes next.
 template <bool Eval, class Base>
 void spread_vector(const Grid<float>& g, const float* x, const float* w, int64_t n, double* sums, float* copies,
                    const Next<float>& next, const float* table, const Base& base, float* out) {
@@ -474,8 +474,10 @@ void eval(const Plan& p, const Product& u, const Grid<T>& g, const T* table, con
 #ifndef KAF_SCALAR
   if constexpr (std::is_same_v<T, float>)
     return choose_base(p, u, g, table, [&](const auto& base) {
-      if (w) add ? eval_vector<true, true>(g, table, base, x, w, out, n) : eval_vector<true, false>(g, table, base, x, w, out, n);
-      else add ? eval_vector<false, true>(g, table, base, x, w, out, n) : eval_vector<false, false>(g, table, base, x, w, out, n);
+      if (w && add) eval_vector<true, true>(g, table, base, x, w, out, n);
+      else if (w) eval_vector<true, false>(g, table, base, x, w, out, n);
+      else if (add) eval_vector<false, true>(g, table, base, x, w, out, n);
+      else eval_vector<false, false>(g, table, base, x, w, out, n);
     });
 #endif
   eval_scalar(p, u.beneath, g, table, x, w, out, n, add);
@@ -509,7 +511,8 @@ struct Gaussians {
 
 // The same without a table, for few elements or cells too many: every Gaussian, in double.
 template <class T>
-void eval_direct(const Plan& p, int64_t c, const Product& product, const T* x, const T* w, T* out, int64_t n, bool add) {
+void eval_direct(const Plan& p, int64_t c, const Product& product, const T* x, const T* w, T* out, int64_t n,
+                 bool add) {
   const int64_t d = p.dictionary_size, row = p.shared_basis ? 0 : c;
   const double gamma = p.bases[row].gamma, *points = p.points.data() + row * d;
   const int degree = p.curve_degree[product.curve];

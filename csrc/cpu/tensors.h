@@ -1,5 +1,5 @@
-// PyTorch's tensors, as all operators see them: what is refused and in which words, parameters in double, tensors of the
-// shape of x as views in a plan.
+// PyTorch's tensors, as all operators see them: what is refused and in which words, parameters in double, tensors of
+// the shape of x as views in a plan.
 #pragma once
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -9,6 +9,8 @@
 #include <cmath>
 #include <initializer_list>
 #include <optional>
+#include <sstream>
+#include <stdexcept>
 #include <string>
 
 #include "plan.h"
@@ -24,6 +26,18 @@ enum Needs : int64_t { kNeedX = 1, kNeedAlpha = 2, kNeedGamma = 4, kNeedDictiona
 
 
 // ------------------------------------------------------------------------------------------------- words of messages
+
+template <class... Words> std::string joined(const Words&... words) {
+  std::ostringstream s;
+  (s << ... << words);
+  return s.str();
+}
+
+// Raises unless the condition holds. PyTorch's own begins its messages with a path on the machine that compiled it.
+#define KAF_CHECK(condition, ...)                                     \
+  do {                                                                \
+    if (!(condition)) throw std::runtime_error(joined(__VA_ARGS__));  \
+  } while (false)
 
 std::string shape_of(const Tensor& t) {
   std::string s = "[";
@@ -74,9 +88,9 @@ struct Parameter {
 
   Parameter(const Tensor& t, const char* name, int64_t dim) : tensor(t) {
     const std::optional<Type> type = type_of(t);
-    STD_TORCH_CHECK(t.is_cpu() && t.dim() == dim && (type == Type::f32 || type == Type::f64), name,
-                    " must be a float32 or float64 tensor ", dim == 2 ? "[C, D] or [1, D]" : "[C] or [1]",
-                    " on the CPU, got ", described(t));
+    KAF_CHECK(t.is_cpu() && t.dim() == dim && (type == Type::f32 || type == Type::f64), name,
+              " must be a float32 or float64 tensor ", dim == 2 ? "[C, D] or [1, D]" : "[C] or [1]",
+              " on the CPU, got ", described(t));
     single_ = type == Type::f32;
     data_ = t.const_data_ptr();
     rows = t.size(0);
@@ -116,42 +130,42 @@ struct Arguments {
       : x(x_), alpha(alpha_, "alpha", 2), gamma(gamma_, "gamma", 1), boundary(boundary_), kernel(kernel_), base(base_),
         d(alpha.columns), elements(x.numel()) {
     const std::optional<Type> found = type_of(x);
-    STD_TORCH_CHECK(found && x.is_cpu(), "x must be a float32, float64, bfloat16 or float16 tensor on the CPU, got ",
-                    described(x));
+    KAF_CHECK(found && x.is_cpu(), "x must be a float32, float64, bfloat16 or float16 tensor on the CPU, got ",
+              described(x));
     type = *found;
-    STD_TORCH_CHECK(d > 0, "alpha must have at least one coefficient per channel, got ", shape_of(alpha_));
+    KAF_CHECK(d > 0, "alpha must have at least one coefficient per channel, got ", shape_of(alpha_));
     if (dictionary_) {
       dictionary.emplace(*dictionary_, "dictionary", 2);
-      STD_TORCH_CHECK(dictionary->columns == d, "dictionary and alpha must have the same number of points D, got dictionary ",
-                      shape_of(*dictionary_), " and alpha ", shape_of(alpha_));
+      KAF_CHECK(dictionary->columns == d, "dictionary and alpha must have the same number of points D, got dictionary ",
+                shape_of(*dictionary_), " and alpha ", shape_of(alpha_));
     } else {
-      STD_TORCH_CHECK(0 < boundary && std::isfinite(boundary), "boundary must be a positive finite number, got ", boundary);
+      KAF_CHECK(0 < boundary && std::isfinite(boundary), "boundary must be a positive finite number, got ", boundary);
     }
     fit("alpha", alpha);
     fit("gamma", gamma);
     if (dictionary) fit("dictionary", *dictionary);
-    STD_TORCH_CHECK(0 <= kernel && kernel < kKernels, "kernel must be a code from 0 to ", kKernels - 1, ", got ", kernel);
-    STD_TORCH_CHECK(kNoBase <= base && base <= kGelu, "base must be a code from 0 to ", int{kGelu}, ", got ", base);
+    KAF_CHECK(0 <= kernel && kernel < kKernels, "kernel must be a code from 0 to ", kKernels - 1, ", got ", kernel);
+    KAF_CHECK(kNoBase <= base && base <= kGelu, "base must be a code from 0 to ", int{kGelu}, ", got ", base);
   }
 
   // Raises unless ψ[n, m] is offered. `what` is computed from it.
   void check_order(int64_t n, int64_t m, const char* what) const {
-    STD_TORCH_CHECK(n >= 0 && m >= 0, "n and m, the orders of differentiation, must not be negative, got n = ", n,
-                    " and m = ", m);
-    STD_TORCH_CHECK(n <= kHighest && m <= kHighest && n + 2 * m <= kHighest, "kafops offers derivatives up to n + 2m = ",
-                    kHighest, ", got n = ", n, " and m = ", m, " for ", what);
+    KAF_CHECK(n >= 0 && m >= 0, "n and m, the orders of differentiation, must not be negative, got n = ", n,
+              " and m = ", m);
+    KAF_CHECK(n <= kHighest && m <= kHighest && n + 2 * m <= kHighest, "kafops offers derivatives up to n + 2m = ",
+              kHighest, ", got n = ", n, " and m = ", m, " for ", what);
     if (kernel == kMatern32 || kernel == kBSpline)
-      STD_TORCH_CHECK(n + m <= 2, "kernel '", kernel == kMatern32 ? "matern32" : "bspline",
-                      "' was to be differentiated n = ", n, " times in x or its dictionary and m = ", m,
-                      " times in gamma, but it has no more than 2 derivatives (n + m ≤ 2), for ", what);
+      KAF_CHECK(n + m <= 2, "kernel '", kernel == kMatern32 ? "matern32" : "bspline",
+                "' was to be differentiated n = ", n, " times in x or its dictionary and m = ", m,
+                " times in gamma, but it has no more than 2 derivatives (n + m ≤ 2), for ", what);
   }
 
   // Raises unless t, a weight of x's elements, is as x.
   void check_like_x(const Tensor& t, const char* name) const {
     const IntHeaderOnlyArrayRef a = t.sizes(), b = x.sizes();
-    STD_TORCH_CHECK(t.is_cpu() && t.scalar_type() == x.scalar_type() && a.size() == b.size() &&
-                        std::equal(a.begin(), a.end(), b.begin()),
-                    name, " must have the shape, dtype and device of x, ", described(x), ", got ", described(t));
+    KAF_CHECK(t.is_cpu() && t.scalar_type() == x.scalar_type() && a.size() == b.size() &&
+                  std::equal(a.begin(), a.end(), b.begin()),
+              name, " must have the shape, dtype and device of x, ", described(x), ", got ", described(t));
   }
 
   void read_parameters(Plan& p) const {
@@ -185,8 +199,9 @@ struct Arguments {
  private:
   void fit(const char* name, const Parameter& p) {
     if (p.rows == 1) return;
-    STD_TORCH_CHECK(x.dim() >= 2 && p.rows == x.size(1), name, " must have one row per channel of x (dimension 1) or a single "
-                    "row, got ", name, " ", shape_of(p.tensor), " for x ", shape_of(x));
+    KAF_CHECK(x.dim() >= 2 && p.rows == x.size(1), name,
+              " must have one row per channel of x (dimension 1) or a single row, got ", name, " ", shape_of(p.tensor),
+              " for x ", shape_of(x));
     channels = p.rows;
   }
 };
@@ -197,8 +212,9 @@ Tensor empty(IntHeaderOnlyArrayRef sizes, IntHeaderOnlyArrayRef strides, const T
   int32_t dtype;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
   AtenTensorHandle handle = nullptr;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
-                                                         dtype, aoti_torch_device_type_cpu(), 0, &handle));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(),
+                                                         strides.data(), dtype, aoti_torch_device_type_cpu(), 0,
+                                                         &handle));
   return Tensor(handle);
 }
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from kafops.bounds.curves import EPS, Curves
 
-__all__ = ["Cells", "drifted", "halved", "largest", "margins", "partition", "places", "polynomials", "suprema"]
+__all__ = ["Cells", "halved", "largest", "margins", "partition", "places", "polynomials", "suprema"]
 
 _FAR = 1e300  # serves as infinity, without its nan
 _AT_ONCE = 2**16  # numbers in a temporary, so that it stays in the cache
@@ -159,7 +159,8 @@ def margins(curves: Curves, cells: Cells) -> tuple[Tensor, Tensor]:  # [B], [B]
 
     That is the series' remainder, and rounding: 100 times for a term, D times for their sum over the points, 16 times
     for each of up to 15 halvings and for the polynomial itself, of what comes to at most 4 mass in absolute values.
-    A base has the same, without the sum, of at most 4 (1 + |x|), of slopes of 4; and its x may have drifted.
+    A base has the same, without the sum, of at most 4 (1 + |x|), of slopes of 4. That its x and the kernels' z, both
+    rounded, are a few roundings out of step is one more in the size of either, or less than cells overlap.
     """
     rounding = 4 * (curves.alpha.shape[1] + 512) * EPS / 2
     value, slope = (((r + rounding) * curves.mass)[cells.channel] for r in curves.series.remainders)
@@ -169,21 +170,8 @@ def margins(curves: Curves, cells: Cells) -> tuple[Tensor, Tensor]:  # [B], [B]
     unit, rounding = curves.height[cells.channel], 4 * 512 * EPS / 2
     x = places(curves, cells)
     size = torch.where((x.abs() < base.far) | base.on_line(x), 1 + x.abs() + cells.half / curves.root[cells.channel], 1)
-    off, slope_off = drifted(curves, cells)
-    value = value + (base.remainders[0] + rounding * size) / unit + off
-    return value, slope + (base.remainders[1] + rounding) / (unit * curves.root[cells.channel]) + slope_off
-
-
-def drifted(curves: Curves, cells: Cells) -> tuple[Tensor, Tensor]:  # [B], [B]
-    """Return how far a base and its slope may be off because x and z, both rounded, are out of step."""
-    assert curves.base is not None
-    height, root, scale = (t[cells.channel] for t in (curves.height, curves.root, curves.scale))
-    point = curves.points[cells.channel, cells.anchor]
-    step = (8 * EPS * (scale * point.abs() + cells.away) + 2 * curves.blur[cells.channel]) / root
-    # The slope of a line stays.
-    bent = (places(curves, cells).abs() - cells.half / root < curves.base.far - 1) | (step > 1)
-    value, slope = (steepest * step / height for steepest in curves.base.steepest)
-    return value, torch.where(bent, slope / root, 0.0)
+    value = value + (base.remainders[0] + rounding * size) / unit
+    return value, slope + (base.remainders[1] + rounding) / (unit * curves.root[cells.channel])
 
 
 def suprema(

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from kafops.bounds.bases import Beneath
-from kafops.bounds.cells import Cells, drifted, halved, largest, margins, partition, places, polynomials
+from kafops.bounds.cells import Cells, halved, largest, margins, partition, places, polynomials
 from kafops.bounds.curves import EPS, Curves, pieces
 
 __all__ = ["CurveRanges", "Range"]
@@ -255,7 +255,11 @@ def _table(curves: Curves, order: int, device: torch.device) -> _Table:
     remainder = polynomial[:, 4:].abs().sum(1) + margin + curves.series.peaks[order + 1] * curves.mass[channel] * shift
     beyond = None
     if curves.base is not None:
-        remainder = remainder + drifted(curves, cells)[order]
+        step, x = shift / curves.root[channel], places(curves, cells)
+        moved = curves.base.steepest[order] * step / unit[:, 0]
+        if order:  # a line's slope stays
+            moved[(x.abs() - half / curves.root[channel] >= curves.base.far) & (step <= 1)] = 0
+        remainder = remainder + moved
         tail = curves.series.remainders[order] * curves.mass * (curves.height * curves.root if order else curves.height)
         beyond = _Beyond(curves.base, order, *(t[:, None].to(device) for t in (first, last, tail)))
     extremes = (torch.stack([largest(-polynomial)[1], largest(polynomial)[1]], 1) + margin[:, None]) * unit + underflow

@@ -105,7 +105,7 @@ def test_needs_with_a_base(kernel):
         for flag, t, of_all in zip(flags, outputs, whole, strict=True):
             assert torch.equal(t, of_all) if needs & flag else t.shape == (0,), (needs, flag)
 
-    first = functools.partial(OPERATORS.kaf_backward, p.grad, p.x, *curve(p), kernel=kernel, base=3)
+    first = functools.partial(OPERATORS.kaf_backward, p.grad, p.x, *curve(p), kappa=kernel, base=3)
     for needs in range(16):
         check(first(15), first(15), (1, 2, 4, 8), 15)
         check(first(needs), first(15), (1, 2, 4, 8), needs)
@@ -155,7 +155,7 @@ def test_values_of_other_kernels_and_orders(kernel, order, case, base):
     n, m = order
     p = case.problem()
     exact = Problem(*(None if t is None else t.double() for t in (p.x, *curve(p)[:3])), p.boundary, p.grad.double(), ())
-    code = {"kernel": kernel, "base": base, "n": n, "m": m}
+    code = {"kappa": kernel, "base": base, "n": n, "m": m}
     alpha, g = exact.alpha.abs(), exact.grad.abs().movedim(1, -1).reshape(-1, 3).sum(0)  # [C, D], [C]
 
     def of_base(order: int) -> Tensor | float:  # its error, of terms no larger than |x|, or 1 for derivatives

@@ -296,16 +296,19 @@ def test_fits_on_a_base_are_of_what_it_lacks(base, target):
     gamma, function = torch.tensor([default_gamma(20, 3), 0.7], dtype=F64), FUNCTIONS[target]
     alpha = ridge(function, grid(20), gamma, base=base)
     torch.testing.assert_close(
-        alpha, ridge(lambda x: function(x) - BENEATH[base](x), grid(20), gamma), rtol=0, atol=1e-9
+        alpha, ridge(lambda x: function(x) - BENEATH[base](x), grid(20), gamma), rtol=0, atol=2e-8
     )
     layer = kafops.KAF(2, init=target, base=base, gamma=gamma, dtype=F64)
-    torch.testing.assert_close(layer.alpha.detach(), alpha, rtol=0, atol=1e-9)
+    torch.testing.assert_close(layer.alpha.detach(), alpha, rtol=0, atol=2e-8)
     if target == base:
-        assert (alpha == 0).all()
-    elif "identity" in (target, base):  # nothing in both
-        assert alpha.abs().max() > 1
+        assert (layer.alpha == 0).all()
+    else:
+        x = grid(20)[:, None].expand(-1, 2)
+        # (K + 1e-6 I) α = target − base; the rest is of rounding, with |α| up to 1e4.
+        missed = 1e-6 * layer.alpha.detach().T
+        torch.testing.assert_close(layer(x).detach(), function(x) - missed, rtol=0, atol=1e-9)
     custom = kafops.KAF(2, init=lambda x: function(x), base=base, gamma=gamma, dtype=F64)
-    assert torch.equal(custom.alpha, layer.alpha)
+    assert torch.equal(custom.alpha, alpha)
 
 
 def test_a_fit_to_gelu_is_one():
@@ -350,11 +353,12 @@ def test_gradient_factor_on_a_base(base):
         (8, 3.0, Isometric(1.3)),
         (20, 3.0, Isometric(1.5, std=1.0)),
         (20, 3.0, Isometric(4.0)),
-        (20, 2.0, Isometric(1.5, std=0.6)),
+        (20, 3.0, Isometric(1.2, std=0.6)),
+        (20, 2.0, Isometric(1.5, std=0.8)),
     ],
 )
 def test_isometric_sums_of_base_and_curve(base, dictionary_size, boundary, init):
-    rule = Isometric() if init == "isometric" else init
+    rule = Isometric(std=1.0) if init == "isometric" else init
     for seed in range(2):
         torch.manual_seed(seed)
         layer = kafops.KAF(10, dictionary_size, boundary, init, base=base, dtype=F64)
@@ -367,8 +371,9 @@ def test_isometric_sums_of_base_and_curve(base, dictionary_size, boundary, init)
         assert (ratio <= rule.ratio * (1 + 1e-6)).all()
         low, high = layer(torch.tensor([[-1.0], [1.0]], dtype=F64).expand(2, 10)).detach()
         assert (high > low).all()
-        if dictionary_size >= 20 and rule.ratio < 2:
+        if dictionary_size >= 20 and boundary >= 3 and rule.ratio < 2:
             assert ratio.min() > 0.97 * rule.ratio  # bends fill what is allowed
+        assert ratio.max() < 2.2  # what the second eigenfunction costs, even if more is allowed
         between = torch.cdist(alpha, alpha) + 10 * torch.eye(10, dtype=F64)
         assert between.min() > 1e-2  # no two alike
         if boundary == 3.0 and dictionary_size == 20:
@@ -387,19 +392,16 @@ def test_isometric_sums_of_other_kernels(base, kernel):
 
 
 @of_bases
-@pytest.mark.parametrize("std", [math.sqrt(0.5), 1.0])
+@pytest.mark.parametrize("std", [math.sqrt(0.5), 0.9])
 def test_no_sum_costs_less_than_the_least(base, std):
     """Against curves with the same mean and variance, near the best one and far from it."""
     points, gamma = grid(12), torch.tensor([0.9], dtype=F64)
-    least = cost = None
-    for ratio in (1.0001, 1.2):
-        try:
-            torch.manual_seed(0)
-            alpha = Isometric(ratio, std).for_layer("gaussian", base)(points, gamma.expand(300))
-        except ValueError as error:
-            least = float(str(error).split("no less than ")[1].split()[0])
-    assert least is not None
-    assert 1 < least < 1.2
+    with pytest.raises(ValueError, match="no less than") as error:
+        Isometric(1.0001, std).for_layer("gaussian", base)(points, gamma)
+    least = float(str(error.value).split("no less than ")[1].split()[0])
+    assert 1 <= least < 1.2
+    torch.manual_seed(0)
+    alpha = Isometric(1.2, std).for_layer("gaussian", base)(points, gamma.expand(300))
     _, variance, slope = moments_on_base(alpha, 0.9, points, base)
     cost = (slope + 1e-4 * alpha.square().sum(1)) / variance
     # The message has four digits.
@@ -413,13 +415,13 @@ def test_no_sum_costs_less_than_the_least(base, std):
     draw = torch.Generator().manual_seed(0)
     at, tried = alpha[0], []
     for size in (1e-3, 1e-2, 0.1, 1.0):
-        for _ in range(60):
+        for _ in range(20):
             moved = _feasible(at + size * torch.randn(12, generator=draw, dtype=F64), points, 0.9, base, std)
             if moved is not None:
                 _, variance, slope = moments_on_base(moved[None], 0.9, points, base)
                 assert variance.item() == pytest.approx(std**2, rel=1e-5)
                 tried.append(((slope + 1e-4 * moved.square().sum()) / variance).item())
-    assert len(tried) > 100
+    assert len(tried) > 40
     assert min(tried) > least - 1e-3
 
 
@@ -469,9 +471,21 @@ def test_isometric_on_a_base_keeps_gradients_in_scale_through_depth():
         nn.Sequential(*layers)(torch.randn(64, 32)).square().sum(1).sqrt().sum().backward()
         return (linear[0].weight.grad.norm() / linear[-1].weight.grad.norm()).item()
 
-    assert first_over_last("zeros", "relu") > 60
-    assert first_over_last("isometric", "relu") < 30
-    assert 1 / 30 < first_over_last("isometric", "silu") < 30
+    gentle = Isometric(1.05, std=1.0)
+    assert first_over_last("zeros", "relu") > 150
+    assert 1 / 30 < first_over_last(gentle, "relu") < 30
+    assert 1 / 30 < first_over_last(gentle, "silu") < 30
+    # The smaller std, the more those inputs grow that are beyond the dictionary.
+    assert first_over_last(Isometric(1.1, std=0.5), "identity") > 1e3
+    assert first_over_last("isometric", "identity") < 100
+
+
+@of_bases
+def test_isometric_by_name_has_the_deviation_of_a_base_s_line(base):
+    torch.manual_seed(0)
+    named = kafops.KAF(3, init="isometric", base=base).alpha
+    torch.manual_seed(0)
+    assert torch.equal(kafops.KAF(3, init=Isometric(std=1.0), base=base).alpha, named)
 
 
 @pytest.mark.parametrize("init", ["isometric", Isometric(1.3)])

@@ -28,9 +28,8 @@ def test_kernels(capability):
     if "does not run here" in chosen.stderr:
         pytest.skip(chosen.stderr.splitlines()[-1])
     assert chosen.stdout.strip() == capability, chosen.stderr
-    done = run(
-        capability, "-m", "pytest", "-q", "-m", "not slow", "-p", "no:cacheprovider", "tests/kafops/test_kernels.py"
-    )
+    files = [f"tests/kafops/test_{name}.py" for name in ("kernels", "orders", "bases")]
+    done = run(capability, "-m", "pytest", "-q", "-m", "not slow", "-p", "no:cacheprovider", *files)
     assert done.returncode == 0, done.stdout[-5000:] + done.stderr[-1000:]
 
 

@@ -28,7 +28,7 @@ SOME = [(0, 0), (1, 1), (5, 0), (2, 3), (12, 0), (0, 6), (6, 3)]
 # of the oracle cancel to a thirtieth.
 ROUNDINGS = {F32: 32 * 2.0**-24, F64: 1e-13}
 
-few_and_many = pytest.mark.parametrize("count", [3, 1500], ids=["few", "many"])  # summed directly, and tabulated
+few_and_many = pytest.mark.parametrize("count", [3, 600], ids=["few", "many"])  # summed directly, and tabulated
 dtypes = pytest.mark.parametrize("dtype", [F32, F64], ids=str)
 of_orders = pytest.mark.parametrize(("n", "m"), ORDERS, ids=str)
 
@@ -85,7 +85,7 @@ class Problem:
 
     def call(self, operator, *first, n: int, m: int, **named):
         tensors = (self.x, self.alpha, self.gamma, self.dictionary)
-        return operator(*first, *tensors, 0.0, **named, kernel=CODES[self.kernel], n=n, m=m)
+        return operator(*first, *tensors, 0.0, **named, kappa=CODES[self.kernel], n=n, m=m)
 
     def rows(self, p: Tensor) -> Tensor:  # [C, ...]
         return p.double().expand(self.x.shape[1], *p.shape[1:])
@@ -275,7 +275,7 @@ def test_layouts(n, m, layout):
     alpha, gamma = torch.randn(18, 20, generator=draw), torch.full((18,), 1.67)
     arguments = (alpha, gamma, None, 3.0)
     for kernel in ("gaussian", "rational_quadratic"):
-        rest = {"kernel": CODES[kernel], "n": n, "m": m}
+        rest = {"kappa": CODES[kernel], "n": n, "m": m}
         got = kaf(x, *arguments, **rest)
         want = kaf(x.contiguous(), *arguments, **rest)
         size = (alpha.abs().sum(1) * peak(kernel, n, m) * 1.67 ** (n / 2 - m)).reshape(18, 1, 1)
@@ -326,7 +326,7 @@ def test_same_bits_for_any_number_of_threads(kernel):
     try:
         for threads in (1, 2, 3, 7):
             torch.set_num_threads(threads)
-            rest = {"needs": ALL, "kernel": CODES[kernel], "n": 1, "m": 0}
+            rest = {"needs": ALL, "kappa": CODES[kernel], "n": 1, "m": 0}
             results.append(
                 kaf_backward(grad, x, alpha, gamma, dictionary, 0.0, **rest)[: 4 if CODES[kernel] < 2 else 2]
             )
@@ -342,8 +342,8 @@ def test_no_elements(shape):
     alpha, gamma = torch.randn(rows, 4), torch.ones(rows)
     x = torch.empty(shape)
     for kernel in CODES.values():
-        assert kaf(x, alpha, gamma, alpha, 0.0, kernel=kernel, n=1).shape == x.shape
-        got = kaf_backward(x, x, alpha, gamma, alpha, 0.0, ALL, kernel=kernel)
+        assert kaf(x, alpha, gamma, alpha, 0.0, kappa=kernel, n=1).shape == x.shape
+        got = kaf_backward(x, x, alpha, gamma, alpha, 0.0, ALL, kappa=kernel)
         assert got[0].shape == x.shape
         for g, p in zip(got[1:], (alpha, gamma, alpha), strict=True):
             assert g.shape == p.shape
@@ -426,20 +426,20 @@ def arguments() -> dict:
         ("boundary must be a positive finite number, got 0", {"boundary": 0.0}),
         ("boundary must be a positive finite number, got inf", {"boundary": math.inf}),
         ("boundary must be a positive finite number, got nan", {"boundary": math.nan}),
-        ("kernel must be a code from 0 to 3, got 4", {"kernel": 4}),
+        ("kernel must be a code from 0 to 3, got 4", {"kappa": 4}),
         ("base must be a code from 0 to 4, got -1", {"base": -1}),
         ("n and m, the orders of differentiation, must not be negative, got n = -1 and m = 0", {"n": -1}),
         ("kafops offers derivatives up to n + 2m = 12, got n = 11 and m = 1 for the curve", {"n": 11, "m": 1}),
-        ("kafops offers derivatives up to n + 2m = 12, got n = 13 and m = 0 for the curve", {"n": 13, "kernel": 1}),
+        ("kafops offers derivatives up to n + 2m = 12, got n = 13 and m = 0 for the curve", {"n": 13, "kappa": 1}),
         ("kernel 'matern32' was to be differentiated n = 2 times in x or its dictionary and m = 1 times in gamma, "
-         "but it has no more than 2 derivatives (n + m ≤ 2)", {"n": 2, "m": 1, "kernel": 2}),
-        ("kernel 'bspline' was to be differentiated n = 3 times", {"n": 3, "kernel": 3}),
+         "but it has no more than 2 derivatives (n + m ≤ 2)", {"n": 2, "m": 1, "kappa": 2}),
+        ("kernel 'bspline' was to be differentiated n = 3 times", {"n": 3, "kappa": 3}),
     ],
 )  # fmt: skip
 def test_refused(message, changed):
     with torch._C._AutoDispatchBelowAutograd(), pytest.raises(RuntimeError) as caught:
         kaf(**arguments() | changed)
-    assert message in str(caught.value)
+    assert str(caught.value).startswith(message)
 
 
 def test_refused_of_other_devices():
@@ -458,7 +458,7 @@ def test_refused_of_other_devices():
         ("got n = 13 and m = 0 for the gradient of x", {"n": 12, "needs": 3}),
         ("got n = 11 and m = 1 for the gradient of gamma", {"n": 11, "needs": 4}),
         ("got n = 13 and m = 0 for the gradient of dictionary", {"n": 12, "needs": 8, "dictionary": torch.zeros(1, 4)}),
-        ("but it has no more than 2 derivatives (n + m ≤ 2), for the gradient of x", {"n": 2, "needs": 1, "kernel": 3}),
+        ("but it has no more than 2 derivatives (n + m ≤ 2), for the gradient of x", {"n": 2, "needs": 1, "kappa": 3}),
     ],
 )  # fmt: skip
 def test_refused_of_gradients(message, changed):

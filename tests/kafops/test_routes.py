@@ -93,10 +93,9 @@ def test_all_routes_give_the_same_bits(free):
         y = route(*arguments, *rest)
         return y, *torch.autograd.grad(y.sin().sum(), arguments)
 
-    results = [run(f) for f in (autograd.KAFEagerFunction.apply, ops.kaf, autograd.KAFFunction.apply)]
-    for other in results[1:]:
-        for a, b in zip(results[0], other, strict=True):
-            assert torch.equal(a, b)
+    eager, registered = run(lambda *a: autograd.KAFEagerFunction.apply(*a, 0, 0)), run(ops.kaf)
+    for a, b in zip(eager, registered, strict=True):
+        assert torch.equal(a, b)
 
 
 @forms

@@ -107,6 +107,29 @@ def test_kaf_fits_its_function_on_the_dictionary(name: str) -> None:
     torch.testing.assert_close(miss.detach(), 1e-6 * layer.alpha.detach().T, rtol=0, atol=2e-4)
 
 
+@pytest.mark.parametrize("name", KAFS)
+@pytest.mark.parametrize("base", ["identity", "relu", "silu", "gelu"])
+def test_every_kaf_takes_a_base(name: str, base: str) -> None:
+    """Beneath its sum of kernels, of the same start but for fits, which are to what the base lacks."""
+    layer, plain = make(f"{name}:base={base}", 3), make(name, 3)
+    assert layer.base == base
+    assert make(f"{name}:base=none", 3).base is None
+    assert torch.equal(layer.points(), plain.points())
+    far = torch.tensor([[-50.0] * 3, [50.0] * 3], dtype=torch.float64)
+    beyond = 1e-3 * layer.alpha.abs().sum().item() if name == "kaf_rq" else 1e-12  # its tails are slow
+    torch.testing.assert_close(layer(far).detach(), kafops.bases.value(base, far), rtol=1e-12, atol=beyond)
+    if name in ("kaf", "kaf_free"):
+        assert torch.equal(layer.alpha, plain.alpha)
+    elif name != "kaf_isometric":
+        on_points = layer.points().expand(3, -1).T
+        torch.testing.assert_close(layer(on_points), plain(on_points), rtol=0, atol=1e-3)
+
+
+def test_a_kaf_on_what_it_is_fitted_to_is_that() -> None:
+    for name, base in (("kaf_relu", "relu"), ("kaf_silu", "silu")):
+        assert not make(f"{name}:base={base}", 3).alpha.any()
+
+
 @pytest.mark.parametrize(("text", "std"), [("kaf", 0.3), ("kaf:std=0.8", 0.8), ("kaf_free:std=0.05", 0.05)])
 def test_random_kaf_has_the_deviation_asked_for(text: str, std: float) -> None:
     """4000 coefficients: their deviation is within 4 / sqrt(2 · 4000) of the truth, 4.5 %."""
@@ -335,6 +358,7 @@ def test_kwta_rounding_never_adds_a_winner(n: int, hundredths: int) -> None:
         ("kaf:dictionary_size=1", "'dictionary_size' of a KAF must be at least 2, got 1"),
         ("kaf_silu:boundary=0", "boundary must be a positive finite number, got boundary=0"),
         ("kaf:std=-1", "std must be a finite number ≥ 0, got std=-1"),
+        ("kaf:base=sigmoid", "base must be None or one of 'identity', 'relu', 'silu', 'gelu', got 'sigmoid'"),
         ("kaf_isometric:boundary=0.2", "init 'isometric' wants"),
     ],
 )

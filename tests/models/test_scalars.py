@@ -2,6 +2,7 @@
 
 import math
 
+import mpmath
 import pytest
 import torch
 from torch import nn
@@ -12,7 +13,9 @@ from models.analysis.scalars import Scalar, scalar
 from models.errors import UserError
 
 CHANNELS = 3
+BASES = ("identity", "relu", "silu", "gelu")
 NAMES = [name for name in ACTIVATIONS.names if name != "kwta"]
+NAMES += [f"{name}:base={base}" for name in ("kaf", "kaf_free", "kaf_bspline") for base in BASES]
 
 
 def layer(name: str) -> nn.Module:
@@ -63,6 +66,10 @@ def test_lipschitz_constants_are_the_largest_slopes(name: str) -> None:
     module = layer(name)
     x = torch.linspace(-40, 40, 400_001, dtype=torch.float64)[:, None].repeat(1, CHANNELS).requires_grad_()
     (slopes,) = torch.autograd.grad(module(x).sum(), x)
+    if ":base=" in name:
+        # Beside relu's kink, where the grid has the left side's slope only.
+        beside = torch.tensor([-1e-9, 1e-9], dtype=torch.float64)[:, None].repeat(1, CHANNELS).requires_grad_()
+        slopes = torch.cat([slopes, torch.autograd.grad(module(beside).sum(), beside)[0]])
     seen = slopes.abs().amax(0)
     constant = scalar(module).lipschitz.expand(CHANNELS)
     assert (constant >= seen * (1 - 1e-12)).all()
@@ -117,6 +124,54 @@ def test_a_point_has_the_value_of_the_point() -> None:
     assert (least <= module(x)).all()
     assert (most >= module(x)).all()
     assert ((most - least) <= 3e-12 * scale).all()
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_a_point_has_the_value_of_the_point_on_a_base_too(base: str) -> None:
+    """Exact to 1e-12 of the coefficients and 64 ε of the point, so also far beyond the dictionary."""
+    module = layer(f"kaf:base={base}")
+    x = torch.linspace(-40, 40, 81, dtype=torch.float64).view(27, 3)
+    least, most = scalar(module).values(x, x)
+    assert (least <= module(x)).all()
+    assert (most >= module(x)).all()
+    assert ((most - least) <= 3e-12 * module.alpha.abs().sum(1) + 3e-14 * x.abs()).all()
+
+
+@pytest.mark.parametrize("base", ["silu", "gelu"])
+def test_a_base_alone_is_enclosed_in_30_digits(base: str) -> None:
+    """Where float64 rounds it, by half of its last digit and more."""
+    module = kafops.KAF(1, base=base, dtype=torch.float64)
+    x = torch.linspace(-9, 30, 300, dtype=torch.float64)[:, None]
+    least, most = scalar(module).values(x, x)
+    with mpmath.workdps(30):
+        for place, low, high in zip(x[:, 0].tolist(), least[:, 0].tolist(), most[:, 0].tolist(), strict=True):
+            exact = place * (mpmath.ncdf(place) if base == "gelu" else 1 / (1 + mpmath.exp(-place)))
+            assert mpmath.mpf(low) <= exact <= mpmath.mpf(high)
+
+
+@pytest.mark.parametrize("base", BASES)
+def test_infinite_intervals_on_a_base(base: str) -> None:
+    module = layer(f"kaf:base={base}")
+    wide = torch.full((1, CHANNELS), torch.inf, dtype=torch.float64)
+    least, most = scalar(module).values(-wide, wide)
+    assert (most == torch.inf).all()
+    assert (least == -torch.inf).all() if base == "identity" else least.isfinite().all()
+    for lower, upper in ((-wide, wide), (-wide, 0 * wide.nan_to_num()), (wide, wide)):
+        values, slopes = scalar(module).values(lower, upper), scalar(module).slopes(lower, upper)
+        assert not any(t.isnan().any() for t in (*values, *slopes))
+        assert all(t.isfinite().all() for t in slopes)
+
+
+def test_channels_of_a_layer_are_taken_as_dimension_1() -> None:
+    module, other = layer("kaf:base=gelu"), layer("kaf:base=gelu")
+    other.channel_dim = -1
+    lower, upper = (x.view(4, 10, CHANNELS).movedim(2, 1) for x in intervals())
+    for name in ("values", "slopes"):
+        for a, b in zip(
+            getattr(scalar(module), name)(lower, upper), getattr(scalar(other), name)(lower, upper), strict=True
+        ):
+            assert torch.equal(a, b)
+    assert other.channel_dim == -1
 
 
 def test_infinite_intervals_are_enclosed() -> None:

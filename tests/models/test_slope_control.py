@@ -17,7 +17,16 @@ from models.interrupts import Interrupted
 from models.settings import Settings, completed
 from models.training import Recipe, Trainer, TrainingError, lipschitz
 from models.training.curves import rank
-from models.training.lipschitz import FREE, SlopeError, Slopes, curve_slopes, limit_slopes, penalty, steepness
+from models.training.lipschitz import (
+    FREE,
+    SlopeError,
+    Slopes,
+    base_slope,
+    curve_slopes,
+    limit_slopes,
+    penalty,
+    steepness,
+)
 from models.training.processes import Processes
 from models.training.trainer import _check_shardable
 
@@ -43,6 +52,11 @@ LAYERS = {
     "1d": lambda: kafops.KAF1d(3),
     "2d, learned": lambda: kafops.KAF2d(3, learn_gamma=True),
     "3d, learned": lambda: kafops.KAF3d(3, learn_gamma=True),
+    "identity": lambda: kafops.KAF(4, init="normal", base="identity"),
+    "relu": lambda: kafops.KAF(4, init="normal", base="relu"),
+    "relu, learned": lambda: kafops.KAF(4, init="normal", base="relu", learn_gamma=True, learn_dictionary=True),
+    "silu, channels last": lambda: kafops.KAF(4, init="normal", base="silu", channel_dim=-1, learn_gamma=True),
+    "gelu, wide": lambda: kafops.KAF2d(4, init="normal", base="gelu", gamma=0.05),
 }
 
 
@@ -67,6 +81,7 @@ def test_steepness_is_the_steepest_slope_over_the_deviation(name: str) -> None:
     x = torch.linspace(-8, 8, 20_001, dtype=torch.float64)
     weights = torch.exp(-x.square() / 2) / torch.exp(-x.square() / 2).sum()
     double = copy.deepcopy(layer).double()
+    double.channel_dim = 1
     y = double(x.view(-1, 1, *(1,) * (rank(layer) - 2)).expand(-1, layer.num_parameters, *(1,) * (rank(layer) - 2)))
     y = y.detach().flatten(1)
     deviation = (weights @ y.square() - (weights @ y).square()).sqrt()
@@ -94,7 +109,7 @@ def test_after_the_limit_no_curve_is_steeper(name: str) -> None:
     torch.manual_seed(0)
     layer = LAYERS[name]()
     before, steep = layer.alpha.detach().clone(), layer.bounds().lipschitz
-    most = steep.median().item()
+    most = max(steep.median().item(), base_slope(layer.base) + 0.1)
     limit_slopes(layer, most)
     assert (layer.bounds().lipschitz <= most).all()
     kept = (steep < 0.98 * most).to(torch.bool)
@@ -105,9 +120,14 @@ def test_after_the_limit_no_curve_is_steeper(name: str) -> None:
     assert (layer.bounds().lipschitz[~kept] >= 0.97 * most).all()
 
 
-def test_the_penalty_is_differentiable_by_all_that_is_learned(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("base", [None, "relu", "gelu"])
+def test_the_penalty_is_differentiable_by_all_that_is_learned(
+    base: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Against a difference quotient in a direction that changes everything, on a grid that stays."""
-    layer = kafops.KAF(3, init=kafops.init.Normal(2.0), learn_gamma=True, learn_dictionary=True, dtype=torch.float64)
+    layer = kafops.KAF(
+        3, init=kafops.init.Normal(2.0), learn_gamma=True, learn_dictionary=True, dtype=torch.float64, base=base
+    )
     grid = lipschitz._grid(layer.points(), layer.bandwidths())
     monkeypatch.setattr(lipschitz, "_grid", lambda points, bandwidths: grid.clone())
     penalty([layer]).backward()
@@ -125,6 +145,73 @@ def test_the_penalty_is_differentiable_by_all_that_is_learned(monkeypatch: pytes
             for p, d in zip(parameters, directions, strict=True):
                 p -= sign * step * d
     assert slope == pytest.approx((values[0] - values[1]) / (2 * step), rel=1e-6)
+
+
+@pytest.mark.parametrize("flipped", [False, True])
+def test_steep_ends_of_a_dictionary_are_seen(flipped: bool) -> None:
+    """Of a dictionary beyond ±5 whose last two kernels are a plateau: it falls where the dictionary has ended."""
+    layer = kafops.KAF(2, 9, 8.0, gamma=torch.tensor([0.7, 0.4]))
+    alpha = torch.tensor([2.0, 2.0, 1.5, 1.0, 0.7, 0.5, 0.3, 0.2, 0.1]).expand(2, -1)
+    layer.alpha.data = alpha.flip(1) if flipped else alpha.clone()
+    inside = layer.bounds(-8.0, 8.0).lipschitz
+    assert (inside < 0.7 * layer.bounds().lipschitz).all()
+    limit_slopes(layer, 0.5)
+    assert (layer.bounds().lipschitz <= 0.5).all()
+    assert (layer.bounds().lipschitz >= 0.485).all()
+
+
+@pytest.mark.parametrize(("base", "largest"), [("identity", 1.0), ("relu", 1.0), ("silu", 1.09984), ("gelu", 1.12890)])
+def test_a_limit_holds_for_base_and_curve_together(base: str, largest: float) -> None:
+    """Down to the base's own slope, at which no curve that adds to it there is left."""
+    assert base_slope(base) == pytest.approx(largest, abs=1e-5)
+    assert base_slope(None) == 0
+    for most in (largest + 1e-5, 1.2, 1.5, 3.0):
+        torch.manual_seed(0)
+        layer = kafops.KAF(6, init=kafops.init.Normal(0.5), base=base)
+        before = layer.alpha.detach().clone()
+        steep = layer.bounds().lipschitz
+        limit_slopes(layer, most)
+        found = layer.bounds().lipschitz
+        assert (found <= most).all()
+        assert torch.equal(layer.alpha[steep < 0.98 * most - 0.01], before[steep < 0.98 * most - 0.01])
+        scaled = steep > most
+        assert (found[scaled] >= 0.97 * most - 0.01).all()  # no further than the limit asks
+    flatter = kafops.KAF(1, 1, gamma=0.5, base=base, init="zeros")
+    flatter.alpha.data.fill_(0.1)
+    limit_slopes(flatter, 1.2)
+    assert flatter.alpha.item() == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("learned", [False, True])
+def test_a_limit_looks_at_both_sides_of_a_kink(learned: bool) -> None:
+    """Of relu with a curve whose slope falls by 0.2 from the kink to the next point of the grid: κ″ = −1.3 there."""
+    layer = kafops.KAF(1, 2, 0.125, gamma=8.0, base="relu", learn_dictionary=learned)
+    layer.alpha.data = torch.tensor([[0.0, 0.5]])  # a kernel at 0.125, half a width to the right of 0
+    u = 8**0.5 * 0.125
+    steepest = 1 + 0.5 * 8**0.5 * 2 * u * math.exp(-u * u)
+    assert layer.bounds().slope.maximum.item() == pytest.approx(steepest, rel=1e-6)
+    assert curve_slopes(layer).max().item() == pytest.approx(steepest, rel=1e-6)
+    limit_slopes(layer, 1.5)
+    assert 1.49 < layer.bounds().lipschitz.item() <= 1.5
+
+
+def test_a_limit_below_the_slope_of_a_base_is_refused() -> None:
+    layer = kafops.KAF(3, base="silu")
+    with pytest.raises(
+        SlopeError, match=r"slope_limit must be at least 1\.1, the largest slope of the base 'silu' beneath"
+    ):
+        Slopes(layer, dataclasses.replace(RECIPE, slope_limit=1.0))
+    Slopes(layer, dataclasses.replace(RECIPE, slope_limit=1.2)).limit()
+    assert Slopes(kafops.KAF(3, base="relu"), dataclasses.replace(RECIPE, slope_limit=1.0)).most == 1.0
+
+
+def test_bases_cost_what_they_are_as_steep_as() -> None:
+    """Without a curve: 1 of a line, as steep as ReLU is free, and SiLU's 1.1 over its deviation of 0.6."""
+    found = {base: steepness(kafops.KAF(1, base=base)).item() for base in ("identity", "relu", "silu")}
+    assert found["identity"] == pytest.approx(1, rel=1e-4)
+    assert found["relu"] == pytest.approx(FREE, rel=2e-3)
+    x = torch.randn(10**6, generator=torch.Generator().manual_seed(0))
+    assert found["silu"] == pytest.approx(1.09984 / nn.functional.silu(x).std().item(), rel=5e-3)
 
 
 def test_no_randomness_is_used() -> None:

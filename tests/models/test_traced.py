@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from trained_networks import NETWORKS, trained_like
 
+import kafops
 from models import images, networks
 from models.analysis import traced
 from models.analysis.intervals import logits
@@ -200,3 +201,15 @@ def test_steps_that_compute_something_else_are_refused(monkeypatch: pytest.Monke
     monkeypatch.setitem(traced._FUNCTIONS, torch.tanh, nn.Sigmoid)
     with pytest.raises(BoundError, match="Functions cannot be bounded: it computes something else than its steps do"):
         steps(Functions(), (1, 8, 8))
+
+
+def test_channels_of_a_kaf_must_be_in_dimension_1() -> None:
+    """By any number that says so; a single curve is the same wherever they are."""
+    for channels, dim, shape in ((3, 1, (3, 4, 4)), (3, -3, (3, 4, 4)), (1, -1, (3, 4, 4)), (1, 2, (3, 4, 4))):
+        network = steps(nn.Sequential(kafops.KAF(channels, channel_dim=dim, init="silu"), nn.Flatten()), shape)
+        assert [step.operation.kind for step in network] == ["image", "activation", "flatten"]
+    for dim in (-1, 3, -2, 2):
+        model = nn.Sequential(kafops.KAF(4, channel_dim=dim), nn.Flatten())
+        message = rf"0 of the network cannot be bounded: its channels are in dimension {dim} of \[1, 4, 4, 4\]; bounds"
+        with pytest.raises(BoundError, match=message):
+            steps(model, (4, 4, 4))

@@ -14,6 +14,8 @@ NETWORKS = [
     ("wideresnet:depth=10,width=1,patch=4", "softplus"),
     ("vgg:width=2,dense=4,patch=2", "kwta:ratio=0.3"),
     ("vgg:width=2,dense=4,patch=2", "kwta:ratio=0.3,per=channel"),
+    ("resnet20:width=2,patch=4", "kaf:base=silu"),
+    ("vgg:width=2,dense=4,patch=2", "kaf_free:base=relu"),
 ]
 
 
