@@ -1,9 +1,9 @@
 // Loops for AVX-512 (F, BW, DQ, VL): sixteen floats at a time, tables of 32 cells looked up by permutes, and held in
 // registers along a channel's row.
 //
-// Operations for 16 elements of a row with such a table: place 6, lookups 8, polynomial 7, load and store 2. The lookups and half
-// of the rest share the two vector ports, so an evaluation takes about 11 cycles, which moves 128 bytes. A gradient sum
-// takes 8 more to prepare 16 elements and 4 loads, 2 operations and 1 store for each.
+// Operations for 16 elements of a row with such a table: place 6, lookups 8, polynomial 7, load and store 2. The
+// lookups and half of the rest share the two vector ports, so an evaluation takes about 11 cycles, which moves 128
+// bytes. A gradient sum takes 8 more to prepare 16 elements and 4 loads, 2 operations and 1 store for each.
 #include "plan.h"
 
 #if defined(__x86_64__) && defined(__GNUC__)
@@ -70,8 +70,8 @@ struct V {
 
   // Lane l: step · (l mod count), count a power of two.
   static Int steps(int32_t step, int32_t count) {
-    const Int lane = _mm512_and_si512(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15), set_int(count - 1));
-    return _mm512_mullo_epi32(lane, set_int(step));
+    const Int lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    return _mm512_mullo_epi32(_mm512_and_si512(lane, set_int(count - 1)), set_int(step));
   }
 
   // Entry `index mod 32` of the table (low, high).
@@ -152,7 +152,8 @@ struct V {
       const Int b = bits(a), odd = _mm512_and_si512(_mm512_srli_epi32(b, 16), _mm512_set1_epi32(1));
       const Int rounded = _mm512_add_epi32(_mm512_add_epi32(b, _mm512_set1_epi32(0x7fff)), odd);
       const __mmask16 nan = _mm512_cmp_ps_mask(a.m, a.m, _CMP_UNORD_Q);
-      h = _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7fc00000)), 16));
+      const Int marked = _mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7fc00000));
+      h = _mm512_cvtepi32_epi16(_mm512_srli_epi32(marked, 16));
     }
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), h);
   }

@@ -107,7 +107,8 @@ template <class T> struct Polynomials {
   }
 };
 
-// From values at the Chebyshev points of [-1, 1] to coefficients of p_m: Σ_i coefficients_of[i] value_i. And the transpose.
+// From values at the Chebyshev points of [-1, 1] to coefficients of p_m: Σ_i coefficients_of[i] value_i. And the
+// transpose.
 template <class T> struct Interpolation {
   static constexpr int P = Precision<T>::kPoints;
   double points[P], coefficients_of[P][P], values_of[P][P];
@@ -223,8 +224,9 @@ void place_cells(Basis& b, const double* points, int64_t d, bool permutes, int o
   if (fits && b.cells.count <= kPermuteCells) b.cells.count = kPermuteCells;
 }
 
-// From one cell to the next, w wide, K(d + w) = K(d) r(d) with r(d) = exp(−γ w (2 d + w)), and r(d + w) = r(d) exp(−2γw²):
-// two products in place of an exponential. After n steps K is off by about n² / 2 roundings of double.
+// From one cell to the next, w wide, K(d + w) = K(d) r(d) with r(d) = exp(−γ w (2 d + w)), and
+// r(d + w) = r(d) exp(−2γw²): two products in place of an exponential. After n steps K is off by about n² / 2 roundings
+// of double.
 template <class T> void fill_windows(const Basis& b, const double* points, int64_t d, int order, Windows& w) {
   constexpr int P = Precision<T>::kPoints, kSteps = Precision<T>::kSteps;
   using Values = Vector<P>;
@@ -325,8 +327,8 @@ template <class T> void make_bases_of(Plan& p, int64_t begin, int64_t end) {
                                                       std::max<int64_t>(d - 1, 1) /
                                                       std::max(points[d - 1] - points[0], 1e-300));
     const int uses = p.curves_count + p.sums_count, fillings = (p.curves_count > 0) + (p.sums_count > 0);
-    const double make = b.cells.count * P * (window * (uses + (p.shared_basis ? 0 : Precision<T>::kFilling * fillings)) + P * uses +
-                                             (p.shared_basis ? 0 : 40 * bases));
+    const double own = p.shared_basis ? 0 : window * Precision<T>::kFilling * fillings + 40 * bases;
+    const double make = b.cells.count * P * (window * uses + P * uses + own);
     const double direct = static_cast<double>(p.positions) * d * 24 * uses;
     if (direct < make) b.cells.count = 0;
     else if (p.shared_basis) fill_windows<T>(b, points, d, order, p.windows), fit_bases<T>(p, b.cells, p.windows);
@@ -393,7 +395,8 @@ inline bool columns_fit(const Plan& p) {
   return !kScalar && !p.float64 && p.channels_inner && (p.channels >= kFloats || kFloats % p.channels == 0);
 }
 
-// Whether channel c's tables are columns, [kPoints][kPermuteCells], to be looked up by permutes, or rows, [cells][kPoints].
+// Whether channel c's tables are columns, [kPoints][kPermuteCells], to be looked up by permutes, or rows,
+// [cells][kPoints].
 template <class T> bool permuted(const Plan& p, int64_t c) {
   return kPermutes && std::is_same_v<T, float> && p.bases[p.shared_basis ? 0 : c].cells.count == kPermuteCells &&
          (p.shared_basis || !columns_fit(p));

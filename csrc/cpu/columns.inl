@@ -24,7 +24,7 @@ struct alignas(64) Group {
   typename V::Int tables[kMaxProducts];  // where each one's table of a curve begins, in floats from the first one's
 
   Group(const Plan& p, int64_t c, int64_t channels, const std::vector<Grid<float>>& grids)
-      : Group(p, c, channels, [&](int l) -> const Grid<float>& { return grids[p.shared_basis ? 0 : c + l % channels]; }) {}
+      : Group(p, c, channels, [&](int l) -> auto& { return grids[p.shared_basis ? 0 : c + l % channels]; }) {}
 
  private:
   template <class F>
@@ -44,13 +44,13 @@ struct alignas(64) Group {
 // Positions [at, at + n) of a block of channels [channel, channel + width), in all tensors.
 struct Tile {
   static constexpr int kInputs = 3, kViews = kInputs + kMaxOutputs;
-  const View* views[kViews];  // x, grad, grad_x, outputs
+  const View* views[kViews];  // x, grad, v_x, outputs
   char* data[kViews] = {};    // where they begin
   int64_t channel, width, at, n;
   bool in_one_run, neighbours = true;  // positions at one stride in every tensor; channels at stride 1
 
   Tile(const Plan& p, int64_t c, int64_t channels, int64_t from, int64_t end)
-      : views{&p.x, &p.grad, &p.grad_x, &p.outputs[0], &p.outputs[1]}, channel(c), width(channels), at(from),
+      : views{&p.x, &p.grad, &p.v_x, &p.outputs[0], &p.outputs[1]}, channel(c), width(channels), at(from),
         n(std::min<int64_t>(end - from, kColumnTile)) {
     const int64_t inner = p.sizes[p.dims - 1], left = inner - at % inner;
     if (inner >= kColumnTile / 4) n = std::min(n, left);
@@ -80,7 +80,7 @@ struct Block {
   bool in_place;
   Type type;
   int64_t vectors;
-  Walk x, grad, grad_x, outputs[kMaxOutputs];
+  Walk x, grad, v_x, outputs[kMaxOutputs];
 
   Block(const Plan& p, const Group& g, const Tile& t, Buffers<float>& buffers) {
     constexpr int W = V::kWidth;
@@ -91,8 +91,8 @@ struct Block {
     for (const View* v : t.views)  // several positions in a vector are side by side
       in_place = in_place && (!*v || g.positions == 1 || v->strides[inner] == g.width);
     type = in_place ? p.x.type : Type::f32;
-    Walk* const walks[] = {&x, &grad, &grad_x, &outputs[0], &outputs[1]};
-    float* const rows[] = {buffers.x, buffers.grad, buffers.grad_x, buffers.outputs[0], buffers.outputs[1]};
+    Walk* const walks[] = {&x, &grad, &v_x, &outputs[0], &outputs[1]};
+    float* const rows[] = {buffers.x, buffers.grad, buffers.v_x, buffers.outputs[0], buffers.outputs[1]};
     for (int i = 0; i < Tile::kViews; ++i) {
       const View& v = *t.views[i];
       if (!v) continue;
@@ -175,7 +175,7 @@ void eval_lanes(const Group& g, int curve, const float* table, const Base& base,
 
 inline void eval_group(const Plan& p, const Group& g, const Block& b) {
   const float* const table = tables_of<float>(p) + p.table_offset[g.channel];
-  const Walk weights[] = {{}, b.grad, b.grad_x, b.grad};
+  const Walk weights[] = {{}, b.grad, b.v_x, b.grad};
   for (int i = 0; i < p.products_count; ++i) {
     const Product& u = p.products[i];
     const bool add = i > 0 && p.products[i - 1].output == u.output;
@@ -189,7 +189,7 @@ inline void eval_group(const Plan& p, const Group& g, const Block& b) {
     choose_base(u.beneath, smooth, [&](const auto& base) {
       const auto eval = [&](auto weighted, auto add) {
         eval_lanes<weighted, add>(g, u.curve, table, base, b.vectors, b.x, weights[u.weight],
-                                  u.weight == kProduct ? b.grad_x : Walk{}, b.outputs[u.output]);
+                                  u.weight == kProduct ? b.v_x : Walk{}, b.outputs[u.output]);
       };
       constexpr std::true_type yes;
       constexpr std::false_type no;
@@ -245,7 +245,7 @@ void eval_square(const Plan& p, const Group& g, const Block& data, int64_t at, c
     V::transpose(y);
     const auto weigh = [&](int i, const char* position) { y[i] = V::mul(y[i], load_lanes(type, position)); };
     if (product.weight == kGrad || product.weight == kProduct) each(data.grad, weigh);
-    if (product.weight == kGradX || product.weight == kProduct) each(data.grad_x, weigh);
+    if (product.weight == kVx || product.weight == kProduct) each(data.v_x, weigh);
     if (u > 0 && p.products[u - 1].output == product.output) {
       KAF_UNROLL
       for (int i = 0; i < W; ++i) y[i] = V::add(y[i], V::load(total + i * W));
@@ -265,7 +265,8 @@ void eval_square(const Plan& p, const Group& g, const Block& data, int64_t at, c
 }
 
 // `count` groups that permutes look up, side by side. A buffer has room for a square, in which rows may be idle.
-inline void eval_squares(const Plan& p, const Group* groups, const Block* blocks, size_t count, const Grid<float>& grid) {
+inline void eval_squares(const Plan& p, const Group* groups, const Block* blocks, size_t count,
+                         const Grid<float>& grid) {
   if constexpr (kPermutes) {
     if (!count || !p.products_count) return;
     const Lanes lanes(grid);
@@ -281,7 +282,7 @@ template <bool Half> void sum_lanes(const Plan& p, const Group& g, const Block& 
   constexpr int W = V::kWidth, kPrepared = kGroup / W;
   const Type type = Half ? b.type : Type::f32;
   const auto tables = V::steps(static_cast<int32_t>(g.size * 4), W);
-  const Walk x = b.x, grad = b.grad, grad_x = b.grad_x;
+  const Walk x = b.x, grad = b.grad, v_x = b.v_x;
   Spreader spreader(g.lanes);
   for (int s = 0; s < p.sums_count; ++s) {
     const bool product = p.sums[s] == kProduct;
@@ -289,7 +290,7 @@ template <bool Half> void sum_lanes(const Plan& p, const Group& g, const Block& 
       const int64_t to = std::min<int64_t>(b.vectors, from + kPrepared);
       for (int64_t i = from; i < to; ++i) {
         V w = load_lanes(type, grad.at(i));
-        if (product) w = V::mul(w, load_lanes(type, grad_x.at(i)));
+        if (product) w = V::mul(w, load_lanes(type, v_x.at(i)));
         typename V::Int cell;
         spreader.prepare(static_cast<int>(i - from) * W, load_lanes(type, x.at(i)), w, tables, cell);
       }
@@ -331,13 +332,14 @@ void run_columns(const Plan& p, int64_t c, int64_t width, int64_t begin, int64_t
       if (!b.in_place) {
         if (p.x) pack(p, p.x, g, t, rows(b.x));
         if (p.grad) pack(p, p.grad, g, t, rows(b.grad));
-        if (p.grad_x) pack(p, p.grad_x, g, t, rows(b.grad_x));
+        if (p.v_x) pack(p, p.v_x, g, t, rows(b.v_x));
       }
       if (!g.permuted) eval_group(p, g, b);
       else if (!b.in_place) eval_squares(p, &g, &b, 1, grids[0]);
       for (int i = 0; i < kMaxOutputs; ++i)
         if (!b.in_place && p.outputs[i]) unpack(p, p.outputs[i], g, t, rows(b.outputs[i]));
-      if (p.sums_count) b.type == Type::f32 ? sum_lanes<false>(p, g, b, sums, held) : sum_lanes<true>(p, g, b, sums, held);
+      if (!p.sums_count) continue;
+      b.type == Type::f32 ? sum_lanes<false>(p, g, b, sums, held) : sum_lanes<true>(p, g, b, sums, held);
     }
   }
 }

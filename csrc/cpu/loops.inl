@@ -18,16 +18,16 @@ namespace {
 
 // The work of one channel on n elements that lie in memory as T.
 template <class T> struct Row {
-  const T *x, *grad, *grad_x;
+  const T *x, *grad, *v_x;
   T *product, *outputs[kMaxOutputs];
   Next<T> next;
 };
 
 template <class T> void run_products(const Plan& p, int64_t c, int64_t n, const Row<T>& r, const Grid<T>& grid) {
   constexpr int P = Precision<T>::kPoints;
-  const T* weights[] = {nullptr, r.grad, r.grad_x, r.product};
-  if (r.grad && r.grad_x)
-    for (int64_t e = 0; e < n; ++e) r.product[e] = r.grad[e] * r.grad_x[e];
+  const T* weights[] = {nullptr, r.grad, r.v_x, r.product};
+  if (r.grad && r.v_x)
+    for (int64_t e = 0; e < n; ++e) r.product[e] = r.grad[e] * r.v_x[e];
   const T* tables = reinterpret_cast<const T*>(p.tables.get()) + p.table_offset[c];
   bool begun[kMaxOutputs] = {};
   for (int i = 0; i < p.products_count; ++i) {
@@ -44,7 +44,7 @@ inline int64_t direct_sums(const Plan& p) { return p.dictionary_size * (p.moment
 
 template <class T>
 void run_sums(const Plan& p, int64_t c, int64_t n, const Row<T>& r, const Grid<T>& grid, double* sums, T* copies) {
-  const T* weights[] = {nullptr, r.grad, r.grad_x, r.product};
+  const T* weights[] = {nullptr, r.grad, r.v_x, r.product};
   const int64_t size = grid.count ? int64_t{grid.count} * Precision<T>::kPoints : direct_sums(p);
   for (int i = 0; i < p.sums_count; ++i, sums += size) {
     if (grid.count) spread(grid, r.x, weights[p.sums[i]], n, sums, copies, r.next);
@@ -108,7 +108,7 @@ void run_rows(const Plan& p, int64_t c, int64_t width, int64_t begin, int64_t en
     if (eval_half_rows(p, c, width, at, n, grids)) continue;
     for (int64_t k = c; k < c + width; ++k) {
       Row<T> r{load_row(p, p.x, k, at, n, b.x), load_row(p, p.grad, k, at, n, b.grad),
-               load_row(p, p.grad_x, k, at, n, b.grad_x), b.product, {}, {}};
+               load_row(p, p.v_x, k, at, n, b.v_x), b.product, {}, {}};
       if (p.sums_count && k + 1 < c + width) {
         if (r.x != b.x) r.next.data[0] = r.x + p.x.channel_stride;
         if (p.grad && r.grad != b.grad) r.next.data[1] = r.grad + p.grad.channel_stride;
@@ -211,7 +211,7 @@ template <class T> void layout_of(Plan& p) {
   p.table_offset.resize(p.channels);
   p.sum_offset.resize(p.channels);
   int64_t tables = 0, sums = 0;
-  const auto bytes = [&] { return tables * static_cast<int64_t>(sizeof(T)) + sums * static_cast<int64_t>(sizeof(double)); };
+  const auto bytes = [&] { return tables * int64_t{sizeof(T)} + sums * int64_t{sizeof(double)}; };
   for (p.last = p.first; p.last < p.channels && (p.last == p.first || bytes() < workspace); ++p.last) {
     const int64_t size = static_cast<int64_t>(p.bases[p.shared_basis ? 0 : p.last].cells.count) * P;
     p.table_offset[p.last] = tables;
@@ -219,8 +219,9 @@ template <class T> void layout_of(Plan& p) {
     tables += size * p.curves_count;
     sums += (size ? size : direct_sums(p)) * p.sums_count;
   }
-  if (const int64_t whole = (p.last - p.first) / kColumns * kColumns; p.last < p.channels && whole && p.first + whole < p.last) {
-    p.last = p.first + whole;
+  if (const int64_t whole = p.first + (p.last - p.first) / kColumns * kColumns;
+      p.last < p.channels && p.first < whole && whole < p.last) {  // whole blocks, but for the last round
+    p.last = whole;
     tables = p.table_offset[p.last];
     sums = p.sum_offset[p.last];
   }
@@ -230,12 +231,14 @@ template <class T> void layout_of(Plan& p) {
   // share. Each leaves sums of its own, so it must be long enough for those not to count.
   const int64_t channels = p.last - p.first;
   int64_t most_chunks = std::clamp<int64_t>(p.positions / 2048, 1, 256);
-  if (sums) most_chunks = std::clamp<int64_t>((workspace - bytes()) / (sums * int64_t{sizeof(double)}) + 1, 1, most_chunks);
+  if (sums)
+    most_chunks = std::clamp<int64_t>((workspace - bytes()) / (sums * int64_t{sizeof(double)}) + 1, 1, most_chunks);
   const int64_t wanted = ceil_div(8, most_chunks);
   if (columns_fit(p)) {  // a block that is all of a row of memory is fetched as it lies, but permutes go by squares
     const int64_t most = std::max<int64_t>(channels / kColumns, 1);
-    p.blocks = permuted<T>(p, p.first) ? most : std::clamp(wanted, ceil_div(channels, kMostColumns), most);
-    p.block = std::max(channels / p.blocks / kColumns, int64_t{1}) * kColumns;
+    const int64_t blocks = permuted<T>(p, p.first) ? most : std::clamp(wanted, ceil_div(channels, kMostColumns), most);
+    p.block = ceil_div(most, blocks) * kColumns;
+    p.blocks = std::max<int64_t>(channels / p.block, 1);
   } else {
     p.block = ceil_div(channels, std::clamp(wanted, ceil_div(channels, 64), channels));
     p.blocks = ceil_div(channels, p.block);
@@ -250,7 +253,7 @@ template <class T> void layout_of(Plan& p) {
       p.products[i].own_table = tables;
       tables += base_table(p.products[i].beneath).rows.size();
     }
-  reserve(p.tables, p.tables_room, tables * static_cast<int64_t>(sizeof(T)) / static_cast<int64_t>(sizeof(Line)) + 1);
+  reserve(p.tables, p.tables_room, tables * int64_t{sizeof(T)} / int64_t{sizeof(Line)} + 1);
   for (int i = 0; i < p.products_count && tables > all_channels; ++i)
     if (const Product& u = p.products[i]; u.beneath.smooth()) {
       const std::vector<float>& rows = base_table(u.beneath).rows;

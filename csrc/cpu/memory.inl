@@ -5,11 +5,11 @@ namespace KAF_ISA {
 namespace {
 
 constexpr int kTile = 1024;                   // elements of one channel handled at a time
-constexpr int kColumnTile = kHeld / kCopies;  // positions, where channels are innermost: they have one copy of their sums
+constexpr int kColumnTile = kHeld / kCopies;  // positions where channels are innermost, as their sums have one copy
 
 template <class T> struct Buffers {
   static constexpr int kSize = std::max(kTile, (kColumnTile + 1) * kFloats);
-  alignas(64) T x[kSize], grad[kSize], grad_x[kSize], product[kTile], outputs[kMaxOutputs][kSize];
+  alignas(64) T x[kSize], grad[kSize], v_x[kSize], product[kTile], outputs[kMaxOutputs][kSize];
 };
 
 inline float to_float(uint16_t h, Type type) {

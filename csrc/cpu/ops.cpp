@@ -294,11 +294,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> double_backward(
   if (need_grad) bound[count++] = {&p.outputs[0], &dgrad};
   if (need_x) bound[count++] = {&p.outputs[1], &dx};
   bound[count++] = {&p.x, &x};
-  if (v_x) bound[count++] = {&p.grad_x, &*v_x};
+  if (v_x) bound[count++] = {&p.v_x, &*v_x};
   if (need_x || need_sums) bound[count++] = {&p.grad, &grad};
   set_geometry(p, a, bound, count);
   if (need_grad) {
-    if (v_x) add_curve_of(p, 0, kGradX, 1, f1), put_beneath(p, a, 1, 0);
+    if (v_x) add_curve_of(p, 0, kVx, 1, f1), put_beneath(p, a, 1, 0);
     if (has_q || !v_x) add_curve_of(p, 0, kOne, q_degree, q);
   }
   if (need_x) {

@@ -87,7 +87,7 @@ struct Order {  // of differentiation: n times in x and m times in γ
   int n = 0, m = 0;
 };
 
-enum Weight : int { kOne, kGrad, kGradX, kProduct };  // 1, g, v (the gradient of dx), v g
+enum Weight : int { kOne, kGrad, kVx, kProduct };  // 1, g, v, v g
 
 struct Product {  // output += weight · (curve(x) + base^(order)(x))
   int output, weight, curve;
@@ -106,7 +106,7 @@ struct Plan {
   int dims = 0;
   int64_t sizes[kMaxDims];
 
-  View x, grad, grad_x, outputs[kMaxOutputs];
+  View x, grad, v_x, outputs[kMaxOutputs];
   int products_count = 0, curves_count = 0, sums_count = 0;
   Product products[kMaxProducts];
   int sums[kMaxSums];  // weights, each to be summed against what curves are made of
@@ -130,7 +130,7 @@ struct Plan {
   // Made by the loops.
   bool holds_base = false;                   // whether tables hold smooth bases, except in the first and last cell
   Windows windows;                           // where the basis is shared
-  std::vector<double> moments;               // [sums_count, C, D, moment_degree + 1] by the dictionary's order: the result
+  std::vector<double> moments;               // the result: [sums_count, C, D, moment_degree + 1]
 
   // Rounds: as many channels at a time, [first, last), as have tables and sums in the workspace.
   int64_t first = 0, last = 0;

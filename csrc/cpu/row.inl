@@ -148,7 +148,7 @@ KAF_FN V polynomial_of(const float* table, const uint32_t* row, V v) {
   return y;
 }
 
-constexpr int kGroup = 256;  // elements whose places are found before they are used, so that loads do not wait for stores
+constexpr int kGroup = 256;  // elements whose places are found before their use, so that loads do not wait for stores
 
 // What lies beneath a curve, for the loops over it. add(y, x, row): the value y of the curve at x plus the base, of
 // which the curve's table may hold a part. place(x, v, row): what to add to the polynomial of `row` at v, both of which
@@ -383,7 +383,7 @@ class Spreader {
   explicit Spreader(const Lanes& lanes) : lanes_(lanes) { forget(); }
   const Lanes& lanes() const { return lanes_; }
 
-  // tables[l]: where lane l's table begins, in bytes from the base given to add(). Returns the places of x in their cells.
+  // tables[l]: where lane l's table begins, in bytes from the base given to add(). Returns x's places in their cells.
   V prepare(int e, V x, V w, typename V::Int tables, typename V::Int& cell) {
     const V v = lanes_.locate(x, cell), v2 = V::mul(v, v), wv = V::mul(w, v);
     V::store_quads(quads_ + 4 * e, w, wv, V::mul(w, v2), V::mul(wv, v2));
