@@ -182,9 +182,11 @@ class KAF(nn.Module):
         """Apply each channel's curve; shape, dtype and memory format are those of x."""
         if self._ranks:
             self._check_rank(x)
+        alpha, gamma = self._parameters.get("alpha"), self._buffers.get("gamma")  # which spares three lookups by name
+        alpha, gamma = self.alpha if alpha is None else alpha, self.bandwidths() if gamma is None else gamma
         if self.dictionary is not None:
-            return kaf_free(x, self.alpha, self.bandwidths(), self.dictionary, self.kernel, self.base, self.channel_dim)
-        return kaf(x, self.alpha, self.bandwidths(), self.boundary, self.kernel, self.base, self.channel_dim)
+            return kaf_free(x, alpha, gamma, self.dictionary, self.kernel, self.base, self.channel_dim)
+        return kaf(x, alpha, gamma, self.boundary, self.kernel, self.base, self.channel_dim)
 
     def extra_repr(self) -> str:
         """Return the arguments that the layer was built with; of gamma, not what it was trained to."""

@@ -127,7 +127,7 @@ void execute(Plan& p) {
   const Loops& l = loops();
   const int64_t uses = p.curves_count + p.sums_count;
   if (uses == 0) return;  // nobody asked for anything
-  const int64_t channels_at_once = p.shared_basis ? 64 / uses : 4;  // about 20 µs of work
+  const int64_t channels_at_once = p.shared_basis ? 16 / uses : 1;  // about 5 µs of work
   in_parallel(static_cast<int64_t>(p.bases.size()), channels_at_once,
               [&](int64_t b, int64_t e) { l.make_bases(p, b, e); });
   if (p.sums_count) p.moments.resize(p.sums_count * p.channels * p.dictionary_size * (p.moment_degree + 1));
@@ -140,10 +140,10 @@ void execute(Plan& p) {
   for (; p.first < p.channels; p.first = p.last) {
     l.layout(p);
     if (p.curves_count) by_channels(l.make_tables);
-    // About 16384 elements, or as many kernel values by another kernel, are worth a thread.
+    // About 4096 elements, or as many kernel values by another kernel, are worth a thread.
     const int64_t tasks = p.chunks * p.blocks, each = p.kernel == kGaussian ? 1 : p.dictionary_size;
     const int64_t work = std::max<int64_t>((p.last - p.first) * p.positions * each, 1);
-    in_parallel(tasks, std::max<int64_t>(1, tasks * 16384 / work), [&](int64_t b, int64_t e) { l.run(p, b, e); });
+    in_parallel(tasks, std::max<int64_t>(1, tasks * 4096 / work), [&](int64_t b, int64_t e) { l.run(p, b, e); });
     if (p.sums_count) by_channels(l.contract);
   }
 }
