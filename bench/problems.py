@@ -189,7 +189,7 @@ def exact(make: Callable[[Curve, Problem], Call], p: Problem, chunk: int = 8) ->
         parts.append(make(curve, part)())
     whole = []
     for outputs in zip(*parts, strict=True):
-        like_x = outputs[0].dim() == p.x.dim()
+        like_x = outputs[0].shape[1:] == p.x.shape[1:]  # a gradient of a parameter is a sum over the batch
         whole.append(torch.cat(outputs) if like_x else torch.stack(outputs).sum(0))
     return tuple(whole)
 
