@@ -182,8 +182,9 @@ class KAF(nn.Module):
         """Apply each channel's curve; shape, dtype and memory format are those of x."""
         if self._ranks:
             self._check_rank(x)
-        alpha, gamma = self._parameters.get("alpha"), self._buffers.get("gamma")  # which spares three lookups by name
-        alpha, gamma = self.alpha if alpha is None else alpha, self.bandwidths() if gamma is None else gamma
+        held, fixed = self._parameters.get("alpha"), self._buffers.get("gamma")  # which spares three lookups by name
+        alpha = self.alpha if held is None else held
+        gamma = self.bandwidths() if fixed is None else fixed
         if self.dictionary is not None:
             return kaf_free(x, alpha, gamma, self.dictionary, self.kernel, self.base, self.channel_dim)
         return kaf(x, alpha, gamma, self.boundary, self.kernel, self.base, self.channel_dim)

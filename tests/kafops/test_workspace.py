@@ -50,7 +50,8 @@ def test_backward_with_narrow_gaussians_by_channel(rows, channels, layout):
     A table has 1,200 to 1,700 cells, which are 110 to 160 kB a channel with the sums, 280 MB in all.
     """
     command = [sys.executable, "-c", PROGRAM, str(rows), str(channels), layout]
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}, capture_output=True, text=True)
+    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}  # what is freed leaves the process
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     taken, allowed = map(int, done.stdout.split())
     # 8 MiB of workspace, a table that goes beyond it, and threads' own: 2 × 1 MB of sums, parameters in double.
