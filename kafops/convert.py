@@ -77,8 +77,9 @@ def replace_activations(
     width, else by one for each name it has, or for each call: the `relu` of a ResNet's Bottleneck becomes `relu`,
     `relu_2` and `relu_3`. A function becomes a child of the module whose forward calls it, by the function's name. For
     these a forward is rewritten: traced by torch.fx with its children as leaves, in training and in eval mode, and put
-    into a subclass of the module's class that can be copied and pickled. What such a forward reads of other attributes
-    is fixed from then on. Where it cannot be traced, a repeated module becomes one with a curve for each width.
+    into a subclass of the module's class that can be copied and pickled. The settings that such a forward reads of its
+    module cannot be changed from then on. Where it cannot be traced, a repeated module becomes one with a curve for
+    each width.
 
     The channels are the dimension that the layer before made or normalises: 1 after a convolution, the last after a
     linear layer, followed through permutes and reshapes. This is seen in a forward pass on `example_input`, without

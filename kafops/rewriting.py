@@ -8,7 +8,8 @@ import importlib
 import inspect
 import itertools
 import linecache
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from types import CodeType, ModuleType
 from typing import Any
 
@@ -20,6 +21,7 @@ from kafops.sites import Place, Targets
 __all__ = ["ByWidth", "Traced", "Untraceable"]
 
 _CONSTANTS = (type(None), bool, int, float, str)
+_OF_EVERY_MODULE = vars(nn.Module()).keys() | vars(nn.Module).keys()
 
 
 class Untraceable(Exception):
@@ -42,11 +44,13 @@ class Traced:
         if "forward" in vars(module):
             raise Untraceable("its forward is an attribute of the object")
         self._module, self._owners, self._targets = module, owners, targets
+        self._fixed: dict[str, Any] = {}  # the settings that it reads
         self._graphs = []
         for training in (False, True):
             for m in module.modules():
                 m.training = training
-            self._graphs.append(_trace(module))
+            with _watched(module, self._fixed):
+                self._graphs.append(_trace(module))
         self._calls = [self._activations(graph) for graph in self._graphs]
         self.activations = [self._name(node) for node in self._calls[0]]
         if self.activations != [self._name(node) for node in self._calls[1]]:
@@ -83,7 +87,7 @@ class Traced:
             sources.append(code.src)
             parts.update({name: code.globals[name] for name in _names_in(code.src) & code.globals.keys()})
         base = getattr(base, "_rewritten", base)
-        return _subclass(base, tuple(dict.fromkeys(sources)), parts)
+        return _subclass(base, tuple(dict.fromkeys(sources)), parts, self._fixed)
 
 
 class ByWidth(nn.ModuleDict):
@@ -118,12 +122,34 @@ class _Tracer(fx.Tracer):
         return super().create_node(*args, **kwargs)
 
 
+@contextmanager
+def _watched(module: nn.Module, read: dict[str, Any]) -> Iterator[None]:
+    """Note the settings that a forward reads, and refuse one that changes its module: a graph would not."""
+    kind: Any = type(module)
+
+    def get(self: nn.Module, name: str) -> Any:
+        value = kind.__getattribute__(self, name)
+        if isinstance(value, _CONSTANTS) and not name.startswith("__") and name not in _OF_EVERY_MODULE:
+            read[name] = value
+        return value
+
+    def refuse(self: nn.Module, name: str, value: Any) -> None:
+        made = name.startswith("_tensor_constant")  # by torch.fx
+        raise Untraceable("it makes a tensor of numbers" if made else f"it sets {name}")
+
+    module.__class__ = type(kind)(kind.__name__, (kind,), {"__getattribute__": get, "__setattr__": refuse})
+    try:
+        yield
+    finally:
+        object.__setattr__(module, "__class__", kind)
+
+
 def _mode() -> tuple[bool, bool, bool]:
     return torch.is_grad_enabled(), torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda")
 
 
 def _trace(module: nn.Module) -> fx.Graph:
-    parameters = inspect.signature(type(module).forward).parameters.values()
+    parameters = inspect.signature(module.forward).parameters.values()
     defaults = {p.name: p.default for p in parameters if isinstance(p.default, _CONSTANTS)}
     try:
         graph = _Tracer().trace(module)
@@ -134,8 +160,6 @@ def _trace(module: nn.Module) -> fx.Graph:
         raise Untraceable(f"torch.fx cannot trace it ({type(e).__name__}: {str(e).partition(chr(10))[0]})") from e
     if _operations(graph) != _operations(by_default):
         raise Untraceable(f"what it does depends on whether {', '.join(defaults)} are given")
-    if any(node.op == "get_attr" and str(node.target).startswith("_tensor_constant") for node in graph.nodes):
-        raise Untraceable("it makes a tensor of numbers")
     return graph
 
 
@@ -166,9 +190,16 @@ _classes: dict[Any, Any] = {}
 _numbers = itertools.count()
 
 
-def _subclass(base: Any, sources: tuple[str, ...], parts: Mapping[str, Any]) -> type[nn.Module]:
-    """Return the subclass whose forward is the source; of two, for evaluation and for training."""
-    key = (base, sources, tuple(sorted((name, id(part)) for name, part in parts.items())))
+def _subclass(
+    base: Any, sources: tuple[str, ...], parts: Mapping[str, Any], fixed: Mapping[str, Any]
+) -> type[nn.Module]:
+    """Return the subclass whose forward is the source; of two, for evaluation and for training.
+
+    Args:
+        parts: what the names in the source stand for.
+        fixed: settings that the source takes to be as they are.
+    """
+    key = (base, sources, *((name, id(part)) for name, part in parts.items()), *fixed.items())
     if key not in _classes:
         forwards = [_function(source, parts) for source in sources]
         body: dict[str, Any] = {
@@ -176,10 +207,12 @@ def _subclass(base: Any, sources: tuple[str, ...], parts: Mapping[str, Any]) -> 
             "__module__": base.__module__,
             "__qualname__": base.__qualname__,
             "__reduce_ex__": _reduce,
+            "__setattr__": _set,
             "forward": forwards[0] if len(forwards) == 1 else _by_mode(*forwards),
             "_rewritten": base,
             "_sources": sources,
             "_parts": dict(parts),
+            "_fixed": dict(fixed),
         }
         _classes[key] = type(base)(base.__name__, (base,), body)
     return _classes[key]
@@ -205,19 +238,29 @@ def _reduce(self: nn.Module, protocol: int) -> Any:
     """Pickle by class, source and the names it uses: the subclass itself lies in no module."""
     cls = _generated(type(self))
     make, args, *rest = super(cls, self).__reduce_ex__(max(protocol, 2))
-    if make is not copyreg.__newobj__ or type(self) is not cls:  # type: ignore[attr-defined]
-        return make, args, *rest
+    if (make, args) != (copyreg.__newobj__, (cls,)):  # type: ignore[attr-defined]
+        return make, args, *rest  # of a subclass, or of a class with a way of its own
     parts = {name: _Module(p.__name__) if isinstance(p, ModuleType) else p for name, p in cls._parts.items()}
-    return _new, (cls._rewritten, cls._sources, parts), *rest
+    return _new, (cls._rewritten, cls._sources, parts, cls._fixed), *rest
+
+
+def _set(self: nn.Module, name: str, value: Any) -> None:
+    cls = _generated(type(self))
+    if name in cls._fixed and cls._fixed[name] != value:
+        raise AttributeError(
+            f"{name} of this {cls.__name__} stays {cls._fixed[name]!r}: its forward was generated with that, by "
+            "kafops.replace_activations; set it before"
+        )
+    super(cls, self).__setattr__(name, value)
 
 
 def _generated(kind: type) -> Any:
     return next(c for c in kind.__mro__ if "_rewritten" in vars(c))
 
 
-def _new(base: Any, sources: tuple[str, ...], parts: Mapping[str, Any]) -> nn.Module:
+def _new(base: Any, sources: tuple[str, ...], parts: Mapping[str, Any], fixed: Mapping[str, Any]) -> nn.Module:
     found = {name: importlib.import_module(p) if isinstance(p, _Module) else p for name, p in parts.items()}
-    cls = _subclass(base, sources, found)
+    cls = _subclass(base, sources, found, fixed)
     return cls.__new__(cls)
 
 

@@ -15,6 +15,8 @@ __all__ = ["base_of", "function_of", "name_of", "nearest"]
 
 Function = Callable[[Tensor], Tensor]
 
+_F64: dict[str, Any] = {"dtype": torch.float64, "device": "cpu"}
+
 
 def name_of(old: Any) -> str:
     """Return how to call an activation: a module by its class."""
@@ -52,8 +54,8 @@ def function_of(old: Any) -> Function:
 @cache
 def _sample() -> Tensor:
     """Points near 0, where activations bend, and far off, where they are cut."""
-    small = torch.logspace(-12, 6, 1001, dtype=torch.float64)
-    return torch.cat([torch.linspace(-40, 40, 4001, dtype=torch.float64), small, -small])
+    small = torch.logspace(-12, 6, 1001, **_F64)
+    return torch.cat([torch.linspace(-40, 40, 4001, **_F64), small, -small])
 
 
 def base_of(function: Function) -> str | None:
@@ -81,8 +83,8 @@ def nearest(
     The error is that on [-8, 8], or on twice the dictionary where that is wider: beyond, the base alone remains.
     """
     end = max(8.0, 2 * dictionary[-1].item())
-    x = torch.linspace(-end, end, 3201, dtype=torch.float64)
-    with torch.no_grad():
+    x = torch.linspace(-end, end, 3201, **_F64)
+    with torch.no_grad(), torch.device("cpu"):
         wanted = function(x.clone())
     found = []
     for base in bases.BASES:

@@ -184,7 +184,7 @@ class _Recorder(TorchFunctionMode):
                 use = self.uses[number]
                 if not use.problem and _overlap(x, y):
                     where = self._names.get(reader, "") or "the model itself"
-                    problem = f"works in place, and what it has overwritten is read again, in {where}"
+                    problem = f"works in place, and what it has overwritten is read again by {where}"
                     self.uses[number] = replace(use, problem=problem)
 
 
