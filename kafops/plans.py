@@ -104,7 +104,7 @@ def make_plan(
     problems = [f"{s.names[0]} {u.problem}, in {u.where}" for s in sites for u in s.uses if u.problem]
     if problems:
         raise ValueError(f"these activations cannot be replaced:\n{listed(problems)}")
-    splitter = _Splitter(model, places, targets, sites, holders)
+    splitter = _Splitter(model, places, targets, sites, uses, holders)
     sites = [part for site in sites for part in splitter.split(site)]
     return Plan(sites, splitter.classes(sites), splitter.remarks)
 
@@ -194,6 +194,7 @@ class _Splitter:
         places: Sequence[Place],
         targets: Targets,
         sites: Sequence[Site],
+        uses: Sequence[Use],
         holders: Mapping[nn.Module, list[str]],
     ) -> None:
         self.remarks: list[str] = []
@@ -203,7 +204,6 @@ class _Splitter:
         for site in sites:
             for parent, child in site.spots if site.redirected else ():
                 self._taken[parent].append(child)
-        uses = [u for s in sites for u in s.uses]
         needed = dict.fromkeys(u.holder for s in sites if s.redirected or not s.agrees() for u in s.uses)
         self._traces: dict[nn.Module, Traced | Untraceable] = {}
         if needed:

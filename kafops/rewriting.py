@@ -164,7 +164,10 @@ def _trace(module: nn.Module) -> fx.Graph:
 
 
 def _operations(graph: fx.Graph) -> list[tuple[str, Any]]:
-    return [(n.op, n.target) for n in graph.nodes if n.op != "placeholder" and "_assert" not in str(n.target)]
+    """Return what is done, without what checks that arguments given to the trace do not change."""
+    checks = {n for n in graph.nodes if "_assert" in str(n.target)}
+    checks |= {n for n in graph.nodes if n.users and n.users.keys() <= checks}
+    return [(n.op, n.target) for n in graph.nodes if n.op != "placeholder" and n not in checks]
 
 
 def _redirect(graph: fx.Graph, node: fx.Node, child: str) -> None:

@@ -337,8 +337,8 @@ def test_functions_in_place_are_watched_too(call: Callable[[Tensor], Tensor]) ->
             return call(x).sum() + x
 
     for example in (images(), None):
-        with pytest.raises(ValueError, match="relu works in place, and what it has overwritten is read again"):
-            same(Reads(), example_input=example, skip="relu" if example is not None else ())
+        with pytest.raises(ValueError, match="relu_2 works in place, and what it has overwritten is read again"):
+            same(Reads(), example_input=example, skip="relu")
 
 
 def test_half_of_a_tensor_may_be_overwritten() -> None:
@@ -347,7 +347,7 @@ def test_half_of_a_tensor_may_be_overwritten() -> None:
             a, b = self.conv1(x).chunk(2, 1)
             return torch.cat([self.relu(a), b], 1)
 
-    before = Half(inplace=True)
+    before = Half(inplace=True).requires_grad_(False)
     after, x = copy.deepcopy(before), images()
     assert names(same(after, example_input=x)) == [("relu", 2)]
     torch.testing.assert_close(after(x), before(x))
@@ -422,7 +422,6 @@ MOVES: dict[str, tuple[Callable[[Tensor], Tensor], int]] = {
     "permute": (lambda x: x.permute(0, 2, 3, 1), -1),
     "reshape": (lambda x: x.reshape(2, 4, 30), 1),
     "flatten, transpose": (lambda x: x.flatten(2).transpose(1, 2), -1),
-    "groups and back": (lambda x: x.view(2, 2, 2, 5, 6).transpose(1, 2).reshape(2, 4, 5, 6), 1),
     "roll": (lambda x: x.roll((1, 1), (1, 2)), 1),
     "windows": (lambda x: x.permute(0, 2, 3, 1).reshape(2, 5, 2, 3, 4).permute(0, 2, 1, 3, 4).reshape(4, 15, 4), -1),
     "unsqueeze": (lambda x: x.unsqueeze(1), -3),
