@@ -115,7 +115,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Example], int, set
     "torchvision mobilenet_v3_small": (lambda: vision.mobilenet_v3_small(**NARROW), partial(images, 64), 33, {1}),
     "torchvision regnet": (
         lambda: RegNet(BlockParams([1, 2], [16, 24], [8, 8], [1, 1], [2, 2], se_ratio=0.25), num_classes=10),
-        partial(images, 32), 14, {1}),
+        partial(images, 32), 13, {1}),
     "torchvision squeezenet": (lambda: vision.squeezenet1_1(**NARROW), partial(images, 64), 26, {1}),
     "timm resnet50": (lambda: timm.create_model("resnet50", **NARROW), partial(images, 32), 49, {1}),
     "timm vit_tiny": (
@@ -125,11 +125,12 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[], Example], int, set
     "timm convnext, channels last": (
         lambda: timm.create_model("convnext_atto", conv_mlp=False, depths=(1, 1, 1, 1), **NARROW),
         partial(images, 32), 4, {-1}),
-    "timm nfnet_l0": (lambda: timm.create_model("nfnet_l0", **NARROW), partial(images, 32), 64, {1}),
+    "timm nfnet_l0": (
+        lambda: timm.create_model("nfnet_l0", depths=(1, 2, 1, 1), channels=(32, 64, 64, 96), **NARROW),
+        partial(images, 32), 27, {1}),
     "timm efficientnet_b0": (lambda: timm.create_model("efficientnet_b0", **NARROW), partial(images, 32), 49, {1}),
     "timm mixer": (
-        lambda: timm.create_model("mixer_s32_224", img_size=64, num_blocks=2, embed_dim=32, **NARROW),
-        partial(images, 64), 4, {-1}),
+        lambda: timm.create_model("mixer_s32_224", img_size=64, **NARROW), partial(images, 64), 16, {-1}),
     "timm swin_tiny": (
         lambda: timm.create_model(
             "swin_tiny_patch4_window7_224", img_size=56, embed_dim=12, depths=(1, 2), num_heads=(1, 2), **NARROW),
@@ -179,7 +180,8 @@ def test_models_that_people_have(name: str) -> None:
     assert len(report) == curves
     assert {r.channel_dim for r in report} == dims
     assert {r.new.alpha.shape[0] for r in report} == {r.channels for r in report}
-    assert {k for k in after.state_dict() if "alpha" not in k and "gamma" not in k and "curve" not in k} == set(keys)
+    curves_of = tuple(f"{name}." for r in report for name in r.names)
+    assert [k for k in after.state_dict() if not k.startswith(curves_of)] == keys
     assert isinstance(after, type(before))
 
     def compare(a: nn.Module, b: nn.Module, roundings: float) -> None:
@@ -188,12 +190,13 @@ def test_models_that_people_have(name: str) -> None:
             slack = roundings * torch.finfo(x.dtype).eps * x.abs().max().item()
             torch.testing.assert_close(y, x, rtol=0, atol=slack)
 
-    state = copy.deepcopy(before.state_dict())
     with torch.no_grad():
         for training in (False, True, False):
-            compare(before.train(training), after.train(training), 256)
-            before.load_state_dict(state)  # norms have moved their averages
-            after.load_state_dict(state, strict=False)
+            for model in (before, after):
+                model.train(training)
+                for m in model.modules():  # norms over two images amplify roundings without bound
+                    m.training &= not isinstance(m, nn.BatchNorm2d)
+            compare(before, after, 256)
         with torch.autocast("cpu", torch.bfloat16):
             compare(before, after, 8)
         compare(after, copy.deepcopy(after), 0)
@@ -204,6 +207,7 @@ def test_models_that_people_have(name: str) -> None:
     sum(y.square().mean() for y in run(after, example)).backward()
     without = [r.names[0] for r in report if r.new.alpha.grad is None or not r.new.alpha.grad.any()]
     assert not without
+    nn.utils.clip_grad_norm_(after.parameters(), 1.0)
     optimizer.step()
     assert all(r.new.alpha.any() for r in report)
 
