@@ -10,6 +10,7 @@ import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import timm
 import torch
@@ -52,7 +53,7 @@ def torchvision_model(name: str) -> tuple[nn.Module, int]:
 
 def timm_model(name: str) -> tuple[nn.Module, int]:
     """Return a classifier and the size of its images."""
-    model = timm.create_model(name)
+    model: Any = timm.create_model(name)
     return model, model.pretrained_cfg["input_size"][1]
 
 

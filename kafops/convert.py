@@ -152,7 +152,10 @@ def replace_activations(
             undo()
             raise
     left = _others(model, {r.new for r in replacements}, wanted)
-    return ReplacementReport(replacements, left, moved, plan.remarks)
+    remarks = plan.remarks
+    if findings.not_run_in_training:
+        remarks.append(f"not looked at in training mode, in which the example fails: {findings.not_run_in_training}")
+    return ReplacementReport(replacements, left, moved, remarks)
 
 
 # ------------------------------------------------------------------------------------------------------ the arguments

@@ -43,6 +43,8 @@ class Traced:
     def __init__(self, module: nn.Module, owners: Mapping[nn.Module, Place], targets: Targets) -> None:
         if "forward" in vars(module):
             raise Untraceable("its forward is an attribute of the object")
+        if hasattr(module, "_rewritten") and "_rewritten" not in vars(type(module)):
+            raise Untraceable("its class derives from one that was generated")
         self._module, self._owners, self._targets = module, owners, targets
         self._fixed: dict[str, Any] = {}  # the settings that it reads
         self._graphs = []
@@ -70,13 +72,8 @@ class Traced:
         return name.rstrip("_")
 
     def subclass(self, children: Mapping[int, str]) -> type[nn.Module]:
-        """Return the class with a forward in which some of the activations are children of those names.
-
-        Args:
-            children: the name of each new child, by number of the activation; a child beside the old module, or of the
-                traced module in place of a function.
-        """
-        base: Any = type(self._module)
+        """Return the class with a forward in which some of the activations, by number, are children of those names."""
+        kind: Any = type(self._module)
         parts: dict[str, Any] = {}
         sources = []
         for graph, calls in zip(self._graphs, self._calls, strict=True):
@@ -86,8 +83,8 @@ class Traced:
             code = graph.python_code("self")
             sources.append(code.src)
             parts.update({name: code.globals[name] for name in _names_in(code.src) & code.globals.keys()})
-        base = getattr(base, "_rewritten", base)
-        return _subclass(base, tuple(dict.fromkeys(sources)), parts, self._fixed)
+        base, fixed = getattr(kind, "_rewritten", kind), getattr(kind, "_fixed", {}) | self._fixed
+        return _subclass(base, tuple(dict.fromkeys(sources)), parts, fixed)
 
 
 class ByWidth(nn.ModuleDict):
@@ -172,8 +169,7 @@ def _operations(graph: fx.Graph) -> list[tuple[str, Any]]:
 
 def _redirect(graph: fx.Graph, node: fx.Node, child: str) -> None:
     if node.op == "call_module":
-        beside = str(node.target).rpartition(".")[0]
-        node.target = f"{beside}.{child}" if beside else child
+        node.target = child
         return
     x = node.args[0] if node.args else node.kwargs["input"]
     with graph.inserting_before(node):

@@ -203,6 +203,40 @@ def test_calls_that_cannot_be_told_apart_share_a_curve_of_their_width() -> None:
         model.relu(torch.randn(2, 5, 3, 3))
 
 
+class Activation(nn.Module):
+    """Of the caller's own, and used at several widths."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(x)
+
+
+def test_a_function_that_is_called_at_several_widths_in_one_place() -> None:
+    before = Block()
+    before.relu = Activation()  # type: ignore[assignment]
+    model, x = copy.deepcopy(before), images()
+    report = same(model, example_input=x, skip="elu")
+    assert names(report) == [("relu.relu.4", 4), ("relu.relu.6", 6)]
+    assert type(model.relu.relu) is ByWidth
+    for other in (model, pickle.loads(pickle.dumps(model)), copy.deepcopy(model)):
+        torch.testing.assert_close(other(x), before(x))
+
+
+def test_modules_in_lists_keep_their_numbers() -> None:
+    class Listed(Block):
+        def __init__(self) -> None:
+            super().__init__()
+            self.relu = nn.ModuleList([nn.ReLU()])  # type: ignore[assignment]
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.relu[0](self.conv2(self.relu[0](self.conv1(x))))
+
+    before = Listed()
+    model, x = copy.deepcopy(before), images()
+    assert names(same(model, example_input=x)) == [("relu.0", 4), ("relu_2", 6)]
+    assert len(model.relu) == 1
+    torch.testing.assert_close(model(x), before(x))
+
+
 class UntracedFunction(Block):
     def forward(self, x: Tensor) -> Tensor:
         return F.relu(self.conv1(x)) if x.shape[0] > 0 else x
