@@ -2,19 +2,21 @@
 
 import copy
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from kafops import bases, reference
-from kafops.init import Initializer, resolve
+from kafops import bases, kernels, reference
+from kafops.init import Initializer
 
 __all__ = ["base_of", "function_of", "name_of", "nearest"]
 
 Function = Callable[[Tensor], Tensor]
 
+_RIDGE = 1e-6  # of |alpha|², beside the mean square of the error
 _F64: dict[str, Any] = {"dtype": torch.float64, "device": "cpu"}
 
 
@@ -72,23 +74,42 @@ def base_of(function: Function) -> str | None:
     return next((name for name in bases.BASES if ((y - bases.value(name, x)).abs() <= slack).all()), None)
 
 
+@dataclass(frozen=True)
+class _LeastSquares(Initializer):
+    """Curves that are nearest to values on [-end, end]: beyond the dictionary too, where a ridge fit leaves ends."""
+
+    values: tuple[float, ...]
+    end: float
+    kernel: str
+
+    def __call__(self, dictionary: Tensor, gamma: Tensor) -> Tensor:
+        """Return the coefficients [C, D]."""
+        distinct, channel = gamma.unique(return_inverse=True)
+        x = torch.linspace(-self.end, self.end, len(self.values), **_F64)
+        columns = kernels.value(self.kernel, distinct.sqrt()[:, None, None] * (x[:, None] - dictionary))
+        system = columns.mT @ columns / len(x) + _RIDGE * torch.eye(len(dictionary), **_F64)
+        right = columns.mT @ torch.tensor(self.values, **_F64)[:, None] / len(x)
+        return torch.linalg.solve(system, right)[channel, :, 0]
+
+
 def nearest(
     function: Function,
     dictionary: Tensor,  # [D], float64
     gamma: Tensor,  # [1], float64
     kernel: str,
 ) -> tuple[str, Initializer, float]:
-    """Return the base on which a fit comes nearest to a function, that fit, and its largest error.
+    """Return the base with which a curve comes nearest to a function, that curve, and its largest error.
 
-    The error is that on [-8, 8], or on twice the dictionary where that is wider: beyond, the base alone remains.
+    Nearest, and the error, are on [-8, 8], or on twice the dictionary where that is wider: beyond, the base alone
+    remains.
     """
     end = max(8.0, 2 * dictionary[-1].item())
-    x = torch.linspace(-end, end, 3201, **_F64)
+    x = torch.linspace(-end, end, 801, **_F64)
     with torch.no_grad(), torch.device("cpu"):
         wanted = function(x.clone())
     found = []
     for base in bases.BASES:
-        fit = resolve(function, dictionary, kernel, base)
+        fit = _LeastSquares(tuple((wanted - bases.value(base, x)).tolist()), end, kernel)
         y = reference.kaf_free(x, fit(dictionary, gamma), gamma, dictionary[None], kernel, base)
         found.append(((y - wanted).abs().max().item(), base, fit))
     error, base, fit = min(found, key=lambda f: f[0])
