@@ -74,13 +74,16 @@ def base_of(function: Function) -> str | None:
     return next((name for name in bases.BASES if ((y - bases.value(name, x)).abs() <= slack).all()), None)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class _LeastSquares(Initializer):
     """Curves that are nearest to values on [-end, end]: beyond the dictionary too, where a ridge fit leaves ends."""
 
     values: tuple[float, ...]
     end: float
     kernel: str
+
+    def __repr__(self) -> str:
+        return "nearest"
 
     def __call__(self, dictionary: Tensor, gamma: Tensor) -> Tensor:
         """Return the coefficients [C, D]."""
