@@ -1,5 +1,6 @@
 """Which dimension of a tensor holds its channels: told by what made it, and followed through what moves dimensions."""
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -18,7 +19,7 @@ _SPATIAL_DIMS = {
     F.conv_transpose2d: 2,
     F.conv_transpose3d: 3,
 }
-_LAST = {F.linear, F.bilinear, F.embedding, F.scaled_dot_product_attention, torch.addmm, Tensor.addmm}
+_LAST = {F.linear, F.bilinear, F.embedding, torch.addmm, Tensor.addmm}
 _SECOND = {F.batch_norm, F.group_norm, F.instance_norm}
 _LAST_DIMS_NORMS = {F.layer_norm, F.rms_norm}
 
@@ -37,7 +38,10 @@ _MOVING = _named(
 
 
 class ChannelDims:
-    """The channel dimensions of the tensors that a model makes while it runs."""
+    """The channel dimensions of the tensors that a model makes while it runs.
+
+    Of attention's heads [N, heads, L, channels of a head] the channels have two dimensions, until they are one again.
+    """
 
     def __init__(self) -> None:
         self._dims = WeakTensorKeyDictionary()
@@ -46,45 +50,55 @@ class ChannelDims:
         """Take a model's inputs to be as PyTorch has them, [N, C, H, W] and [N, C, D, H, W]; of [*, *, *] who knows."""
         for x in tensors(values):
             if x.dim() > 3:
-                self._dims[x] = 1
+                self._dims[x] = (1,)
 
     def of(self, x: Tensor) -> int | None:
         """Return the dimension, from 0 on: the last of vectors and matrices of which nothing is known."""
-        known = self._dims.get(x)
-        return x.dim() - 1 if known is None and x.dim() in (1, 2) else known
+        known = self._dims.get(x, ())
+        if len(known) == 1:
+            return known[0]
+        return x.dim() - 1 if not known and x.dim() in (1, 2) else None
 
     def follow(self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Any) -> None:
         """Note what is known of a function's output."""
-        moved = func in _MOVING and args and isinstance(args[0], Tensor)
-        if moved:
-            dims = _moved(self._dims.get(args[0]), func, args, kwargs)
-            for y, dim in zip(tensors(out), dims, strict=False):
-                self._dims[y] = dim
+        if func in _MOVING and args and isinstance(args[0], Tensor):
+            moved = _moved(self._dims.get(args[0], ()), func, args, kwargs)
+            for y, dims in zip(tensors(out), moved, strict=False):
+                self._dims[y] = dims
         else:
             for y in tensors(out):
-                self._dims[y] = self._dim_of_output(func, args, kwargs, y)
+                self._dims[y] = self._of_output(func, args, kwargs, y)
 
-    def _dim_of_output(
+    def _of_output(
         self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any], out: Tensor
-    ) -> int | None:
+    ) -> tuple[int, ...]:
         last = out.dim() - 1
         if func in _SPATIAL_DIMS:
-            return last - _SPATIAL_DIMS[func]
+            return (last - _SPATIAL_DIMS[func],)
         if func in _LAST:
-            return last
+            return (last,)
         if func in _SECOND:
-            return 1
-        if func in _UNTOLD:
-            return None
+            return (1,)
         operands = list(tensors((*args, *kwargs.values())))
-        if func in _PRODUCTS:  # by a matrix of weights, or of values that tell
-            right = operands[-1]
-            return last if right.dim() == 2 or self._dims.get(right) == right.dim() - 1 else None
-        known = {self._dims.get(t) for t in operands if t.dim() == out.dim()} - {None}
+        if func in _PRODUCTS or func is F.scaled_dot_product_attention:
+            return self._of_product(operands[0], operands[1 if func in _PRODUCTS else 2], out)
+        if func in _UNTOLD:
+            return ()
+        known = {self._dims.get(t) for t in operands if t.dim() == out.dim()} - {None, ()}
         if func in _LAST_DIMS_NORMS and not known:
             normalized = args[1] if len(args) > 1 else kwargs["normalized_shape"]
-            return last if len(normalized) == 1 else None
-        return known.pop() if len(known) == 1 else None
+            return (last,) if len(normalized) == 1 else ()
+        return known.pop() if len(known) == 1 else ()
+
+    def _of_product(self, left: Tensor, right: Tensor, out: Tensor) -> tuple[int, ...]:
+        """Of a product with a matrix of weights the last; of others what is not summed over, of the one that tells."""
+        rank = out.dim()
+        if right.dim() == 2:
+            return (rank - 1,)
+        of_left, of_right = self._dims.get(left, ()), self._dims.get(right, ())
+        of_left = of_left if left.dim() == rank and rank - 1 not in of_left else ()
+        of_right = of_right if right.dim() == rank and rank - 2 not in of_right else ()
+        return of_left or of_right if not (of_left and of_right) else ()
 
 
 def from_the_end(dim: int, rank: int) -> int:
@@ -112,16 +126,14 @@ def tensors(values: Any) -> Iterator[Tensor]:
 
 
 def _moved(
-    dim: int | None, func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
-) -> list[int | None]:
-    """Where a function that moves, merges or cuts dimensions puts dimension `dim`: seen on a tensor of channel numbers.
-
-    The channels are where the numbers of an output vary along one dimension alone, and none comes twice.
-    """
-    if dim is None:
+    dims: tuple[int, ...], func: Callable[..., Any], args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> list[tuple[int, ...]]:
+    """Where a function that moves, merges or cuts dimensions puts the channels: seen on a tensor of their numbers."""
+    if not dims:
         return []
     shape = args[0].shape
-    numbers = torch.arange(shape[dim], device="cpu").view(-1, *(1,) * (len(shape) - 1 - dim)).expand(shape)
+    sizes = [n if d in dims else 1 for d, n in enumerate(shape)]
+    numbers = torch.arange(math.prod(sizes), device="cpu").view(sizes).expand(shape)
     try:
         with torch.device("cpu"):
             out = func(numbers, *args[1:], **kwargs)
@@ -130,13 +142,13 @@ def _moved(
     return [_varying(y) for y in tensors(out)]
 
 
-def _varying(numbers: Tensor) -> int | None:
-    if numbers.numel() == 0:
-        return None
+def _varying(numbers: Tensor) -> tuple[int, ...]:
+    """Return the dimensions along which numbers vary, where none comes twice in them."""
+    dims = []
     for dim in range(numbers.dim()):
-        at = (0,) * dim + (slice(None),) + (0,) * (numbers.dim() - 1 - dim)
-        line = numbers[at]
-        if 1 < len(line) == len(line.unique()):
-            spread = line.view(-1, *(1,) * (numbers.dim() - 1 - dim)).expand(numbers.shape)
-            return dim if torch.equal(numbers, spread) else None
-    return None
+        first = numbers.narrow(dim, 0, min(1, numbers.shape[dim]))
+        if torch.equal(first.expand_as(numbers), numbers):
+            numbers = first
+        else:
+            dims.append(dim)
+    return tuple(dims) if len(numbers.unique()) == numbers.numel() else ()

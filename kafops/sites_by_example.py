@@ -45,7 +45,7 @@ def find_uses(
 def outputs(model: nn.Module, example_input: Any) -> list[Tensor]:
     """Return the tensors that the model makes of the example in eval mode."""
     args, kwargs = _arguments(example_input)
-    with unchanged(model), torch.no_grad():
+    with unchanged(model), torch.no_grad(), _compiled_functions_in_eager():
         return list(tensors(model(*args, **kwargs)))
 
 

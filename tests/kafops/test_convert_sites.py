@@ -452,10 +452,20 @@ def test_a_curve_for_each_token_is_never_made() -> None:
                 kafops.replace_activations(model, factory, example_input=x)
 
 
-MOVES: dict[str, tuple[Callable[[Tensor], Tensor], int]] = {
+def attention(x: Tensor, heads: int) -> Tensor:
+    """[N, C, H, W] to [N, H W, C], by hand."""
+    q = k = v = x.flatten(2).view(len(x), heads, -1, x[0, 0].numel()).transpose(2, 3)
+    attention = (q @ k.transpose(-2, -1)).softmax(-1)
+    return (attention @ v).transpose(1, 2).reshape(len(x), -1, x.shape[1])
+
+
+MOVES: dict[str, tuple[Callable[[Tensor], Tensor], int | None]] = {
     "permute": (lambda x: x.permute(0, 2, 3, 1), -1),
     "reshape": (lambda x: x.reshape(2, 4, 30), 1),
     "flatten, transpose": (lambda x: x.flatten(2).transpose(1, 2), -1),
+    "groups and back": (lambda x: x.view(2, 2, 2, 5, 6).transpose(1, 2).reshape(2, 4, 5, 6), 1),
+    "heads": (lambda x: attention(x, 2), -1),
+    "keys": (lambda x: x.flatten(2) @ x.flatten(2).transpose(1, 2).softmax(-1) @ torch.ones(2, 4, 30), None),
     "roll": (lambda x: x.roll((1, 1), (1, 2)), 1),
     "windows": (lambda x: x.permute(0, 2, 3, 1).reshape(2, 5, 2, 3, 4).permute(0, 2, 1, 3, 4).reshape(4, 15, 4), -1),
     "unsqueeze": (lambda x: x.unsqueeze(1), -3),
@@ -478,6 +488,10 @@ def test_channels_are_followed(name: str) -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.relu(move(self.conv1(x)))
 
+    if dim is None:
+        with pytest.raises(ValueError, match="it is not known which dimension holds the channels"):
+            kafops.replace_activations(Moving(), kafops.KAF, example_input=images())
+        return
     (r,) = kafops.replace_activations(Moving(), kafops.KAF, example_input=images())
     assert (r.channel_dim, r.channels) == (dim, move(torch.zeros(2, 4, 5, 6)).shape[dim])
 
