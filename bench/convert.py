@@ -2,7 +2,8 @@
 
 All classifiers of torchvision and a hundred of timm's, the first names of each family in turn. Networks of up to
 `--values` million parameters are run on values, and with base="same" their outputs must not move by more than rounding;
-others on the meta device, which tells sites and channels.
+others on the meta device, which tells sites and channels. Those that take images of another size are converted for
+these, too: the widths must be the same, or some were numbers of tokens or rows.
 """
 
 import argparse
@@ -29,6 +30,7 @@ class Result:
     curves: int = 0
     unfused: int = 0
     moved: float | None = None  # the outputs, by that share of the largest
+    same_at_other_size: bool | None = None  # the widths
     refusal: str = ""
 
 
@@ -45,19 +47,29 @@ def timm_names(count: int) -> list[str]:
     return list(dict.fromkeys(names))[:count]
 
 
-def torchvision_model(name: str) -> tuple[nn.Module, int]:
+def torchvision_model(name: str, larger: int = 0) -> tuple[nn.Module, int]:
     """Return a classifier and the size of its images."""
-    options = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
-    return torchvision.models.get_model(name, weights=None, **options), 299 if name == "inception_v3" else 224
+    options: dict[str, Any] = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
+    size = (299 if name == "inception_v3" else 224) + larger
+    options |= (
+        {"image_size": size} if name.startswith("vit_") else {"input_size": (size, size)} if "maxvit" in name else {}
+    )
+    return torchvision.models.get_model(name, weights=None, **options), size
 
 
-def timm_model(name: str) -> tuple[nn.Module, int]:
+def timm_model(name: str, larger: int = 0) -> tuple[nn.Module, int]:
     """Return a classifier and the size of its images."""
     model: Any = timm.create_model(name)
-    return model, model.pretrained_cfg["input_size"][1]
+    size = model.pretrained_cfg["input_size"][1]
+    if larger:
+        try:
+            model = timm.create_model(name, img_size=size + larger)
+        except TypeError:  # a network for any size
+            model = timm.create_model(name)
+    return model, size + larger
 
 
-def tried(name: str, build: Callable[[str], tuple[nn.Module, int]], values: float) -> Result:
+def tried(name: str, build: Callable[..., tuple[nn.Module, int]], values: float) -> Result:
     """Convert one network."""
     torch.manual_seed(0)
     try:
@@ -77,7 +89,21 @@ def tried(name: str, build: Callable[[str], tuple[nn.Module, int]], values: floa
         return Result(name, refusal=f"{type(e).__name__}: {e}")
     unfused = sum(r.new.base not in BASES for r in report)
     moved = report.moved.by / (report.moved.of or 1) if report.moved else None
-    return Result(name, len(report), unfused, moved)
+    return Result(name, len(report), unfused, moved, same_at_other_size(name, build, report))
+
+
+def same_at_other_size(
+    name: str, build: Callable[..., tuple[nn.Module, int]], report: kafops.ReplacementReport
+) -> bool | None:
+    """Whether larger images give the same widths; None where the network does not take them."""
+    try:
+        with torch.device("meta"):
+            model, size = build(name, larger=64)
+            model(torch.empty(2, 3, size, size))
+    except Exception:
+        return None
+    other = kafops.replace_activations(model, kafops.KAF, example_input=torch.empty(2, 3, size, size, device="meta"))
+    return [(r.names, r.channels) for r in other] == [(r.names, r.channels) for r in report]
 
 
 def lines(title: str, results: list[Result]) -> Iterator[str]:
@@ -87,6 +113,8 @@ def lines(title: str, results: list[Result]) -> Iterator[str]:
     yield f"**{title}**: {len(done)} of {len(results)} convert ({100 * len(done) / len(results):.0f} %), with"
     yield f"{sum(r.curves for r in done)} curves, {sum(r.unfused for r in done)} of them on an activation that is kept."
     yield f"Of {len(values)} run on values, the outputs moved by {max(values, default=0):.1e} of the largest at most."
+    sizes = [r.same_at_other_size for r in done if r.same_at_other_size is not None]
+    yield f"Of {len(sizes)} converted for larger images too, {sum(sizes)} have the same widths."
     yield ""
     for reason, count in Counter(r.refusal.partition("\n")[0] for r in results if r.refusal).items():
         names = ", ".join(f"`{r.name}`" for r in results if r.refusal.partition("\n")[0] == reason)
