@@ -51,9 +51,10 @@ def torchvision_model(name: str, larger: int = 0) -> tuple[nn.Module, int]:
     """Return a classifier and the size of its images."""
     options: dict[str, Any] = {"init_weights": False} if name in ("googlenet", "inception_v3") else {}
     size = (299 if name == "inception_v3" else 224) + larger
-    options |= (
-        {"image_size": size} if name.startswith("vit_") else {"input_size": (size, size)} if "maxvit" in name else {}
-    )
+    if name.startswith("vit_"):
+        options["image_size"] = size
+    elif name == "maxvit_t":
+        options["input_size"] = (size, size)
     return torchvision.models.get_model(name, weights=None, **options), size
 
 
