@@ -88,14 +88,14 @@ class KAFEagerFunction(torch.autograd.Function):
         if grad is None:
             return (None,) * 7
         needs = _needs(ctx)
+        x, alpha, gamma, dictionary = tensors = ctx.saved_tensors
         boundary, kernel, base = ctx.rest
-        tensors = ctx.saved_tensors
         asked = torch.is_grad_enabled() or torch.compiler.is_compiling() or transforms_active()
         if asked or _watched((grad, *tensors)):
-            gradients = ops.kaf_backward(grad, *tensors, boundary, needs, kernel, base)
+            gradients = ops.kaf_backward(grad, x, alpha, gamma, dictionary, boundary, needs, kernel, base)
         else:
             with AutoDispatchBelowAutograd():
-                gradients = ops.kaf_backward(grad, *tensors, boundary, needs, kernel, base)
+                gradients = ops.kaf_backward(grad, x, alpha, gamma, dictionary, boundary, needs, kernel, base)
         return *_only(gradients, needs), None, None, None
 
 

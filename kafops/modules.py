@@ -201,11 +201,13 @@ class KAF(nn.Module):
         """Apply each channel's curve; shape, dtype and memory format are those of x."""
         if self._ranks:
             self._check_rank(x)
+        alpha, gamma = self._parameters.get("alpha"), self._buffers.get("gamma")  # which spares three lookups by name
+        alpha, gamma = self.alpha if alpha is None else alpha, self.bandwidths() if gamma is None else gamma
         base = self.base if self.old is None else None
         if self.dictionary is not None:
-            y = kaf_free(x, self.alpha, self.bandwidths(), self.dictionary, self.kernel, base, self.channel_dim)
+            y = kaf_free(x, alpha, gamma, self.dictionary, self.kernel, base, self.channel_dim)
         else:
-            y = kaf(x, self.alpha, self.bandwidths(), self.boundary, self.kernel, base, self.channel_dim)
+            y = kaf(x, alpha, gamma, self.boundary, self.kernel, base, self.channel_dim)
         return y if self.old is None else self.old(x) + y
 
     def extra_repr(self) -> str:

@@ -30,6 +30,25 @@ struct V {
 
   static V load(const float* p) { return {_mm256_loadu_ps(p)}; }
   static void store(float* p, V a) { _mm256_storeu_ps(p, a.m); }
+  // The first n lanes; the others are 0, or stay in memory as they are.
+  static V load_some(const float* p, int n) {
+    return {_mm256_maskload_ps(p, _mm256_cmpgt_epi32(set_int(n), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7)))};
+  }
+  static void store_some(float* p, V a, int n) {  // a masked store takes many times longer than these
+    if (n & 8) return store(p, a);
+    __m128 rest = _mm256_castps256_ps128(a.m);
+    if (n & 4) {
+      _mm_storeu_ps(p, rest);
+      rest = _mm256_extractf128_ps(a.m, 1);
+      p += 4;
+    }
+    if (n & 2) {
+      _mm_storel_pi(reinterpret_cast<__m64*>(p), rest);
+      rest = _mm_movehl_ps(rest, rest);
+      p += 2;
+    }
+    if (n & 1) _mm_store_ss(p, rest);
+  }
   static void store_int(uint32_t* p, Int a) { _mm256_storeu_si256(reinterpret_cast<Int*>(p), a); }
   static Int load_int(const uint32_t* p) { return _mm256_loadu_si256(reinterpret_cast<const Int*>(p)); }
   template <int N> static Int shift_left(Int a) { return _mm256_slli_epi32(a, N); }
@@ -69,7 +88,7 @@ struct V {
   static V lookup(Int, V low, V) { return low; }  // kPermutes is false
 
   // out[m] = float m of each of 8 rows of at least four, in order; row(l) is where row l begins.
-  template <class F> static void quads_of(F row, V* out) {
+  template <class F> KAF_FN static void quads_of(F row, V* out) {
     __m256 r[4];
     KAF_UNROLL
     for (int j = 0; j < 4; ++j)  // rows j, j + 4 side by side

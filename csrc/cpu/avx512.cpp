@@ -1,9 +1,9 @@
 // Loops for AVX-512 (F, BW, DQ, VL): sixteen floats at a time, tables of 32 cells looked up by permutes, and held in
 // registers along a channel's row.
 //
-// Operations for 16 elements of a row with such a table: place 6, lookups 8, polynomial 7, load and store 2. The lookups and half
-// of the rest share the two vector ports, so an evaluation takes about 11 cycles, which moves 128 bytes. A gradient sum
-// takes 8 more to prepare 16 elements and 4 loads, 2 operations and 1 store for each.
+// Operations for 16 elements of a row with such a table: place 6, lookups 8, polynomial 7, load and store 2. The
+// lookups and half of the rest share the two vector ports, so an evaluation takes about 11 cycles, which moves 128
+// bytes. A gradient sum takes 8 more to prepare 16 elements and 4 loads, 2 operations and 1 store for each.
 #include "plan.h"
 
 #if defined(__x86_64__) && defined(__GNUC__)
@@ -36,6 +36,9 @@ struct V {
 
   static V load(const float* p) { return {_mm512_loadu_ps(p)}; }
   static void store(float* p, V a) { _mm512_storeu_ps(p, a.m); }
+  // The first n lanes; the others are 0, or stay in memory as they are.
+  static V load_some(const float* p, int n) { return {_mm512_maskz_loadu_ps((1u << n) - 1, p)}; }
+  static void store_some(float* p, V a, int n) { _mm512_mask_storeu_ps(p, (1u << n) - 1, a.m); }
   static void store_int(uint32_t* p, Int a) { _mm512_storeu_si512(p, a); }
   static Int load_int(const uint32_t* p) { return _mm512_loadu_si512(p); }
   template <int N> static Int shift_left(Int a) { return _mm512_slli_epi32(a, N); }
@@ -67,15 +70,15 @@ struct V {
 
   // Lane l: step · (l mod count), count a power of two.
   static Int steps(int32_t step, int32_t count) {
-    const Int lane = _mm512_and_si512(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15), set_int(count - 1));
-    return _mm512_mullo_epi32(lane, set_int(step));
+    const Int lane = _mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+    return _mm512_mullo_epi32(_mm512_and_si512(lane, set_int(count - 1)), set_int(step));
   }
 
   // Entry `index mod 32` of the table (low, high).
   static V lookup(Int index, V low, V high) { return {_mm512_permutex2var_ps(low.m, index, high.m)}; }
 
   // out[m] = float m of each of 16 rows of at least four, in order; row(l) is where row l begins.
-  template <class F> static void quads_of(F row, V* out) {
+  template <class F> KAF_FN static void quads_of(F row, V* out) {
     __m512 r[4];
     KAF_UNROLL
     for (int j = 0; j < 4; ++j) {  // rows j, j + 4, j + 8, j + 12 side by side
@@ -149,7 +152,8 @@ struct V {
       const Int b = bits(a), odd = _mm512_and_si512(_mm512_srli_epi32(b, 16), _mm512_set1_epi32(1));
       const Int rounded = _mm512_add_epi32(_mm512_add_epi32(b, _mm512_set1_epi32(0x7fff)), odd);
       const __mmask16 nan = _mm512_cmp_ps_mask(a.m, a.m, _CMP_UNORD_Q);
-      h = _mm512_cvtepi32_epi16(_mm512_srli_epi32(_mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7fc00000)), 16));
+      const Int marked = _mm512_mask_mov_epi32(rounded, nan, _mm512_set1_epi32(0x7fc00000));
+      h = _mm512_cvtepi32_epi16(_mm512_srli_epi32(marked, 16));
     }
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), h);
   }

@@ -9,6 +9,8 @@ template <> struct Precision<float> {
   static constexpr int kPoints = 8;           // Chebyshev points and polynomial coefficients of a cell
   static constexpr bool kMonomials = true;    // polynomials in v^m, made in double; else in T_m(v)
   static constexpr double kWidth = 0.52;      // of a cell, times sqrt(gamma): interpolation error 2e-8
+  static constexpr int kSteps = 32;           // cells whose Gaussians follow from one another's
+  static constexpr int kFilling = 3;          // operations for one of those at one point
   static constexpr double kTail = 20;         // a Gaussian below e^-kTail is 0
   static constexpr double kHighTail[] = {23.6, 1.28};  // and one of order N > 4 below e^-([0] + [1] (N - 4))
   static constexpr float kMagic = 0x1.8p23f;  // adding it rounds to an integer, left in the low bits
@@ -19,6 +21,7 @@ template <> struct Precision<double> {
   static constexpr int kPoints = 16;
   static constexpr bool kMonomials = false;   // their coefficients would cost four digits
   static constexpr double kWidth = 0.65;      // interpolation error 3e-17
+  static constexpr int kSteps = 1, kFilling = 8;
   static constexpr double kTail = 41;
   static constexpr double kHighTail[] = {45.1, 1.53};
   static constexpr double kMagic = 0x1.8p52;
@@ -26,14 +29,15 @@ template <> struct Precision<double> {
   using Int = int64_t;
 };
 
+constexpr int kColumns = 32, kMostColumns = 512;  // channels of a block where they are innermost in memory
 constexpr int kPermuteCells = 32;  // tables of as many cells are looked up with permutes, where V has them
 
 #ifdef KAF_SCALAR
 constexpr bool kScalar = true, kPermutes = false;
-constexpr int kDoubles = 2;  // in a register
+constexpr int kFloats = 1, kDoubles = 2;  // in a register, as loops use it
 #else
 constexpr bool kScalar = false, kPermutes = V::kPermutes;
-constexpr int kDoubles = V::kWidth / 2;
+constexpr int kFloats = V::kWidth, kDoubles = V::kWidth / 2;
 #endif
 
 // A double for each Chebyshev point or coefficient of a cell, in registers.
@@ -103,7 +107,8 @@ template <class T> struct Polynomials {
   }
 };
 
-// From values at the Chebyshev points of [-1, 1] to coefficients of p_m: Σ_i coefficients_of[i] value_i. And the transpose.
+// From values at the Chebyshev points of [-1, 1] to coefficients of p_m: Σ_i coefficients_of[i] value_i. And the
+// transpose.
 template <class T> struct Interpolation {
   static constexpr int P = Precision<T>::kPoints;
   double points[P], coefficients_of[P][P], values_of[P][P];
@@ -219,36 +224,49 @@ void place_cells(Basis& b, const double* points, int64_t d, bool permutes, int o
   if (fits && b.cells.count <= kPermuteCells) b.cells.count = kPermuteCells;
 }
 
+// From one cell to the next, w wide, K(d + w) = K(d) r(d) with r(d) = exp(−γ w (2 d + w)), and
+// r(d + w) = r(d) exp(−2γw²): two products in place of an exponential. After n steps K is off by about n² / 2 roundings
+// of double.
 template <class T> void fill_windows(const Basis& b, const double* points, int64_t d, int order, Windows& w) {
-  constexpr int P = Precision<T>::kPoints;
+  constexpr int P = Precision<T>::kPoints, kSteps = Precision<T>::kSteps;
   using Values = Vector<P>;
   const auto& it = interpolation<T>();
   const int count = b.cells.count;
-  const double half = b.cells.width / 2, reach = reach_of<T>(b.gamma, order) + half;
+  const double gamma = b.gamma, width = b.cells.width, half = width / 2, reach = reach_of<T>(gamma, order) + half;
   w.begin.assign(count, 0);
   w.end.assign(count, 0);
-  size_t total = 0;
+  w.row.assign(count, 0);
+  int rows = 0;
   for (int j = 1, lo = 0, hi = 0; j < count - 1; ++j) {
-    const double centre = (b.cells.first + j) * b.cells.width;
+    const double centre = (b.cells.first + j) * width;
     while (lo < d && points[lo] < centre - reach) ++lo;
     while (hi < d && points[hi] <= centre + reach) ++hi;
     w.begin[j] = lo;
     w.end[j] = std::max(lo, hi);
-    total += w.end[j] - w.begin[j];
+    w.row[j] = rows;
+    rows += w.end[j] - lo;
   }
-  w.values.resize(total * (order + 1) * P);
-  double* values = w.values.data();
-  const double gamma = b.gamma;
-  for (int j = 0; j < count; ++j) {
-    const double centre = (b.cells.first + j) * b.cells.width;
-    for (int k = w.begin[j]; k < w.end[j]; ++k) {
-      double d[P], gaussian[P];
+  w.values.resize(static_cast<size_t>(rows) * (order + 1) * P);
+  const Values shrink = Values::all(exp_double(-2 * gamma * width * width));
+  for (int k = 0, from = 1, to = 1; k < d; ++k) {  // cells [from, to) have point k in their windows
+    while (from < count - 1 && w.end[from] <= k) ++from;
+    while (to < count - 1 && w.begin[to] <= k) ++to;
+    for (int j = from, stop; j < to; j = stop) {
+      stop = std::min(to, j + kSteps);
+      double value_at[P], ratio_at[P];
       for (int i = 0; i < P; ++i) {
-        d[i] = (centre - points[k]) + it.points[i] * half;
-        gaussian[i] = exp_double(-gamma * d[i] * d[i]);
+        const double at = ((b.cells.first + j) * width - points[k]) + it.points[i] * half;
+        value_at[i] = exp_double(-gamma * at * at);
+        ratio_at[i] = exp_double(-gamma * width * (2 * at + width));
       }
-      Values power = Values::load(gaussian);
-      for (int q = 0; q <= order; ++q, values += P, power = power * Values::load(d)) power.store(values);
+      Values value = Values::load(value_at), ratio = Values::load(ratio_at);
+      for (int c = j; c < stop; ++c, value = value * ratio, ratio = ratio * shrink) {
+        double at[P];
+        for (int i = 0; i < P; ++i) at[i] = ((b.cells.first + c) * width - points[k]) + it.points[i] * half;
+        double* out = w.values.data() + (static_cast<size_t>(w.row[c]) + k - w.begin[c]) * (order + 1) * P;
+        Values power = value;
+        for (int q = 0; q <= order; ++q, out += P, power = power * Values::load(at)) power.store(out);
+      }
     }
   }
 }
@@ -309,8 +327,8 @@ template <class T> void make_bases_of(Plan& p, int64_t begin, int64_t end) {
                                                       std::max<int64_t>(d - 1, 1) /
                                                       std::max(points[d - 1] - points[0], 1e-300));
     const int uses = p.curves_count + p.sums_count, fillings = (p.curves_count > 0) + (p.sums_count > 0);
-    const double make = b.cells.count * P * (window * (uses + (p.shared_basis ? 0 : 8 * fillings)) + P * uses +
-                                             (p.shared_basis ? 0 : 40 * bases));
+    const double own = p.shared_basis ? 0 : window * Precision<T>::kFilling * fillings + 40 * bases;
+    const double make = b.cells.count * P * (window * uses + P * uses + own);
     const double direct = static_cast<double>(p.positions) * d * 24 * uses;
     if (direct < make) b.cells.count = 0;
     else if (p.shared_basis) fill_windows<T>(b, points, d, order, p.windows), fit_bases<T>(p, b.cells, p.windows);
@@ -372,13 +390,16 @@ template <class T> const Windows& windows_of(const Plan& p, int64_t c, Windows& 
   return own;
 }
 
-// Whether run_columns can do it: otherwise channels are handled as strided rows.
+// Whether run_columns does it: otherwise channels are handled as strided rows. Few channels would leave lanes idle.
 inline bool columns_fit(const Plan& p) {
-  if (kScalar || p.float64 || !p.channels_inner || p.channels % 16 || !p.shared_basis) return false;
-  if (p.bases[0].cells.count == 0 || p.bases[0].cells.count > 128) return false;
-  for (const View* v : {&p.x, &p.grad, &p.grad_x, &p.outputs[0], &p.outputs[1]})
-    if (*v && v->channel_stride != 1) return false;
-  return true;
+  return !kScalar && !p.float64 && p.channels_inner && (p.channels >= kFloats || kFloats % p.channels == 0);
+}
+
+// Whether channel c's tables are columns, [kPoints][kPermuteCells], to be looked up by permutes, or rows,
+// [cells][kPoints].
+template <class T> bool permuted(const Plan& p, int64_t c) {
+  return kPermutes && std::is_same_v<T, float> && p.bases[p.shared_basis ? 0 : c].cells.count == kPermuteCells &&
+         (p.shared_basis || !columns_fit(p));
 }
 
 template <class T> void make_tables_of(Plan& p, Windows& own, int64_t begin, int64_t end) {
@@ -392,7 +413,7 @@ template <class T> void make_tables_of(Plan& p, Windows& own, int64_t begin, int
     if (size == 0) continue;
     const Windows& w = windows_of<T>(p, c, own);
     if (!p.shared_basis && p.holds_base) fit_bases<T>(p, cells, own);
-    const bool columns = kPermutes && std::is_same_v<T, float> && cells.count == kPermuteCells;
+    const bool columns = permuted<T>(p, c);
     T* table = reinterpret_cast<T*>(p.tables.get()) + p.table_offset[c];
     const int64_t step = p.curves_count * size;  // to the next channel's
     for (int u = 0; u < p.curves_count; ++u, table += size) {

@@ -9,28 +9,25 @@
 #include "cells.inl"
 #include "row.inl"
 #include "memory.inl"
+#include "columns.inl"
 #include "kernels.inl"
 
 namespace kaf {
 namespace KAF_ISA {
 namespace {
 
-constexpr int kTile = 1024;   // elements of one channel handled at a time
-constexpr int kColumns = 32;  // channels handled together where channels are innermost in memory
-constexpr int kAhead = 32;    // positions that are fetched before they are needed
-
 // The work of one channel on n elements that lie in memory as T.
 template <class T> struct Row {
-  const T *x, *grad, *grad_x;
+  const T *x, *grad, *v_x;
   T *product, *outputs[kMaxOutputs];
   Next<T> next;
 };
 
 template <class T> void run_products(const Plan& p, int64_t c, int64_t n, const Row<T>& r, const Grid<T>& grid) {
   constexpr int P = Precision<T>::kPoints;
-  const T* weights[] = {nullptr, r.grad, r.grad_x, r.product};
-  if (r.grad && r.grad_x)
-    for (int64_t e = 0; e < n; ++e) r.product[e] = r.grad[e] * r.grad_x[e];
+  const T* weights[] = {nullptr, r.grad, r.v_x, r.product};
+  if (r.grad && r.v_x)
+    for (int64_t e = 0; e < n; ++e) r.product[e] = r.grad[e] * r.v_x[e];
   const T* tables = reinterpret_cast<const T*>(p.tables.get()) + p.table_offset[c];
   bool begun[kMaxOutputs] = {};
   for (int i = 0; i < p.products_count; ++i) {
@@ -47,7 +44,7 @@ inline int64_t direct_sums(const Plan& p) { return p.dictionary_size * (p.moment
 
 template <class T>
 void run_sums(const Plan& p, int64_t c, int64_t n, const Row<T>& r, const Grid<T>& grid, double* sums, T* copies) {
-  const T* weights[] = {nullptr, r.grad, r.grad_x, r.product};
+  const T* weights[] = {nullptr, r.grad, r.v_x, r.product};
   const int64_t size = grid.count ? int64_t{grid.count} * Precision<T>::kPoints : direct_sums(p);
   for (int i = 0; i < p.sums_count; ++i, sums += size) {
     if (grid.count) spread(grid, r.x, weights[p.sums[i]], n, sums, copies, r.next);
@@ -72,11 +69,6 @@ void run_row(const Plan& p, int64_t c, int64_t n, const Row<T>& r, const Grid<T>
   run_products(p, c, n, r, grid);
   run_sums(p, c, n, r, grid, sums, copies);
 }
-
-template <class T> struct Buffers {
-  static constexpr int kSize = std::max(kTile, kColumns * kRow);
-  alignas(64) T x[kSize], grad[kSize], grad_x[kSize], product[kTile], outputs[kMaxOutputs][kSize];
-};
 
 // A forward pass in half precision along runs of unit stride, where permutes look up the tables: needs no buffers.
 template <class T>
@@ -116,7 +108,7 @@ void run_rows(const Plan& p, int64_t c, int64_t width, int64_t begin, int64_t en
     if (eval_half_rows(p, c, width, at, n, grids)) continue;
     for (int64_t k = c; k < c + width; ++k) {
       Row<T> r{load_row(p, p.x, k, at, n, b.x), load_row(p, p.grad, k, at, n, b.grad),
-               load_row(p, p.grad_x, k, at, n, b.grad_x), b.product, {}, {}};
+               load_row(p, p.v_x, k, at, n, b.v_x), b.product, {}, {}};
       if (p.sums_count && k + 1 < c + width) {
         if (r.x != b.x) r.next.data[0] = r.x + p.x.channel_stride;
         if (p.grad && r.grad != b.grad) r.next.data[1] = r.grad + p.grad.channel_stride;
@@ -132,174 +124,6 @@ void run_rows(const Plan& p, int64_t c, int64_t width, int64_t begin, int64_t en
   }
 }
 
-#ifndef KAF_SCALAR
-
-// A tensor at channel c and position `at`, walked along its innermost position dimension.
-struct Walk {
-  char* data = nullptr;
-  int64_t step = 0;  // in elements
-  int bytes = 0;
-  Walk(const Plan& p, const View& v, int64_t c, int64_t at) {
-    if (!v) return;
-    bytes = size_of(v.type);
-    step = v.strides[p.dims - 1];
-    data = v.data + (place_offset(p, v, at) + c) * bytes;
-  }
-  char* at(int64_t position, int64_t channel) const { return data + (position * step + channel) * bytes; }
-
-  // Moves n positions of `width` channels to or from rows.
-  template <class Square, class Run>
-  void move(Type type, int64_t n, int64_t width, float* rows, Square square, Run run) const {
-    constexpr int W = V::kWidth;
-    const int64_t whole = n / W * W;
-    for (int64_t i = 0; i < whole; i += W)
-      for (int64_t k = 0; k < width; k += W) square(type, at(i, k), step, rows + k * kRow + i);
-    for (int64_t k = 0; whole < n && k < width; ++k)
-      run(type, at(whole, k), step, rows + k * kRow + whole, n - whole);
-  }
-
-  // Fetches this share of the n positions that come after the next `after`: all shares together fetch them all.
-  void fetch(int64_t after, int64_t n, int64_t share, int64_t shares) const {
-    if (!data) return;
-    for (int64_t i = after + n * share / shares; i < after + n * (share + 1) / shares; ++i) {
-      __builtin_prefetch(at(i, 0), 0, 2);
-      __builtin_prefetch(at(i, 16), 0, 2);
-    }
-  }
-};
-
-// A block of channels of all tensors, from some position on.
-struct Block {
-  Walk x, grad, grad_x, outputs[kMaxOutputs];
-};
-
-// All products of kWidth positions from `at` and kWidth channels from k on, with the tables that permutes look up.
-// x is transposed, so that a register holds one channel, and the values back: in registers, and nothing else is, as
-// weights meet the values where they lie in memory. It goes through memory steadily, which the hardware can foresee.
-template <class V, bool Half>  // V for what only a V that permutes has
-void eval_square(const Plan& p, int64_t c, int64_t k, int64_t at, const Block& data, const Grid<float>& grid,
-                 const Lanes& lanes) {
-  constexpr int W = V::kWidth, P = Precision<float>::kPoints;
-  const Type type = Half ? p.x.type : Type::f32;
-  const auto each = [&](const Walk& w, auto use) __attribute__((always_inline)) {
-    char* position = w.at(at, k);
-    const int64_t step = w.step * (Half ? 2 : 4);
-    KAF_UNROLL
-    for (int i = 0; i < W; ++i, position += step) use(i, position);
-  };
-  alignas(64) float x[W * W], place[W * W], total[W * W];
-  alignas(64) uint32_t cell[W * W];
-  V y[W];
-  each(data.x, [&](int i, const char* position) {
-    y[i] = load_lanes(type, position);
-    __builtin_prefetch(position + kAhead * data.x.step * (Half ? 2 : 4));
-  });
-  V::transpose(y);
-  KAF_UNROLL
-  for (int i = 0; i < W; ++i) {
-    typename V::Int bits;
-    V::store(x + i * W, y[i]);
-    V::store(place + i * W, lanes.locate(y[i], bits));
-    V::store_int(cell + i * W, bits);
-  }
-  const float* const tables = reinterpret_cast<const float*>(p.tables.get()) + p.table_offset[c + k];
-  const int64_t next = p.curves_count * (P * kPermuteCells);  // from one channel's tables to the next one's
-  for (int u = 0; u < p.products_count; ++u) {
-    const Product& product = p.products[u];
-    const float* table = tables + product.curve * (P * kPermuteCells);
-    choose_base(p, product, grid, table, [&](const auto& base) __attribute__((always_inline)) {
-      KAF_UNROLL
-      for (int i = 0; i < W; ++i, table += next) {
-        const typename V::Int bits = V::load_int(cell + i * W);
-        const V value = PermuteTable(table).polynomial(bits, V::load(place + i * W));
-        y[i] = base.add(value, V::load(x + i * W), lanes.offset(bits));
-      }
-    });
-    V::transpose(y);
-    const auto weigh = [&](int i, const char* position) { y[i] = V::mul(y[i], load_lanes(type, position)); };
-    if (product.weight == kGrad || product.weight == kProduct) each(data.grad, weigh);
-    if (product.weight == kGradX || product.weight == kProduct) each(data.grad_x, weigh);
-    if (u > 0 && p.products[u - 1].output == product.output) {
-      KAF_UNROLL
-      for (int i = 0; i < W; ++i) y[i] = V::add(y[i], V::load(total + i * W));
-    }
-    if (u + 1 < p.products_count && p.products[u + 1].output == product.output) {
-      KAF_UNROLL
-      for (int i = 0; i < W; ++i) V::store(total + i * W, y[i]);
-    } else {
-      const Walk& output = data.outputs[product.output];
-      each(output, [&](int i, char* position) {
-        __builtin_prefetch(position + kAhead * output.step * (Half ? 2 : 4), 1);
-        if constexpr (Half) V::store_half(reinterpret_cast<uint16_t*>(position), y[i], type);
-        else V::store(reinterpret_cast<float*>(position), y[i]);
-      });
-    }
-  }
-}
-
-// Channels [c, c + width) innermost in memory, width at most kColumns and a multiple of 16, all with the same cells;
-// positions [begin, end). Curves are evaluated by squares where permutes look up the tables. Otherwise tiles are
-// transposed to and from rows of one channel: that waits for memory and evaluating does not, so the next tile is fetched
-// meanwhile. Sums need neither, as every lane is a channel with sums of its own.
-inline void run_columns(const Plan& p, int64_t c, int64_t width, int64_t begin, int64_t end, const Grid<float>& grid,
-                        double* sums, Buffers<float>& b, float* held) {
-  constexpr int W = V::kWidth, kPrepared = kGroup / W;
-  Spreader spreader(grid);
-  const Lanes lanes(grid);
-  const int64_t size = grid.count * int64_t{8}, inner = p.sizes[p.dims - 1];
-  const auto sum_rows = V::steps(static_cast<int32_t>(size * 4), W);
-  const Type type = p.x.type;
-  for (int64_t at = begin, n; at < end; at += n) {
-    const int64_t left = std::min(end - at, inner - at % inner);
-    n = std::min<int64_t>(left, kColumnTile);
-    const Walk x(p, p.x, c, at), grad(p, p.grad, c, at), grad_x(p, p.grad_x, c, at);
-    const Walk outputs[] = {{p, p.outputs[0], c, at}, {p, p.outputs[1], c, at}};
-    if (p.products_count && kPermutes && grid.count == kPermuteCells && n >= W) {
-      if constexpr (kPermutes) {
-        const auto square = type == Type::f32 ? eval_square<V, false> : eval_square<V, true>;
-        for (int64_t i = 0; i < n; i += W)  // the last may overlap the one before
-          for (int64_t k = 0; k < width; k += W)
-            square(p, c, k, std::min(i, n - W), {x, grad, grad_x, {outputs[0], outputs[1]}}, grid, lanes);
-      }
-    } else if (p.products_count) {
-      x.move(type, n, width, b.x, load_square, load_run<float>);
-      if (grad.data) grad.move(type, n, width, b.grad, load_square, load_run<float>);
-      if (grad_x.data) grad_x.move(type, n, width, b.grad_x, load_square, load_run<float>);
-      for (int64_t k = 0; k < width; ++k) {
-        for (const Walk* w : {&x, &grad, &grad_x, &outputs[0], &outputs[1]})
-          w->fetch(n, std::min<int64_t>(left - n, kColumnTile), k, width);
-        run_products(p, c + k, n,
-                     Row<float>{b.x + k * kRow, grad.data ? b.grad + k * kRow : nullptr,
-                                grad_x.data ? b.grad_x + k * kRow : nullptr, b.product,
-                                {b.outputs[0] + k * kRow, b.outputs[1] + k * kRow}, {}},
-                     grid);
-      }
-      for (int i = 0; i < kMaxOutputs; ++i)
-        if (outputs[i].data) outputs[i].move(type, n, width, b.outputs[i], store_square, store_run<float>);
-    }
-    for (int i = 0; i < p.sums_count; ++i)
-      for (int64_t k = 0; k < width; k += W) {
-        for (int64_t from = 0; from < n; from += kPrepared) {
-          const int64_t to = std::min<int64_t>(n, from + kPrepared);
-          for (int64_t e = from; e < to; ++e) {
-            V w = load_lanes(type, grad.at(e, k));
-            if (p.sums[i] == kProduct) w = V::mul(w, load_lanes(type, grad_x.at(e, k)));
-            typename V::Int cell;
-            spreader.prepare(static_cast<int>(e - from) * W, load_lanes(type, x.at(e, k)), w, sum_rows, cell);
-          }
-          for (int64_t e = from; e < to; ++e)
-            spreader.add(static_cast<int>(e - from) * W, reinterpret_cast<char*>(held));
-        }
-        spreader.used([&](int64_t from, int64_t to) {
-          for (int l = 0; l < W; ++l)
-            flush<1>(held + l * size, size, from, to, sums + p.sum_offset[c + k + l] + i * size);
-        });
-      }
-  }
-}
-
-#endif
-
 template <class T> void run_of(Plan& p, int64_t begin, int64_t end) {
   int most = 0;
   std::vector<Grid<T>> grids;
@@ -308,17 +132,21 @@ template <class T> void run_of(Plan& p, int64_t begin, int64_t end) {
     grids.emplace_back(b.cells);
   }
   const auto buffers = std::make_unique_for_overwrite<Buffers<T>>();
-  std::vector<Line> tables(p.sums_count ? 16 * most * Precision<T>::kPoints * sizeof(T) / sizeof(Line) : 0);
+  constexpr int kTables = std::is_same_v<T, double> ? 1 : kScalar ? 0 : std::max(kCopies, kFloats);
+  std::vector<Line> tables(p.sums_count ? kTables * most * Precision<T>::kPoints * sizeof(T) / sizeof(Line) : 0);
   T* const copies = reinterpret_cast<T*>(tables.data());
   for (int64_t task = begin; task < end; ++task) {
-    const int64_t chunk = task / p.blocks, c = task % p.blocks * p.block, width = std::min(p.block, p.channels - c);
+    const int64_t chunk = task / p.blocks, c = p.first + task % p.blocks * p.block;
+    const int64_t width = (task + 1) % p.blocks ? p.block : p.last - c;
     const int64_t at = chunk * p.chunk, stop = std::min(at + p.chunk, p.positions);
     double* sums = p.partial.get() + chunk * p.sums_size;  // of this chunk; the block's part of them is this task's own
-    std::fill(sums + p.sum_offset[c], sums + (c + width < p.channels ? p.sum_offset[c + width] : p.sums_size), 0.0);
+    std::fill(sums + p.sum_offset[c], sums + (c + width < p.last ? p.sum_offset[c + width] : p.sums_size), 0.0);
 #ifndef KAF_SCALAR
     if constexpr (std::is_same_v<T, float>)
       if (columns_fit(p)) {
-        run_columns(p, c, width, at, stop, grids[0], sums, *buffers, copies);
+        run_columns(p, c, width, at, stop, grids, sums, *buffers, copies, [&](int64_t channel, int64_t channels) {
+          run_rows(p, channel, channels, at, stop, grids, sums, *buffers, copies);
+        });
         continue;
       }
 #endif
@@ -364,39 +192,74 @@ template <class T> void contract_of(Plan& p, Windows& own, int64_t begin, int64_
   }
 }
 
-// Sizes that depend on the cells: where each channel's tables and sums begin, and fewer chunks where cells are so many
-// that the sums of all chunks would take more memory than the elements.
+// Of tables and sums, in bytes, beside as much as x has.
+constexpr int64_t kWorkspace = int64_t{8} << 20, kMostWorkspace = int64_t{1} << 30;
+
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+template <class A> void reserve(std::unique_ptr<A[]>& array, int64_t& room, int64_t size) {
+  if (size <= room && array) return;
+  array.reset();
+  array.reset(new A[room = size]);
+}
+
+// Channels from `first` on, as far as the workspace reaches, where their tables and sums begin, and their tasks.
 template <class T> void layout_of(Plan& p) {
   constexpr int P = Precision<T>::kPoints;
+  const int64_t x = p.channels * p.positions * size_of(p.x.type), workspace = std::min(x, kMostWorkspace) + kWorkspace;
   p.holds_base = std::all_of(p.bases.begin(), p.bases.end(), [](const Basis& b) { return b.cells.narrow; });
   p.table_offset.resize(p.channels);
   p.sum_offset.resize(p.channels);
   int64_t tables = 0, sums = 0;
-  for (int64_t c = 0; c < p.channels; ++c) {
-    const int64_t size = static_cast<int64_t>(p.bases[p.shared_basis ? 0 : c].cells.count) * P;
-    p.table_offset[c] = tables;
-    p.sum_offset[c] = sums;
+  const auto bytes = [&] { return tables * int64_t{sizeof(T)} + sums * int64_t{sizeof(double)}; };
+  for (p.last = p.first; p.last < p.channels && (p.last == p.first || bytes() < workspace); ++p.last) {
+    const int64_t size = static_cast<int64_t>(p.bases[p.shared_basis ? 0 : p.last].cells.count) * P;
+    p.table_offset[p.last] = tables;
+    p.sum_offset[p.last] = sums;
     tables += size * p.curves_count;
     sums += (size ? size : direct_sums(p)) * p.sums_count;
   }
-  p.sums_size = sums;
-  if (sums) {
-    p.chunks = std::clamp<int64_t>(p.channels * p.positions / sums, 1, p.chunks);
-    p.chunk = (p.positions + p.chunks - 1) / p.chunks;
+  if (const int64_t whole = p.first + (p.last - p.first) / kColumns * kColumns;
+      p.last < p.channels && p.first < whole && whole < p.last) {  // whole blocks, but for the last round
+    p.last = whole;
+    tables = p.table_offset[p.last];
+    sums = p.sum_offset[p.last];
   }
+  p.sums_size = sums;
+
+  // Tasks follow memory: a range of positions, all channels or some of many, and a few at least, for the threads to
+  // share. Each leaves sums of its own, so it must be long enough for those not to count.
+  const int64_t channels = p.last - p.first;
+  int64_t most_chunks = std::clamp<int64_t>(p.positions / 2048, 1, 256);
+  if (sums)
+    most_chunks = std::clamp<int64_t>((workspace - bytes()) / (sums * int64_t{sizeof(double)}) + 1, 1, most_chunks);
+  const int64_t wanted = ceil_div(8, most_chunks);
+  if (columns_fit(p)) {  // a block that is all of a row of memory is fetched as it lies, but permutes go by squares
+    const int64_t most = std::max<int64_t>(channels / kColumns, 1);
+    const int64_t blocks = permuted<T>(p, p.first) ? most : std::clamp(wanted, ceil_div(channels, kMostColumns), most);
+    p.block = ceil_div(most, blocks) * kColumns;
+    p.blocks = std::max<int64_t>(channels / p.block, 1);
+  } else {
+    p.block = ceil_div(channels, std::clamp(wanted, ceil_div(channels, 64), channels));
+    p.blocks = ceil_div(channels, p.block);
+  }
+  p.chunks = std::clamp<int64_t>(p.positions / 8192, ceil_div(8, p.blocks), 256);
+  p.chunks = std::clamp<int64_t>(p.chunks, 1, most_chunks);
+  p.chunk = ceil_div(p.positions, p.chunks);
+
   const int64_t all_channels = tables;
   for (int i = 0; i < p.products_count && !kScalar && std::is_same_v<T, float>; ++i)
     if (p.products[i].beneath.smooth()) {
       p.products[i].own_table = tables;
       tables += base_table(p.products[i].beneath).rows.size();
     }
-  p.tables.reset(new Line[tables * sizeof(T) / sizeof(Line) + 1]);
+  reserve(p.tables, p.tables_room, tables * int64_t{sizeof(T)} / int64_t{sizeof(Line)} + 1);
   for (int i = 0; i < p.products_count && tables > all_channels; ++i)
     if (const Product& u = p.products[i]; u.beneath.smooth()) {
       const std::vector<float>& rows = base_table(u.beneath).rows;
       std::copy(rows.begin(), rows.end(), reinterpret_cast<float*>(p.tables.get()) + u.own_table);
     }
-  p.partial.reset(new double[p.chunks * sums]);
+  reserve(p.partial, p.partial_room, p.chunks * sums);
 }
 
 void make_bases(Plan& p, int64_t begin, int64_t end) {

@@ -1,13 +1,16 @@
-// Tensors as rows of T: half precision, strides, squares of positions and channels.
+// Tensors as rows of T: half precision, strides.
 
 namespace kaf {
 namespace KAF_ISA {
 namespace {
 
-// Where channels are innermost in memory, they are handled by tiles of so many positions, as each has one copy of its
-// sums; kRow is from one channel's row to the next in their buffers, not a multiple of 4 KiB.
-constexpr int kColumnTile = kHeld / kCopies;
-constexpr int kRow = kColumnTile + 16;
+constexpr int kTile = 1024;                   // elements of one channel handled at a time
+constexpr int kColumnTile = kHeld / kCopies;  // positions where channels are innermost, as their sums have one copy
+
+template <class T> struct Buffers {
+  static constexpr int kSize = std::max(kTile, (kColumnTile + 1) * kFloats);
+  alignas(64) T x[kSize], grad[kSize], v_x[kSize], product[kTile], outputs[kMaxOutputs][kSize];
+};
 
 inline float to_float(uint16_t h, Type type) {
   uint32_t bits;
@@ -138,31 +141,6 @@ template <class T> void store_row(const Plan& p, const View& v, int64_t c, int64
 }
 
 #ifndef KAF_SCALAR
-
-// dst[j][i] = src[i][j] for kWidth rows and columns.
-inline void transpose(const float* src, int64_t src_stride, float* dst, int64_t dst_stride) {
-  for (int j = 0; j < V::kWidth; j += 4) {
-    V columns[4];
-    V::quads_of([&](int i) { return src + i * src_stride + j; }, columns);
-    for (int k = 0; k < 4; ++k) V::store(dst + (j + k) * dst_stride, columns[k]);
-  }
-}
-
-// Between kWidth positions, `step` elements apart in a tensor, of kWidth neighbouring channels, and rows[channel].
-inline void load_square(Type type, const char* src, int64_t step, float* rows) {
-  if (type == Type::f32) return transpose(reinterpret_cast<const float*>(src), step, rows, kRow);
-  alignas(64) float square[V::kWidth * V::kWidth];
-  for (int i = 0; i < V::kWidth; ++i)
-    V::store(square + i * V::kWidth, V::load_half(reinterpret_cast<const uint16_t*>(src) + i * step, type));
-  transpose(square, V::kWidth, rows, kRow);
-}
-inline void store_square(Type type, char* dst, int64_t step, const float* rows) {
-  if (type == Type::f32) return transpose(rows, kRow, reinterpret_cast<float*>(dst), step);
-  alignas(64) float square[V::kWidth * V::kWidth];
-  transpose(rows, kRow, square, V::kWidth);
-  for (int i = 0; i < V::kWidth; ++i)
-    V::store_half(reinterpret_cast<uint16_t*>(dst) + i * step, V::load(square + i * V::kWidth), type);
-}
 
 inline V load_lanes(Type type, const char* p) {
   return type == Type::f32 ? V::load(reinterpret_cast<const float*>(p))

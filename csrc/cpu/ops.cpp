@@ -127,24 +127,25 @@ void execute(Plan& p) {
   const Loops& l = loops();
   const int64_t uses = p.curves_count + p.sums_count;
   if (uses == 0) return;  // nobody asked for anything
-  const int64_t channels_at_once = p.shared_basis ? 64 / uses : 4;  // about 20 µs of work
+  const int64_t channels_at_once = p.shared_basis ? 16 / uses : 1;  // about 5 µs of work
   in_parallel(static_cast<int64_t>(p.bases.size()), channels_at_once,
               [&](int64_t b, int64_t e) { l.make_bases(p, b, e); });
-  l.layout(p);
-  in_parallel(p.channels, channels_at_once, [&](int64_t b, int64_t e) {
-    Windows windows;
-    l.make_tables(p, windows, b, e);
-  });
-  // About 16384 elements, or as many values of another kernel, are worth a thread.
-  const int64_t tasks = p.chunks * p.blocks, each = p.kernel == kGaussian ? 1 : p.dictionary_size;
-  in_parallel(tasks, std::max<int64_t>(1, tasks * 16384 / std::max<int64_t>(p.channels * p.positions * each, 1)),
-              [&](int64_t b, int64_t e) { l.run(p, b, e); });
-  if (!p.sums_count) return;
-  p.moments.resize(p.sums_count * p.channels * p.dictionary_size * (p.moment_degree + 1));
-  in_parallel(p.channels, channels_at_once, [&](int64_t b, int64_t e) {
-    Windows windows;
-    l.contract(p, windows, b, e);
-  });
+  if (p.sums_count) p.moments.resize(p.sums_count * p.channels * p.dictionary_size * (p.moment_degree + 1));
+  const auto by_channels = [&](const auto& f) {
+    in_parallel(p.last - p.first, channels_at_once, [&](int64_t b, int64_t e) {
+      Windows windows;
+      f(p, windows, p.first + b, p.first + e);
+    });
+  };
+  for (; p.first < p.channels; p.first = p.last) {
+    l.layout(p);
+    if (p.curves_count) by_channels(l.make_tables);
+    // About 4096 elements, or as many kernel values by another kernel, are worth a thread.
+    const int64_t tasks = p.chunks * p.blocks, each = p.kernel == kGaussian ? 1 : p.dictionary_size;
+    const int64_t work = std::max<int64_t>((p.last - p.first) * p.positions * each, 1);
+    in_parallel(tasks, std::max<int64_t>(1, tasks * 4096 / work), [&](int64_t b, int64_t e) { l.run(p, b, e); });
+    if (p.sums_count) by_channels(l.contract);
+  }
 }
 
 // The i-th sum over a term at point k of channel c.
@@ -293,11 +294,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> double_backward(
   if (need_grad) bound[count++] = {&p.outputs[0], &dgrad};
   if (need_x) bound[count++] = {&p.outputs[1], &dx};
   bound[count++] = {&p.x, &x};
-  if (v_x) bound[count++] = {&p.grad_x, &*v_x};
+  if (v_x) bound[count++] = {&p.v_x, &*v_x};
   if (need_x || need_sums) bound[count++] = {&p.grad, &grad};
   set_geometry(p, a, bound, count);
   if (need_grad) {
-    if (v_x) add_curve_of(p, 0, kGradX, 1, f1), put_beneath(p, a, 1, 0);
+    if (v_x) add_curve_of(p, 0, kVx, 1, f1), put_beneath(p, a, 1, 0);
     if (has_q || !v_x) add_curve_of(p, 0, kOne, q_degree, q);
   }
   if (need_x) {

@@ -76,6 +76,7 @@ struct Basis {
 // d^q exp(−γ d²) of one dictionary and bandwidth at the Chebyshev points of each cell, where it is not negligible.
 struct Windows {
   std::vector<int> begin, end;  // which points, for each cell
+  std::vector<int> row;         // the first one's row of values
   std::vector<double> values;   // [sum of windows][order + 1][kPoints], cell by cell
   std::vector<double> base;     // [products][cells][kPoints], coefficients of the bases that tables hold
 };
@@ -86,7 +87,7 @@ struct Order {  // of differentiation: n times in x and m times in γ
   int n = 0, m = 0;
 };
 
-enum Weight : int { kOne, kGrad, kGradX, kProduct };  // 1, g, v (the gradient of dx), v g
+enum Weight : int { kOne, kGrad, kVx, kProduct };  // 1, g, v, v g
 
 struct Product {  // output += weight · (curve(x) + base^(order)(x))
   int output, weight, curve;
@@ -105,7 +106,7 @@ struct Plan {
   int dims = 0;
   int64_t sizes[kMaxDims];
 
-  View x, grad, grad_x, outputs[kMaxOutputs];
+  View x, grad, v_x, outputs[kMaxOutputs];
   int products_count = 0, curves_count = 0, sums_count = 0;
   Product products[kMaxProducts];
   int sums[kMaxSums];  // weights, each to be summed against what curves are made of
@@ -129,16 +130,20 @@ struct Plan {
   // Made by the loops.
   bool holds_base = false;                   // whether tables hold smooth bases, except in the first and last cell
   Windows windows;                           // where the basis is shared
+  std::vector<double> moments;               // the result: [sums_count, C, D, moment_degree + 1]
+
+  // Rounds: as many channels at a time, [first, last), as have tables and sums in the workspace.
+  int64_t first = 0, last = 0;
   std::vector<int64_t> table_offset;         // [C], of a channel's first table
   std::vector<int64_t> sum_offset;           // [C], of a channel's first cell sums
   int64_t sums_size = 0;                     // of one chunk, all channels
+  int64_t tables_room = 0, partial_room = 0;
   std::unique_ptr<Line[]> tables;            // of T: [C][curves_count][cells][kPoints], or for permutes [kPoints][32];
                                              // after these, smooth bases in cells of their own
   std::unique_ptr<double[]> partial;         // [chunks][sums_size]
-  std::vector<double> moments;               // the result: [sums_count, C, D, moment_degree + 1], D as in the dictionary
 
-  // Tasks: chunks of positions × blocks of channels, fixed by shapes and cells so that results do not depend on
-  // threads.
+  // Tasks: chunks of positions × blocks of a round's channels, the last of which has all that are left. They are fixed
+  // by shapes and cells, so that results do not depend on threads.
   int64_t chunk = 0, chunks = 0, block = 0, blocks = 0;
   bool channels_inner = false;               // channels are innermost in memory
 };
@@ -147,7 +152,7 @@ struct Plan {
 struct Loops {
   const char* name;
   void (*make_bases)(Plan&, int64_t begin, int64_t end);                 // rows of bases
-  void (*layout)(Plan&);                                                 // once, after all bases
+  void (*layout)(Plan&);                                                 // of the round that begins with `first`
   void (*make_tables)(Plan&, Windows&, int64_t begin, int64_t end);      // channels; windows are the caller's to hold
   void (*run)(Plan&, int64_t begin, int64_t end);                        // tasks
   void (*contract)(Plan&, Windows&, int64_t begin, int64_t end);         // channels

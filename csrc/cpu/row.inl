@@ -111,6 +111,19 @@ struct Lanes {
         origin(V::set_int(0x4b400000 + g.first)),  // the bits of kMagic
         last(V::set_int(g.count - 1)) {}
 
+  // Each lane has the grid of its own that grid_of(l) is.
+  template <class F> explicit Lanes(F grid_of) : Lanes(grid_of(0)) {
+    alignas(64) float t[5][V::kWidth];
+    alignas(64) uint32_t cell[2][V::kWidth];
+    for (int l = 0; l < V::kWidth; ++l) {
+      const Grid<float>& g = grid_of(l);
+      t[0][l] = g.low, t[1][l] = g.high, t[2][l] = g.inverse, t[3][l] = g.width, t[4][l] = g.scale;
+      cell[0][l] = 0x4b400000 + g.first, cell[1][l] = g.count - 1;
+    }
+    low = V::load(t[0]), high = V::load(t[1]), inverse = V::load(t[2]), width = V::load(t[3]), scale = V::load(t[4]);
+    origin = V::load_int(cell[0]), last = V::load_int(cell[1]);
+  }
+
   // Place of x within its cell, and bits that end in the cell's index.
   inline V locate(V x, typename V::Int& bits) const {
     const V clamped = V::max(low, V::min(high, x));  // each returns its second operand where one is NaN
@@ -125,7 +138,7 @@ struct Lanes {
 };
 
 // Σ_m c_m v^m, lane l's coefficients from table + row[l] on.
-inline V polynomial_of(const float* table, const uint32_t* row, V v) {
+KAF_FN V polynomial_of(const float* table, const uint32_t* row, V v) {
   V c[8];
   V::quads_of([&](int l) { return table + row[l]; }, c);
   V::quads_of([&](int l) { return table + row[l] + 4; }, c + 4);
@@ -135,7 +148,7 @@ inline V polynomial_of(const float* table, const uint32_t* row, V v) {
   return y;
 }
 
-constexpr int kGroup = 256;  // elements whose places are found before they are used, so that loads do not wait for stores
+constexpr int kGroup = 256;  // elements whose places are found before their use, so that loads do not wait for stores
 
 // What lies beneath a curve, for the loops over it. add(y, x, row): the value y of the curve at x plus the base, of
 // which the curve's table may hold a part. place(x, v, row): what to add to the polynomial of `row` at v, both of which
@@ -157,11 +170,16 @@ struct Step {  // their first derivatives
 // The ramp that a table of a smooth base lacks, see half_ramp_cells.
 struct HalfRamp {
   typename V::Int first, span;
-  explicit HalfRamp(const Grid<float>& g) {
-    const auto cells = static_cast<int32_t>(half_ramp_cells(g.width));
-    first = V::set_int(8 * (-g.first - cells));
-    span = V::set_int(8 * 2 * cells);
+  explicit HalfRamp(const Grid<float>& g) : first(V::set_int(first_of(g))), span(V::set_int(span_of(g))) {}
+  // Each lane has the grid of its own that grid_of(l) is.
+  template <class F> explicit HalfRamp(F grid_of) {
+    alignas(64) uint32_t begin[V::kWidth], length[V::kWidth];
+    for (int l = 0; l < V::kWidth; ++l) begin[l] = first_of(grid_of(l)), length[l] = span_of(grid_of(l));
+    first = V::load_int(begin), span = V::load_int(length);
   }
+  static int32_t first_of(const Grid<float>& g) { return 8 * (-g.first - cells_of(g)); }
+  static int32_t span_of(const Grid<float>& g) { return 8 * 2 * cells_of(g); }
+  static int32_t cells_of(const Grid<float>& g) { return static_cast<int32_t>(half_ramp_cells(g.width)); }
   V at(V x, typename V::Int row) const {
     return V::select(V::within(row, first, span), V::mul(V::set(0.5f), x), V::max(V::set(0), x));
   }
@@ -169,10 +187,13 @@ struct HalfRamp {
 
 class Smooth {
  public:
-  Smooth(const Plan& p, const Product& u, const Grid<float>& g, const float* table, const Grid<float>& own)
-      : held_(p.holds_base), ramps_(u.beneath.order == 0), own_table_(tables_of<float>(p) + u.own_table), ramp_(g),
-        own_ramp_(own), lanes_(own), shift_(V::set_int(static_cast<int32_t>(own_table_ - table))),
-        first_(V::set_int(8)), span_(V::set_int(8 * (g.count - 3))), spoilt_(V::set(table[0])) {}
+  // A curve's cells end with `last`; its table begins `begin` floats after `table`, with the coefficient `spoilt`.
+  Smooth(const Plan& p, const Product& u, const Grid<float>& own, const HalfRamp& ramp, typename V::Int last,
+         const float* table, typename V::Int begin, V spoilt)
+      : held_(p.holds_base), ramps_(u.beneath.order == 0), own_table_(tables_of<float>(p) + u.own_table), ramp_(ramp),
+        own_ramp_(own), lanes_(own),
+        shift_(V::sub_int(V::set_int(static_cast<int32_t>(own_table_ - table)), begin)), first_(V::set_int(8)),
+        span_(V::sub_int(V::template shift_left<3>(last), V::set_int(16))), spoilt_(spoilt) {}
 
   V place(V x, V& v, typename V::Int& row) const {
     if (!held_) return value(x);
@@ -212,13 +233,18 @@ class Smooth {
   V spoilt_;                          // what is in the others: 0, or NaN in all of a curve that is not finite
 };
 
-// f(what lies beneath a curve with these cells and this table)
-template <class F> void choose_base(const Plan& p, const Product& u, const Grid<float>& g, const float* table, F f) {
-  const Beneath& b = u.beneath;
-  if (b.smooth()) f(Smooth(p, u, g, table, Grid<float>(base_table(b).cells)));
+// f(what lies beneath a curve), given smooth(own cells) for a smooth base.
+template <class S, class F> void choose_base(const Beneath& b, S smooth, F f) {
+  if (b.smooth()) f(smooth(Grid<float>(base_table(b).cells)));
   else if (b.base && b.order == 0) f(Ramp{V::set(floor_of<float>(b))});
   else if (b.base && b.order == 1) f(Step{V::set(floor_of<float>(b))});
   else f(NoBase{});
+}
+// The same, of a curve with these cells and this table.
+template <class F> void choose_base(const Plan& p, const Product& u, const Grid<float>& g, const float* table, F f) {
+  choose_base(u.beneath, [&](const Grid<float>& own) {
+    return Smooth(p, u, own, HalfRamp(g), V::set_int(g.count - 1), table, V::set_int(0), V::set(table[0]));
+  }, f);
 }
 
 // Places of a group of elements: v, where each one's row of coefficients begins, and what to add to its polynomial.
@@ -227,15 +253,16 @@ template <class Base> struct Places {
   alignas(64) float v[kGroup];
   alignas(64) uint32_t row[kGroup];
   alignas(64) float rest[kAdds ? kGroup : 1];
-  void find(const Lanes& lanes, const Base& base, int e, V x) {
+  // tables[l]: where lane l's table begins, in floats from the one given to value().
+  void find(const Lanes& lanes, const Base& base, int e, V x, typename V::Int tables = V::set_int(0)) {
     typename V::Int cell;
     V at = lanes.locate(x, cell);
     typename V::Int begin = lanes.offset(cell);
     if constexpr (kAdds) V::store(rest + e, base.place(x, at, begin));
     V::store(v + e, at);
-    V::store_int(row + e, begin);
+    V::store_int(row + e, V::add_int(begin, tables));
   }
-  V value(int e, const float* table) const {
+  KAF_FN V value(int e, const float* table) const {
     const V y = polynomial_of(table, row + e, V::load(v + e));
     if constexpr (kAdds) return V::add(y, V::load(rest + e));
     return y;
@@ -353,10 +380,10 @@ void eval_vector(const Grid<float>& g, const float* table, const Base& base, con
 // made for a whole group before they are added, so that loads do not wait for stores.
 class Spreader {
  public:
-  explicit Spreader(const Grid<float>& g) : lanes_(g) { forget(); }
+  explicit Spreader(const Lanes& lanes) : lanes_(lanes) { forget(); }
   const Lanes& lanes() const { return lanes_; }
 
-  // tables[l]: where lane l's table begins, in bytes from the base given to add(). Returns the places of x in their cells.
+  // tables[l]: where lane l's table begins, in bytes from the base given to add(). Returns x's places in their cells.
   V prepare(int e, V x, V w, typename V::Int tables, typename V::Int& cell) {
     const V v = lanes_.locate(x, cell), v2 = V::mul(v, v), wv = V::mul(w, v);
     V::store_quads(quads_ + 4 * e, w, wv, V::mul(w, v2), V::mul(wv, v2));
@@ -374,13 +401,22 @@ class Spreader {
         V::add_row(base + offset_[e + 4 * l + i], quads_ + 4 * e + i * V::kWidth + 4 * l, fourth_ + e + 4 * l + i);
   }
 
-  // Calls f(begin, end) with the part of each table, in floats, that was added to since this was last called.
-  template <class F> void used(F f) {
+  // Calls f(lane, begin, end) with the part of each lane's table, in floats, that was added to since the last call.
+  template <class F> void used_by_lane(F f) {
     uint32_t low[V::kWidth], high[V::kWidth];
     V::store_int(low, lowest_);
     V::store_int(high, highest_);
     forget();
-    f(8 * int64_t{*std::min_element(low, low + V::kWidth)}, 8 * int64_t{*std::max_element(high, high + V::kWidth)} + 8);
+    for (int l = 0; l < V::kWidth; ++l) f(l, 8 * int64_t{low[l]}, 8 * int64_t{high[l]} + 8);
+  }
+  // The same for all lanes together: f(begin, end).
+  template <class F> void used(F f) {
+    int64_t from = std::numeric_limits<int64_t>::max(), to = 0;
+    used_by_lane([&](int, int64_t low, int64_t high) {
+      from = std::min(from, low);
+      to = std::max(to, high);
+    });
+    f(from, to);
   }
 
  private:
@@ -403,7 +439,7 @@ void spread_vector(const Grid<float>& g, const float* x, const float* w, int64_t
   constexpr int W = V::kWidth;
   const int64_t size = static_cast<int64_t>(g.count) * 8;
   const auto tables = V::steps(static_cast<int32_t>(size * 4), kCopies);
-  Spreader spreader(g);
+  Spreader spreader{Lanes(g)};
   for (int64_t begin = 0; begin < n; begin += kGroup) {
     const int length = static_cast<int>(std::min<int64_t>(n - begin, kGroup));
     // Loaded again for each group, as adding takes the registers.

@@ -284,14 +284,7 @@ template <int Count> void set_geometry(Plan& p, const Arguments& a, const Bound 
     view.channel_stride = channel < 0 ? 0 : strides[t][channel];
   }
   p.float64 = a.type == Type::f64;
-  // Tasks follow memory: a range of positions, all channels or some of many. Each leaves its own cell sums, so it must
-  // be long enough for those not to count; a few at least, for the threads to share.
   p.channels_inner = p.channels > 1 && p.x.channel_stride == 1 && p.x.strides[p.dims - 1] != 1;
-  p.block = p.channels_inner ? 32 : 64;
-  p.blocks = (p.channels + p.block - 1) / p.block;
-  p.chunks = std::clamp<int64_t>(p.positions / 8192, (8 + p.blocks - 1) / p.blocks, 256);
-  p.chunks = std::clamp<int64_t>(p.positions / 1024, 1, p.chunks);
-  p.chunk = (p.positions + p.chunks - 1) / p.chunks;
 }
 
 }  // namespace

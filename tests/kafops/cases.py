@@ -218,6 +218,15 @@ def _cases() -> list[Case]:
           for name in ("contiguous", "channels_last") for dtype in (F32, F16)),
         Case(shape=(2, 16, 30, 30), layout="channels_last", dtype=F16),
         Case(shape=(2, 70, 4, 5), layout="channels_last", dtype=BF16, free=True),
+        # Channels side by side in memory: any number of them, each with cells of its own, in tiles of positions.
+        *(Case(shape=(3, c, 5, 11), size=5, layout="channels_last", grad_layout="channels_last")
+          for c in (1, 2, 3, 7, 8, 15, 17, 20, 24, 40, 48, 100)),
+        *(Case(shape=(3, c, 5, 11), size=5, layout=name, grad_layout=name, varied=v, free=f, dtype=dtype)
+          for c, dtype in ((24, F32), (20, F32), (20, BF16), (20, F16))
+          for name in ("channels_last", "contiguous") for v, f in ((True, False), (False, True), (True, True))),
+        *(Case(shape=(3, 20, 5, 11), size=5, layout=a, grad_layout=b, varied=True) for a, b in
+          (("channels_last", "contiguous"), ("channels_last", "expanded"), ("cropped_channels_last",) * 2)),
+        *(Case(shape=(165, c), size=5, varied=v) for c in (4, 20, 33) for v in (False, True)),
         # Dictionaries.
         *(Case(size=d, spacing=t, free=f) for d in SIZES for t in SPACINGS for f in (False, True)),
         *(Case(size=d, spacing=t, free=f, dtype=F64, parameter_dtype=F64)

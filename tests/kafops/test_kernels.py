@@ -85,6 +85,35 @@ def test_values(case):
     assert all(torch.equal(a, b) for a, b in zip(before, (*p.arguments.values(), p.grad), strict=True))
 
 
+ON_CPU_KERNELS = pytest.mark.skipif(GPU_KERNELS, reason="what the CPU kernels do")
+
+
+@ON_CPU_KERNELS
+@pytest.mark.parametrize("layout", ["channels_last", "cropped_channels_last", "transposed", "every_other_channel_last"])
+@pytest.mark.parametrize("channels", [4, 8, 20, 40])
+@pytest.mark.parametrize("varied", [False, True], ids=["equal", "varied"])
+def test_an_element_is_the_same_in_every_layout(varied, channels, layout):
+    p = Case((3, channels, 9, 17), size=5, varied=varied).problem()
+    x, grad = (LAYOUTS[layout](t) for t in (p.x, p.grad))
+    assert torch.equal(call(replace(p, x=x)), call(p))
+    got, wanted = (ops.kaf_backward(q.grad, *op_arguments(q), Needs.X)[0] for q in (replace(p, x=x, grad=grad), p))
+    assert torch.equal(got, wanted)
+
+
+@ON_CPU_KERNELS
+@pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
+def test_half_precision_is_rounded_to_nearest_even(dtype):
+    """At its only point a curve is alpha, in float32 exactly: on ties, at the ends of the range, below normal numbers."""
+    one, tiny = 1.0, torch.finfo(dtype).smallest_normal
+    ulp = torch.finfo(dtype).eps
+    alpha = [one + ulp / 2, one + 3 * ulp / 2, one + ulp * 0.501, one + ulp * 0.499, -one - ulp / 2, 65504, 65519.99]
+    alpha += [65520, -65520, 3e38, math.inf, tiny * (1 + ulp / 2), tiny * ulp / 2, tiny * ulp * 3 / 2, tiny * (1 - ulp / 2)]
+    alpha = tensor(alpha)[:, None]
+    for x in (torch.zeros(len(alpha), 24, dtype=dtype).t(), torch.zeros(24, len(alpha), dtype=dtype)):
+        y = kafops.kaf(x, alpha, tensor([1.0]))
+        assert torch.equal(y, alpha[:, 0].to(dtype).expand_as(x)), "contiguous" if x.is_contiguous() else "strided"
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_one_node_by_hand(dtype):
     # γ = ln 2, so K = 2^-x²: 1, 1/2, 1/16 at 0, 1, -2
@@ -227,6 +256,25 @@ def test_many_cells():
     p.dictionary[:, 0] = 900.0
     p.x[:2] = 900.0
     assert_exact(replace(p, gamma=torch.full_like(p.gamma, 1.67)))
+
+
+@pytest.mark.parametrize("layout", ["contiguous", "transposed"])
+def test_many_cells_in_many_channels(layout):
+    """Tables and sums of so many channels do not fit into the workspace at once."""
+    p = Case((2500, 40), layout=layout, grad_layout=layout, size=5, spacing=2e5, varied=True).problem()
+    p.x[::2] = (p.x[::2] / 1.5).round() * 1.5 + p.x[::2] * 1e-3  # within the reach of a point
+    got = values(p, kafops)
+    assert_exact(p, {name: got[name] for name in ("y", "backward x", "backward alpha")})
+
+
+@pytest.mark.parametrize("channels", [5, 20])
+def test_channels_without_a_table_among_others(channels):
+    """A bandwidth that no table can hold, in one of several channels that lie side by side."""
+    p = Case((300, channels), size=5, varied=True).problem()
+    p.gamma[3] = 1e12
+    p.x[:40, 3] = 3
+    got = values(p, kafops)
+    assert_exact(p, {name: got[name] for name in ("y", "backward x", "backward alpha")})
 
 
 @pytest.mark.parametrize("size", [2, 5, 20])
@@ -399,6 +447,8 @@ def test_gamma_of_zero_is_a_constant_curve():
         Case((8, 33, 50, 50), size=5),
         Case((8, 33, 50, 50), size=5, layout="channels_last", free=True, varied=True),
         Case((8, 33, 50, 50), size=5, layout="channels_last", dtype=BF16),
+        Case((8, 20, 50, 50), size=5, layout="channels_last", grad_layout="channels_last", varied=True),
+        Case((2500, 40), size=5, spacing=2e5, varied=True),  # of so many cells that they take several rounds
         Case((8, 33, 50, 50), size=5, layout="cropped", grad_layout="transposed"),
         Case((2, 300, 9), size=5, dtype=F64, varied=True),
         Case((300_000,), shared=ALL_SHARED, dtype=F16),
