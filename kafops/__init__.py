@@ -6,9 +6,10 @@ from kafops import ops as ops  # defines the schemas before any backend register
 from kafops import backends, bases, bounds, init, kernels, reference
 from kafops.backends import backend
 from kafops.compiled import library
-from kafops.convert import Replacement, ReplacementReport, replace_activations
+from kafops.convert import replace_activations
 from kafops.functional import kaf, kaf_free
 from kafops.modules import KAF, KAF1d, KAF2d, KAF3d, LazyKAF, LazyKAF1d, LazyKAF2d, LazyKAF3d
+from kafops.replacements import Replacement, ReplacementReport
 
 __version__ = "0.1.0"
 

@@ -2,9 +2,9 @@
 
 import inspect
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
-from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -12,11 +12,18 @@ from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from kafops import sites_by_example, sites_by_graph
-from kafops.sites import Findings, Use, is_activation, unchanged
+from kafops.plans import Site, listed, make_plan
+from kafops.replacements import Moved, Replacement, ReplacementReport
+from kafops.sites import Findings, Place, Targets, qualified_name, unchanged
 
-__all__ = ["DEFAULT_TARGETS", "Replacement", "ReplacementReport", "replace_activations"]
+__all__ = ["DEFAULT_TARGETS", "replace_activations"]
 
-DEFAULT_TARGETS: tuple[type[nn.Module], ...] = (
+_TIMM = ("GELU", "GELUTanh", "HardMish", "HardSwish", "Mish", "QuickGELU", "Swish")
+_TIMM_ME = ("HardMishMe", "HardSwishMe", "MishMe", "SwishMe")
+_TRANSFORMERS = ("AccurateGELU", "ClippedGELU", "FastGELU", "GELU", "Laplace", "Mish", "NewGELU", "QuickGELU",
+                 "ReLUSquared", "SiLU")  # fmt: skip
+
+DEFAULT_TARGETS: tuple[type[nn.Module] | str, ...] = (
     nn.ReLU,
     nn.ReLU6,
     nn.LeakyReLU,
@@ -27,6 +34,11 @@ DEFAULT_TARGETS: tuple[type[nn.Module], ...] = (
     nn.SiLU,
     nn.Mish,
     nn.Hardswish,
+    *(f"timm.layers.activations.{name}" for name in _TIMM),
+    *(f"timm.layers.activations_me.{name}" for name in _TIMM_ME),
+    *(f"transformers.activations.{name}Activation" for name in _TRANSFORMERS),
+    "transformers.activations.GELUTanh",
+    "transformers.activations.PytorchGELUTanh",
 )
 
 # Matched by name along the class hierarchy, since importing these classes is slow and some builds of torch lack them.
@@ -39,139 +51,125 @@ _FINISHED_FORMS = {
     "FSDPModule": "fully_shard",
 }
 
-
-@dataclass(frozen=True)
-class Replacement:
-    """One activation module that was replaced.
-
-    Attributes:
-        names: qualified names it is registered under; several where the model holds the same object more than once.
-        old: the module that was taken out.
-        new: the module that is now there.
-        channels: size of dimension 1 of its input.
-        rank: number of dimensions of its input: 2 for [N, C], 4 for [N, C, H, W].
-        uses: calls per forward pass; all of them use the same new module.
-    """
-
-    names: tuple[str, ...]
-    old: nn.Module
-    new: nn.Module
-    channels: int
-    rank: int
-    uses: int
-
-
-class ReplacementReport(list[Replacement]):
-    """The replacements made, in the order in which the model registers them; `str()` gives a table.
-
-    Attributes:
-        left: qualified name and class name of each other activation module, which stayed as it was.
-    """
-
-    def __init__(self, replacements: Iterable[Replacement], left: Iterable[tuple[str, str]] = ()) -> None:
-        super().__init__(replacements)
-        self.left = list(left)
-
-    def __str__(self) -> str:
-        header = ("site", "old → new", "channels", "rank", "uses")
-        rows = [(", ".join(r.names), _change(r), str(r.channels), str(r.rank), str(r.uses)) for r in self]
-        widths = [max(len(row[i]) for row in (header, *rows)) for i in range(len(header))]
-        lines = [_aligned(row, widths) for row in (header, *rows)]
-        lines.append(f"activation modules replaced: {len(self)}")
-        if any(r.uses > 1 for r in self):
-            lines.append("uses > 1: one module, so the same curves, at each of its uses in a forward pass")
-        if self.left:
-            kinds = Counter(kind for _, kind in self.left)
-            lines.append("left as they were: " + ", ".join(f"{n} {kind}" for kind, n in kinds.items()))
-        return "\n".join(lines)
-
-    __repr__ = __str__
+_LIKE_ACTIVATIONS = ("act", "elu", "swish", "mish", "silu", "tanh", "sigmoid", "softplus", "softsign", "glu", "snake")
 
 
 def replace_activations(
     model: nn.Module,
     factory: Callable[..., nn.Module],
-    targets: type[nn.Module] | tuple[type[nn.Module], ...] = DEFAULT_TARGETS,
+    targets: type[nn.Module] | str | Iterable[type[nn.Module] | str] = DEFAULT_TARGETS,
     example_input: Any = None,
+    *,
+    channel_dim: int | Mapping[str, int] | None = None,
+    skip: str | Iterable[str] = (),
+    base: str | None = None,
+    fit: bool = False,
 ) -> ReplacementReport:
-    """Replace the activation modules of a model, in place, by modules made for the width and rank of each site.
+    """Replace the activations of a model, in place, by modules made for the channels of each.
 
-    Either every site is replaced or, on an error, none. All other modules, parameters, buffers and hooks stay the
-    objects they were. A new module takes over the device of its site and the training flag of the old module, nothing
-    else: hooks on an old module go with it. One module object used several times per forward is replaced by one new
-    module, provided that all its uses see the same width and rank. Make the optimizer afterwards: one made before
-    does not know the new parameters.
+    An activation is a module, or the call of a function or method that computes what a target does, as F.relu(x) or
+    x.relu(). Either every one is replaced or, on an error, none. All other modules, parameters, buffers and hooks stay
+    the objects they were. A new module takes over the device of its site and the training flag of the old module,
+    nothing else: hooks on an old module go with it. Make the optimizer afterwards: one made before does not know the
+    new parameters.
 
-    Channels are dimension 1, as in PyTorch. Their number is found by one forward pass on `example_input`, in eval mode
-    and without gradients, which leaves the model, the input and the random generators as they were (except for
-    parameters, or tensors held outside of buffers, that a forward changes in place). Without `example_input` it is
-    read off the code with torch.fx, as far as it is certain there: after a convolution (on batched input), a norm, or
-    a linear layer whose input is a matrix, which the model's own input is taken to be.
+    One module object used several times per forward is replaced by one new module where all its uses have the same
+    width, else by one for each name it has, or for each call: the `relu` of a ResNet's Bottleneck becomes `relu`,
+    `relu_2` and `relu_3`. A function becomes a child of the module whose forward calls it, by the function's name. For
+    these a forward is rewritten: traced by torch.fx with its children as leaves, in training and in eval mode, and put
+    into a subclass of the module's class that can be copied and pickled. The settings that such a forward reads of its
+    module cannot be changed from then on. Where it cannot be traced, a repeated module becomes one with a curve for
+    each width.
+
+    The channels are the dimension that the layer before made or normalises: 1 after a convolution, the last after a
+    linear layer, followed through permutes and reshapes. This is seen in a forward pass on `example_input`, without
+    gradients, in eval mode and in training mode, which leaves the model, the input and the random generators as they
+    were (except for parameters, or tensors held outside of buffers, that a forward changes in place). Without
+    `example_input` it is read off the code with torch.fx, as far as it is certain there: after a convolution (on
+    batched input), a norm, or a linear layer whose input is a matrix, which the model's own input is taken to be.
 
     Args:
-        model: any module that holds activations as submodules, not yet compiled, scripted, or wrapped for parallel use.
-        factory: called as `factory(channels)`, or `factory(channels, rank=rank)` where it has a parameter named
-            `rank`; returns the new module. `kafops.KAF` takes every rank; `kafops.KAF2d` suits models whose sites are
-            all [N, C, H, W]; settings go in through `functools.partial` or a lambda. Each new module is tried on a
-            small tensor of zeros before the model is touched.
-        targets: classes to replace, matched exactly: nn.Hardtanh does not match its subclass nn.ReLU6. By default
-            ReLU, ReLU6, LeakyReLU, ELU, CELU, SELU, GELU, SiLU, Mish and Hardswish; not Sigmoid, Tanh and their like,
-            which mostly serve as gates and outputs.
+        model: any module that holds activations, not yet compiled, scripted, or wrapped for parallel use.
+        factory: makes the new module: called with the number of channels, and by name with what it has parameters for:
+            `channel_dim` (1, or counted from the end), `rank`, `old` (the module or function that was there) and `site`
+            (its name). `kafops.KAF` takes every site; `kafops.KAF2d` suits models whose sites are all [N, C, H, W];
+            settings go in through `functools.partial` or a lambda. Each new module is tried on small tensors of zeros
+            before the model is touched.
+        targets: classes to replace, or their qualified names, matched exactly: nn.Hardtanh does not match its subclass
+            nn.ReLU6. By default ReLU, ReLU6, LeakyReLU, ELU, CELU, SELU, GELU, SiLU, Mish and Hardswish of torch, and
+            those of timm and transformers; not Sigmoid, Tanh and their like, which mostly serve as gates and outputs.
         example_input: a tensor, a tuple of positional or a mapping of keyword arguments; anything else is passed to
             the model as its only argument.
+        channel_dim: where the channels are: a mapping from names of sites to dimensions, or one number for all sites
+            where it cannot be told. A factory that makes curves shared by all, as lambda channels: kafops.KAF(1), does
+            not need it.
+        skip: qualified names of modules to leave alone, with all that is in them.
+        base: passed on to the factory where given. "same" makes each site start as exactly what it was: see
+            `kafops.KAF`.
+        fit: passed on with base="same": fits, rather than keeps, what is no base.
 
     Returns:
-        A list of `Replacement`, one for each module object replaced; `print` shows it as a table.
+        A list of `Replacement`, one for each new module; `print` shows it as a table.
 
     Raises:
-        TypeError: an argument has the wrong type, or the factory returns no module.
-        ValueError: there is nothing to replace, or the model has what cannot be replaced: a functional call such as
-            F.relu(x), one module used at different widths, a site that the forward pass does not reach, channels in
-            another dimension than 1 or in one that cannot be told, a lazy module, a compiled or wrapped model; or the
-            factory's module does not fit its site.
+        TypeError: an argument has the wrong type, or the factory returns no module or has no parameter `base`.
+        ValueError: there is nothing to replace, or the model has what cannot be replaced: a site that is not reached,
+            or has channels in a dimension that cannot be told; an activation in place whose input is read again, which
+            a new module would not overwrite; a functional call in a forward that cannot be traced; a lazy module, a
+            compiled or wrapped model; or the factory's module does not fit its site.
         Exception: whatever the model raises on `example_input`, or the factory when called.
 
     Example:
         >>> model = torchvision.models.resnet18()
-        >>> report = kafops.replace_activations(model, partial(kafops.KAF, init="relu"))
+        >>> report = kafops.replace_activations(model, kafops.KAF, example_input=images, base="same")
         >>> print(report)
         site           old → new   channels  rank  uses
         relu           ReLU → KAF        64     4     1
         layer1.0.relu  ReLU → KAF        64     4     2
         ...
     """
-    targets = _checked_targets(targets)
-    _check_factory(factory)
-    _check_model(model, targets)
-    sites = _find_sites(model, targets)
-    if not sites:
-        wanted = ", ".join(t.__name__ for t in targets)
-        raise ValueError(
-            f"{type(model).__name__} holds no module whose class is one of the targets: {wanted} (a "
-            "functional call such as F.relu(x) is no module, and cannot be replaced)"
-        )
+    wanted = _checked_targets(targets)
+    factory = _checked_factory(factory, base, fit)
+    _check_model(model, wanted)
+    skip = {skip} if isinstance(skip, str) else set(skip)
+    skipped = _skipped(model, skip)
+    places = _find_places(model, wanted, skipped)
     if example_input is None:
-        findings = sites_by_graph.find_uses(model, sites, targets)
+        findings = sites_by_graph.find_uses(model, places, wanted, skipped)
     else:
-        findings = sites_by_example.find_uses(model, sites, targets, example_input)
-    uses = _agreed_uses(sites, findings, example_input is not None)
-    replacements = [_make_replacement(factory, module, sites[module], uses[module]) for module in sites]
-    for r in replacements:
-        for name in r.names:
-            parent, _, child = name.rpartition(".")
-            model.get_submodule(parent)._modules[child] = r.new
-    return ReplacementReport(replacements, _others(model, {r.new for r in replacements}, targets))
+        findings = sites_by_example.find_uses(model, places, wanted, skipped, example_input)
+    if not findings.uses and not places:
+        raise ValueError(_nothing_found(model, wanted))
+    _check_reached(places, findings, example_input is not None)
+    plan = make_plan(model, places, wanted, findings.uses, skip, channel_dim)
+    replacements = [_make_replacement(factory, site) for site in plan.sites]
+    undo = plan.install([r.new for r in replacements])
+    moved = None
+    if example_input is not None:
+        try:
+            moved = Moved.between(findings.outputs, sites_by_example.outputs(model, example_input))
+        except BaseException:
+            undo()
+            raise
+    left = _others(model, {r.new for r in replacements}, wanted)
+    remarks = plan.remarks
+    if findings.not_run_in_training:
+        remarks.append(f"not looked at in training mode, in which the example fails: {findings.not_run_in_training}")
+    return ReplacementReport(replacements, left, moved, remarks)
 
 
-def _checked_targets(targets: Any) -> tuple[type[nn.Module], ...]:
-    targets = tuple(targets) if isinstance(targets, (tuple, list, set, frozenset)) else (targets,)
-    for t in targets:
-        if not (isinstance(t, type) and issubclass(t, nn.Module)):
-            raise TypeError(f"targets must be module classes such as nn.ReLU, got {t!r}")
-    return targets
+# ------------------------------------------------------------------------------------------------------ the arguments
 
 
-def _check_factory(factory: Any) -> None:
+def _checked_targets(targets: Any) -> Targets:
+    kinds = tuple(targets) if isinstance(targets, (tuple, list, set, frozenset)) else (targets,)
+    for t in kinds:
+        if not isinstance(t, str) and not (isinstance(t, type) and issubclass(t, nn.Module)):
+            raise TypeError(f"targets must be module classes such as nn.ReLU, or their qualified names, got {t!r}")
+    return Targets(kinds)
+
+
+def _checked_factory(factory: Any, base: str | None, fit: bool) -> Callable[..., nn.Module]:
     if isinstance(factory, nn.Module):
         raise TypeError(
             f"factory must be a callable that makes a module for a number of channels, such as kafops.KAF; got a "
@@ -179,12 +177,29 @@ def _check_factory(factory: Any) -> None:
         )
     if not callable(factory):
         raise TypeError(f"factory must be callable, got {type(factory).__name__}")
+    given = {name: value for name, value in (("base", base), ("fit", fit or None)) if value is not None}
+    if not given.keys() <= _asked_for(factory):
+        raise TypeError(f"factory must have a parameter named {' and '.join(given)} to be given one, as kafops.KAF has")
+    return partial(factory, **given) if given else factory
 
 
-def _check_model(model: nn.Module, targets: tuple[type[nn.Module], ...]) -> None:
+def _asked_for(factory: Callable[..., Any]) -> set[str]:
+    """Return the names of the parameters that may be given by name, and are not yet."""
+    try:
+        parameters = inspect.signature(factory).parameters
+    except (TypeError, ValueError):  # no signature to be had, as for some builtins
+        return set()
+    given: set[str] = set()
+    while isinstance(factory, partial):
+        given |= factory.keywords.keys()
+        factory = factory.func
+    return {name for name, p in parameters.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)} - given
+
+
+def _check_model(model: nn.Module, targets: Targets) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
-    if type(model) in targets:
+    if targets.match(model):
         raise ValueError(
             f"model is itself a {type(model).__name__}, and no module holds it in which it could be replaced; use "
             "the factory's module instead of it"
@@ -208,120 +223,141 @@ def _is_lazy(module: nn.Module) -> bool:
     return any(t is not None and is_lazy(t) for t in tensors)
 
 
-def _find_sites(model: nn.Module, targets: tuple[type[nn.Module], ...]) -> dict[nn.Module, list[str]]:
-    """Return each target module with all names it is registered under; one inside another is part of the outer one."""
-    sites: dict[nn.Module, list[str]] = {}
+def _skipped(model: nn.Module, skip: set[str]) -> set[nn.Module]:
+    """Return the modules to leave alone; the sites of functions have names, but are no modules yet."""
+    modules = dict(model.named_modules(remove_duplicate=False))
+    return {inner for name in skip & modules.keys() for inner in modules[name].modules()}
+
+
+def _find_places(model: nn.Module, targets: Targets, skipped: set[nn.Module]) -> list[Place]:
+    """Return where target modules are registered; one inside another is part of the outer one."""
+    found: dict[tuple[nn.Module, str], list[str]] = {}
     outer: tuple[str, ...] = ()
     for name, module in model.named_modules(remove_duplicate=False):
-        if type(module) in targets and not name.startswith(outer):
-            if isinstance(model.get_submodule(name.rpartition(".")[0]), nn.TransformerEncoderLayer):
+        if not targets.match(module) or name.startswith(outer):
+            continue
+        path, _, child = name.rpartition(".")
+        parent = model.get_submodule(path)
+        if module not in skipped:
+            if isinstance(parent, nn.TransformerEncoderLayer):
                 raise ValueError(
                     f"{name} belongs to an nn.TransformerEncoderLayer, which computes a {type(module).__name__} by "
                     "itself in eval mode, whatever module is there"
                 )
-            sites.setdefault(module, []).append(name)
-            outer = (*outer, name + ".")
-    return sites
+            found.setdefault((parent, child), []).append(name)
+        outer = (*outer, name + ".")
+    return [Place(p, child, tuple(names), p._modules[child]) for (p, child), names in found.items()]  # type: ignore[arg-type]
 
 
-def _agreed_uses(
-    sites: dict[nn.Module, list[str]], findings: Findings, has_example: bool
-) -> dict[nn.Module, list[Use]]:
-    """Group the uses by module, and raise unless each can be replaced."""
-    if findings.functional_calls:
-        raise ValueError(
-            "the model computes activations by functional calls, which cannot be replaced from outside:\n"
-            f"{_listed(findings.functional_calls)}\n"
-            "make each an nn.Module attribute (self.act = nn.ReLU()) and call that; or convert only submodules without "
-            "such calls; or narrow targets"
-        )
-    uses: dict[nn.Module, list[Use]] = {m: [] for m in sites}
-    for use in findings.uses:
-        uses[use.module].append(use)
-    unreached = [", ".join(sites[m]) for m, found in uses.items() if not found]
-    if unreached:
-        seen = "the forward pass on example_input (in eval mode)" if has_example else "the forward pass (in eval mode)"
-        raise ValueError(
-            f"{seen} does not call these modules:\n{_listed(unreached)}\n"
-            "delete them if they are unused, pass an example_input that reaches them, or convert the submodules that "
-            "are in use"
-        )
-    problems = [f"{sites[u.module][0]} {u.problem}, in {u.where}" for u in findings.uses if u.problem]
-    if problems:
-        advice = (
-            "leave these out by converting the other submodules, or replace them by hand"
-            if has_example
-            else "pass example_input, an input to run the model on"
-        )
-        raise ValueError(f"the channels cannot be taken from dimension 1 at:\n{_listed(problems)}\n{advice}")
-    for module, found in uses.items():
-        _check_agreement(sites[module], found)
-    return uses
-
-
-def _check_agreement(names: list[str], uses: list[Use]) -> None:
-    if len({(u.channels, u.rank, u.device) for u in uses}) == 1:
-        return
-    calls = [f"{u.channels} channels, rank {u.rank}, on {u.device}, in {u.where}" for u in uses]
-    raise ValueError(
-        f"one {type(uses[0].module).__name__} object ({', '.join(names)}) is used at sites that differ:\n"
-        f"{_listed(calls)}\ngive each width a module of its own (self.act1 = nn.ReLU(), self.act2 = nn.ReLU())"
+def _nothing_found(model: nn.Module, targets: Targets) -> str:
+    seen = Counter(qualified_name(type(m)) for m in model.modules() if _looks_like_an_activation(m))
+    there = "; it has " + ", ".join(f"{n} {kind}" for kind, n in seen.items()) if seen else ""
+    return (
+        f"{type(model).__name__} holds no module whose class is one of the targets, and calls none of their functions: "
+        f"{targets}{there}"
     )
 
 
-def _make_replacement(
-    factory: Callable[..., nn.Module], old: nn.Module, names: list[str], uses: list[Use]
-) -> Replacement:
-    use = uses[0]
-    new = factory(use.channels, rank=use.rank) if _takes_rank(factory) else factory(use.channels)
+def _looks_like_an_activation(module: nn.Module) -> bool:
+    kind = qualified_name(type(module)).lower()
+    named = "torch.nn.modules.activation" in kind or any(part in kind.rpartition(".")[2] for part in _LIKE_ACTIVATIONS)
+    return named and not list(module.children()) and not isinstance(module, nn.MultiheadAttention)
+
+
+# --------------------------------------------------------------------------------------------------- the new modules
+
+
+def _check_reached(places: list[Place], findings: Findings, has_example: bool) -> None:
+    reached = {u.activation for u in findings.uses if u.place}
+    unreached: dict[nn.Module, list[str]] = {}
+    for p in places:
+        if p.module not in reached:
+            unreached.setdefault(p.module, []).extend(p.names)
+    if not unreached:
+        return
+    seen = "the forward pass on example_input (in eval mode)" if has_example else "the forward pass (in eval mode)"
+    why = findings.not_run_in_training
+    raise ValueError(
+        f"{seen} does not call these modules:\n{listed(', '.join(names) for names in unreached.values())}\n"
+        + (f"in training mode it fails: {why}\n" if why else "")
+        + "delete them if they are unused, pass an example_input that reaches them, or leave them alone by skip="
+    )
+
+
+def _make_replacement(factory: Callable[..., nn.Module], site: Site) -> Replacement:
+    use = site.uses[0]
+    known = use.channel_dim is not None
+    channels = use.channels if known else max(2, use.shape[-1])
+    offered = {
+        "channels": channels,
+        "channel_dim": site.channel_dim,
+        "rank": use.rank,
+        "old": site.old,
+        "site": site.names[0],
+    }
+    asked = _asked_for(factory)
+    by_name = {name: value for name, value in offered.items() if name in asked}
+    new = factory(**by_name) if "channels" in asked else factory(channels, **by_name)
     if not isinstance(new, nn.Module):
-        raise TypeError(f"factory({use.channels}) must return an nn.Module, got {type(new).__name__}")
+        raise TypeError(f"factory({channels}) must return an nn.Module, got {type(new).__name__}")
     new = new.to(use.device)
-    _try_out(new, names[0], use)
-    return Replacement(tuple(names), old, new.train(old.training), use.channels, use.rank, len(uses))
+    if known:
+        _try_out(new, site)
+    else:
+        _check_shared(new, site)
+    training = site.old.training if isinstance(site.old, nn.Module) else use.holder.training
+    return Replacement(
+        site.names, site.old, new.train(training), use.channels, use.rank, len(site.uses), site.channel_dim
+    )
 
 
-def _takes_rank(factory: Callable[..., nn.Module]) -> bool:
+def _try_out(new: nn.Module, site: Site) -> None:
+    """Raise unless the new module maps small tensors of its site's width, rank and dtype to others of their shape.
+
+    Two, of which only the width is the same, so that no module of the size of anything else gets through.
+    """
+    use = site.uses[0]
+    wanted = f"{site.names[0]}, which needs a module for {use.rank}-dimensional input of {use.channels} channels"
+    wanted += "" if site.channel_dim == 1 else f" in dimension {site.channel_dim}"
+    advice = "kafops.KAF takes any rank, and a factory is told channel_dim and rank where it has parameters for them"
+    for size in (2, 3):
+        shape = [size] * use.rank
+        shape[use.channel_dim or 0] = use.channels
+        x = torch.zeros(shape, dtype=use.dtype, device=use.device)
+        try:
+            y = _called(new, x)
+        except Exception as e:
+            raise ValueError(f"factory made a {type(new).__name__} that fails at {wanted}: {e}\n{advice}") from e
+        if not isinstance(y, Tensor) or y.shape != x.shape:
+            got = list(y.shape) if isinstance(y, Tensor) else type(y).__name__
+            raise ValueError(
+                f"factory made a {type(new).__name__} that turns shape {list(x.shape)} into {got} at {wanted}"
+            )
+
+
+def _check_shared(new: nn.Module, site: Site) -> None:
+    """Raise unless the new module serves any shape, as one does that has one curve for all."""
+    use = site.uses[0]
     try:
-        return "rank" in inspect.signature(factory).parameters
-    except (TypeError, ValueError):  # no signature to be had, as for some builtins
-        return False
-
-
-def _try_out(new: nn.Module, name: str, use: Use) -> None:
-    """Raise unless the new module maps a small tensor of its site's width, rank and dtype to one of the same shape."""
-    x = torch.zeros(2, use.channels, *(2,) * (use.rank - 2), dtype=use.dtype, device=use.device)
-    wanted = f"{name}, which needs a module for {use.rank}-dimensional input of {use.channels} channels"
-    advice = "kafops.KAF takes any rank, and a factory with a parameter named rank is told it"
-    lazy = any(_is_lazy(m) for m in new.modules())  # takes its size from this very input, which is to stay
-    try:
-        with torch.no_grad(), nullcontext() if lazy else unchanged(new):
-            y = new(x)
+        for size in (2, 3):
+            _called(new, torch.zeros([size] * use.rank, dtype=use.dtype, device=use.device))
     except Exception as e:
-        raise ValueError(f"factory made a {type(new).__name__} that fails at {wanted}: {e}\n{advice}") from e
-    if not isinstance(y, Tensor) or y.shape != x.shape:
-        got = list(y.shape) if isinstance(y, Tensor) else type(y).__name__
-        raise ValueError(f"factory made a {type(new).__name__} that turns shape {list(x.shape)} into {got} at {wanted}")
+        raise ValueError(
+            f"{site.names[0]} gets shape {list(use.shape)}, of which it is not known which dimension holds the "
+            f"channels, in {use.where}\nsay so by channel_dim={{{site.names[0]!r}: ...}}, let the factory make a curve "
+            "that all share, as lambda channels: kafops.KAF(1), or leave it alone by skip="
+        ) from e
 
 
-def _others(model: nn.Module, replaced: set[nn.Module], targets: tuple[type[nn.Module], ...]) -> list[tuple[str, str]]:
+def _called(module: nn.Module, x: Tensor) -> Any:
+    lazy = any(_is_lazy(m) for m in module.modules())  # takes its size from this very input, which is to stay
+    with torch.no_grad(), nullcontext() if lazy else unchanged(module):
+        return module(x)
+
+
+def _others(model: nn.Module, replaced: set[nn.Module], targets: Targets) -> list[tuple[str, str]]:
     return [
         (name, type(m).__name__)
         for name, m in model.named_modules()
-        if m not in replaced and is_activation(m, targets) and not isinstance(m, nn.MultiheadAttention)
+        if m not in replaced and targets.cover(m) and not isinstance(m, nn.MultiheadAttention)
     ]
-
-
-def _change(r: Replacement) -> str:
-    return f"{type(r.old).__name__} → {type(r.new).__name__}"
-
-
-def _aligned(row: tuple[str, ...], widths: list[int]) -> str:
-    cells = [c.ljust(w) if i < 2 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True))]
-    return "  ".join(cells).rstrip()
-
-
-def _listed(lines: list[str], limit: int = 10) -> str:
-    unique = list(dict.fromkeys(lines))
-    more = [f"  and {len(unique) - limit} more"] if len(unique) > limit else []
-    return "\n".join([f"  {line}" for line in unique[:limit]] + more)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import Parameter, UninitializedParameter, is_lazy
 
-from kafops import bases, kernels, reference
+from kafops import bases, kernels, reference, same
 from kafops import bounds as certified
 from kafops import init as initial
 from kafops.functional import kaf, kaf_free
@@ -18,6 +18,7 @@ from kafops.functional import kaf, kaf_free
 __all__ = ["KAF", "KAF1d", "KAF2d", "KAF3d", "LazyKAF", "LazyKAF1d", "LazyKAF2d", "LazyKAF3d"]
 
 
+_OLD = -1  # the code of an old activation as a base, in `curve`
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
@@ -50,8 +51,14 @@ class KAF(nn.Module):
             "bspline", defined in `kafops.kernels`. They cost more (docs/other-kernels.md). The default of gamma is
             1/(6Δ²) for all but "bspline", which has 3/(2Δ²): its knots are the points then.
         base: fixed function beneath the curves, keyword only: None (default), "identity", "relu", "silu" or "gelu",
-            defined in `kafops.bases`. The layer starts as its base then, unless init says otherwise.
+            defined in `kafops.bases`; the layer starts as its base then, unless init says otherwise. Or "same", for a
+            layer that starts as exactly what `old` is: where that is one of the bases, with this base; else with old
+            itself as a base that is not fused, which costs its time and memory.
         channel_dim: dimension of x that has the channels, keyword only, default 1; -1 in transformers and MLPs.
+        old: the activation that a layer with base="same" takes the place of, keyword only: a module, a module class or
+            a function. A module is copied, is no submodule and not in the state; it may have no parameters.
+        fit: with base="same" and an old that is no base, keyword only: take the nearest base and fit curves to the
+            rest, which is fast, but not exact; `fit_error` is the largest error.
 
     Shape:
         Input [N, C, *], or with C at channel_dim, in float32, float64, bfloat16 or float16 (any shape where
@@ -67,7 +74,8 @@ class KAF(nn.Module):
     cost 1e-2 in the output. After `.to_empty()` call `reset_parameters()`, which restores gamma and curve too.
 
     Raises:
-        TypeError, ValueError: an argument is out of its range; x does not fit (from `kafops.kaf`).
+        TypeError, ValueError: an argument is out of its range; base="same" without old; x does not fit (from
+            `kafops.kaf`).
 
     Source: Scardapane et al., "Kafnets: kernel-based non-parametric activation functions for neural networks", 2017;
     trained points and bandwidths: "KAF-Free", Peconi, 2020.
@@ -89,6 +97,8 @@ class KAF(nn.Module):
     kernel: str = "gaussian"
     base: str | None = None
     channel_dim: int = 1
+    old: Callable[[Tensor], Tensor] | None = None
+    fit_error: float | None = None
 
     def __init__(
         self,
@@ -105,6 +115,8 @@ class KAF(nn.Module):
         *,
         base: str | None = None,
         channel_dim: int = 1,
+        old: nn.Module | type[nn.Module] | Callable[[Tensor], Tensor] | None = None,
+        fit: bool = False,
     ) -> None:
         super().__init__()
         lazy = isinstance(self, LazyModuleMixin)
@@ -112,8 +124,6 @@ class KAF(nn.Module):
         self.dictionary_size = _positive_int("dictionary_size", dictionary_size)
         self.boundary = _positive_number("boundary", boundary)
         self.kernel = kernels.named(kernel).name
-        bases.named(base)
-        self.base = base
         self.channel_dim = _int("channel_dim", channel_dim, "an integer")
         if dtype is None:
             dtype = torch.promote_types(torch.get_default_dtype(), torch.float32)
@@ -122,8 +132,15 @@ class KAF(nn.Module):
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.learn_gamma, self.learn_dictionary = learn_gamma, learn_dictionary
         self._start_gamma = self._check_gamma(gamma, dtype)
+        if base == "same":
+            base, init = self._take_place_of(old, init, fit)
+        elif fit:
+            raise ValueError(f'fit=True goes with base="same", got base={base!r}')
+        self.base = base
+        fused = None if self.old is not None else base
+        bases.named(fused)
         start = initial.default(base) if init is None else init
-        self._init = initial.resolve(start, self._grid(), self.kernel, base)
+        self._init = initial.resolve(start, self._grid(), self.kernel, fused)
         self._init_name = start if isinstance(start, str) else getattr(start, "__name__", None) or repr(start)
 
         def empty(*columns: int) -> Any:
@@ -175,6 +192,8 @@ class KAF(nn.Module):
         Example:
             >>> kafops.KAF(16).bounds(-1.0, 1.0).lipschitz
         """
+        if self.old is not None:
+            raise ValueError(f"there are no bounds of a curve on {same.name_of(self.old)}, which is none of the bases")
         points = self.boundary if self.dictionary is None else self.dictionary
         return certified.curve_bounds(self.alpha, self.bandwidths(), points, lower, upper, self.kernel, base=self.base)
 
@@ -185,9 +204,12 @@ class KAF(nn.Module):
         held, fixed = self._parameters.get("alpha"), self._buffers.get("gamma")  # which spares three lookups by name
         alpha = self.alpha if held is None else held
         gamma = self.bandwidths() if fixed is None else fixed
+        base = self.base if self.old is None else None
         if self.dictionary is not None:
-            return kaf_free(x, alpha, gamma, self.dictionary, self.kernel, self.base, self.channel_dim)
-        return kaf(x, alpha, gamma, self.boundary, self.kernel, self.base, self.channel_dim)
+            y = kaf_free(x, alpha, gamma, self.dictionary, self.kernel, base, self.channel_dim)
+        else:
+            y = kaf(x, alpha, gamma, self.boundary, self.kernel, base, self.channel_dim)
+        return y if self.old is None else self.old(x) + y
 
     def extra_repr(self) -> str:
         """Return the arguments that the layer was built with; of gamma, not what it was trained to."""
@@ -198,12 +220,14 @@ class KAF(nn.Module):
         parts += [f"{name}=True" for name in ("learn_gamma", "learn_dictionary") if getattr(self, name)]
         parts += [f"kernel={self.kernel}"] * (self.kernel != "gaussian")
         parts += [f"base={self.base}"] * (self.base is not None)
+        parts += [f"old={same.name_of(self.old)}"] * (self.old is not None)
         parts += [f"channel_dim={self.channel_dim}"] * (self.channel_dim != 1)
         return ", ".join(parts)
 
     def _curve(self) -> Tensor:  # [3], float64, on the CPU
         """Boundary, code of the kernel, code of the base: what the attributes say, for `curve` to keep."""
-        values = [self.boundary, kernels.KERNELS[self.kernel].code, bases.code(self.base)]
+        base = _OLD if self.old is not None else bases.code(self.base)
+        values = [self.boundary, kernels.KERNELS[self.kernel].code, base]
         return torch.tensor(values, dtype=torch.float64, device="cpu")
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
@@ -224,7 +248,7 @@ class KAF(nn.Module):
         boundary, *codes = saved.tolist()
         named: tuple[tuple[str, str | None, dict[int, str | None]], ...] = (
             ("kernel", self.kernel, {k.code: k.name for k in kernels.KERNELS.values()}),
-            ("base", self.base, {0: None} | {b.code: b.name for b in bases.BASES.values()}),
+            ("base", self.base, {0: None, _OLD: "same"} | {b.code: b.name for b in bases.BASES.values()}),
         )
         for (name, own, names), code in zip(named, codes, strict=True):
             found = names.get(round(code), f"number {code:g}, which this version of kafops does not know")
@@ -261,6 +285,20 @@ class KAF(nn.Module):
             for child in self.children():
                 child._apply(fn)
         return self
+
+    def _take_place_of(self, old: Any, init: Any, fit: bool) -> tuple[str, Any]:
+        """Return the base and the init with which the layer is the old activation, keeping that where it is no base."""
+        function = same.function_of(old)
+        base = same.base_of(function)
+        if base is not None:
+            return base, init
+        if init not in (None, "zeros"):
+            raise ValueError(f'init must be None where base="same" keeps or fits {same.name_of(old)}, got {init!r}')
+        if fit:
+            base, init, self.fit_error = same.nearest(function, self._grid(), self._start_gamma[:1], self.kernel)
+            return base, init
+        vars(self)["old"] = function  # no submodule
+        return "same", "zeros"
 
     def _initial_values(self, num_parameters: int) -> tuple[Tensor, Tensor]:  # alpha [C, D], gamma [C]
         gamma = self._start_gamma.expand(num_parameters)
@@ -376,10 +414,12 @@ class _LazyKAF(LazyModuleMixin, KAF):
         *,
         base: str | None = None,
         channel_dim: int = 1,
+        old: nn.Module | type[nn.Module] | Callable[[Tensor], Tensor] | None = None,
+        fit: bool = False,
     ) -> None:
         super().__init__(
             0, dictionary_size, boundary, init, gamma, learn_gamma, learn_dictionary, device, dtype, kernel,
-            base=base, channel_dim=channel_dim,
+            base=base, channel_dim=channel_dim, old=old, fit=fit,
         )  # fmt: skip
 
     def reset_parameters(self) -> None:

@@ -1,10 +1,12 @@
 """Where a model uses its activations: what is recorded of each use, and how to look without leaving a trace."""
 
+import copy
+import inspect
 import os
 import random
 import sys
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,43 +22,140 @@ _TORCH_LAYERS = os.path.join(_TORCH, "nn", "modules") + os.sep
 _CALL_MACHINERY = (_TORCH_LAYERS + "module.py", _TORCH_LAYERS + "container.py")
 
 
+class Targets:
+    """The classes of activations to replace, and the functions that compute what they do.
+
+    Args:
+        kinds: classes, or their qualified names, so that none has to be imported.
+    """
+
+    def __init__(self, kinds: Iterable[type[nn.Module] | str]) -> None:
+        kinds = tuple(kinds)
+        self.classes = tuple(k for k in kinds if isinstance(k, type))
+        self.names = {k for k in kinds if isinstance(k, str)}
+        names = {t.__name__.lower() for t in self.classes if t.__module__.startswith("torch.nn")}
+        names = {"leaky_relu" if n == "leakyrelu" else n for n in names}
+        self.function_names = names | {n + "_" for n in names}
+        self.functions = {
+            getattr(holder, n) for holder in (F, torch, Tensor) for n in self.function_names if hasattr(holder, n)
+        }
+
+    def match(self, module: nn.Module) -> bool:
+        """Whether the module is to be replaced: subclasses are not."""
+        return type(module) in self.classes or qualified_name(type(module)) in self.names
+
+    def cover(self, module: nn.Module) -> bool:
+        """Whether the module is an activation itself, so that functional calls in its forward are its own business."""
+        kind = type(module)
+        return self.match(module) or isinstance(module, self.classes) or kind.__module__ == _ACTIVATIONS
+
+    def __str__(self) -> str:
+        names = sorted(self.names) if len(self.names) < 4 else [f"{len(self.names)} classes by name"]
+        return ", ".join([*(t.__name__ for t in self.classes), *names])
+
+
+_ACTIVATIONS = "torch.nn.modules.activation"
+
+
+def qualified_name(kind: type) -> str:
+    """Return module and name of a class."""
+    return f"{kind.__module__}.{kind.__qualname__}"
+
+
+@dataclass(frozen=True, eq=False)
+class Place:
+    """A module that holds an activation, and the name it has there; several qualified names where it is shared."""
+
+    parent: nn.Module
+    child: str
+    names: tuple[str, ...]
+    module: nn.Module
+
+
+@dataclass(frozen=True)
+class FunctionCall:
+    """An activation that is a function, with what its calls are given besides x."""
+
+    function: Callable[..., Tensor]
+    args: tuple[Any, ...] = ()
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """Return the activation of x."""
+        return self.function(x, *self.args, **self.kwargs)
+
+    def __str__(self) -> str:
+        return f"{self.function.__name__}()"
+
+
+def read_call(name: str, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Any, FunctionCall, bool]:
+    """Split the call of a function or method of that name: its input, the rest, out of place, and was it in place?"""
+    in_place, function = name.endswith("_"), getattr(F, name.rstrip("_"))
+    try:
+        arguments = inspect.signature(function).bind(*args, **kwargs).arguments
+    except (TypeError, ValueError):  # one of C++, or one that is called as a method
+        first, *rest = (*args, *(kwargs[k] for k in ("input", "self") if k in kwargs))
+        return first, FunctionCall(function, tuple(rest), {k: v for k, v in kwargs.items() if k != "input"}), in_place
+    x = arguments.pop("input")
+    in_place |= bool(arguments.pop("inplace", False))
+    return x, FunctionCall(function, (), dict(arguments)), in_place
+
+
 @dataclass(frozen=True)
 class Use:
-    """One call of an activation module within a forward pass."""
+    """One call of an activation within a forward pass."""
 
-    module: nn.Module
-    where: str  # the module whose forward makes the call, and its source line
-    channels: int = 0
-    rank: int = 0
+    activation: nn.Module | FunctionCall
+    place: Place | None  # of a module
+    holder: nn.Module  # whose forward makes the call
+    index: int  # among the activations of that forward
+    where: str  # the holder, and its source line
+    shape: tuple[int, ...] = ()  # of the input; 0 stands for what does not matter
+    channel_dim: int | None = None  # from 0 on
     device: torch.device = _CPU
     dtype: torch.dtype = torch.float32
-    problem: str = ""  # why channels and rank could not be told; empty where they could
+    problem: str = ""  # why it cannot be replaced
+
+    @property
+    def name(self) -> str:
+        """The name of the function, or of the module's class."""
+        if isinstance(self.activation, FunctionCall):
+            return self.activation.function.__name__
+        return type(self.activation).__name__
+
+    @property
+    def rank(self) -> int:
+        """The number of dimensions of the input."""
+        return len(self.shape)
+
+    @property
+    def channels(self) -> int:
+        """The size of its channel dimension."""
+        return self.shape[self.channel_dim] if self.channel_dim is not None else 0
 
 
 @dataclass
 class Findings:
-    """All uses of the target modules in one forward pass, and the functional calls that no swap can reach."""
+    """All uses of activations in a forward pass, and what came out of it."""
 
     uses: list[Use] = field(default_factory=list)
-    functional_calls: list[str] = field(default_factory=list)
+    outputs: list[Tensor] = field(default_factory=list)
+    not_run_in_training: str = ""  # why not
 
 
-def functional_names(targets: tuple[type[nn.Module], ...]) -> set[str]:
-    """Return the names of the functions and methods that compute what the targets compute: nn.ReLU -> relu, relu_."""
-    names = {t.__name__.lower() for t in targets if t.__module__.startswith("torch.nn")}
-    names = {"leaky_relu" if n == "leakyrelu" else n for n in names}
-    return names | {n + "_" for n in names}
-
-
-def functional_forms(targets: tuple[type[nn.Module], ...]) -> set[Any]:
-    """Return the functions and methods that compute what the targets compute, as PyTorch passes them to overrides."""
-    names = functional_names(targets)
-    return {getattr(holder, n) for holder in (F, torch, Tensor) for n in names if hasattr(holder, n)}
-
-
-def is_activation(module: nn.Module, targets: tuple[type[nn.Module], ...]) -> bool:
-    """Whether the module is an activation itself, so that functional calls in its forward are its own business."""
-    return isinstance(module, targets) or type(module).__module__ == "torch.nn.modules.activation"
+def separate(places: Iterable[Place]) -> dict[nn.Module, Place]:
+    """Give each place an object of its own, by copies of those held in several, and return whose is which."""
+    owners: dict[nn.Module, Place] = {}
+    for place in places:
+        module = place.module
+        if module in owners:
+            module = copy.copy(module)
+            for name, value in vars(module).items():
+                if type(value) in (dict, OrderedDict):
+                    vars(module)[name] = value.copy()
+            place.parent._modules[place.child] = module
+        owners[module] = place
+    return owners
 
 
 def describe_caller(name: str) -> str:
@@ -78,8 +177,8 @@ def describe_caller(name: str) -> str:
 
 
 @contextmanager
-def unchanged(model: nn.Module) -> Iterator[None]:
-    """Put the model in eval mode within the block, and bring its state and the random generators' back after it.
+def unchanged(model: nn.Module, training: bool = False) -> Iterator[None]:
+    """Put the model in eval (or training) mode within the block, and bring it and the random generators back after it.
 
     Attributes, registered parameters, buffers and modules, hooks and training flags all return, whether or not the
     block raises. Buffers are cloned meanwhile. A parameter changed in place by a forward pass is not brought back.
@@ -91,7 +190,7 @@ def unchanged(model: nn.Module) -> Iterator[None]:
         try:
             _lend_buffers(modules)
             for m in modules:
-                m.training = False
+                m.training = training
             yield
         finally:
             random.setstate(python_random)

@@ -1,62 +1,52 @@
-"""Find the uses of activation modules by a forward pass on an example."""
+"""Find the uses of activations by forward passes on an example."""
 
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
-from torch.utils.weak import WeakTensorKeyDictionary
 
-from kafops.sites import Findings, Use, describe_caller, functional_forms, is_activation, unchanged
-
-_SPATIAL_DIMS = {
-    F.conv1d: 1,
-    F.conv2d: 2,
-    F.conv3d: 3,
-    F.conv_transpose1d: 1,
-    F.conv_transpose2d: 2,
-    F.conv_transpose3d: 3,
-}
-_CHANNELS_LAST = {F.linear, F.bilinear, F.embedding, F.scaled_dot_product_attention}
-_CHANNELS_SECOND = {F.batch_norm, F.group_norm, F.instance_norm}
-_LAST_DIMS_NORMS = {F.layer_norm, F.rms_norm}
-_REORDERING = {
-    getattr(holder, name)
-    for holder in (torch, Tensor)
-    for name in ("permute", "transpose", "movedim", "moveaxis", "swapaxes", "swapdims", "transpose_")
-    if hasattr(holder, name)
-} | {
-    Tensor.T.__get__,  # type: ignore[attr-defined]
-    Tensor.mT.__get__,  # type: ignore[attr-defined]
-}
-_RESHAPING = {
-    getattr(holder, name)
-    for holder in (torch, Tensor)
-    for name in ("reshape", "view", "flatten", "unflatten", "reshape_as", "view_as", "einsum", "tensordot")
-    if hasattr(holder, name)
-}
+from kafops.channels import ChannelDims, tensors
+from kafops.sites import Findings, FunctionCall, Place, Targets, Use, describe_caller, read_call, separate, unchanged
 
 
 def find_uses(
-    model: nn.Module,
-    sites: Mapping[nn.Module, list[str]],
-    targets: tuple[type[nn.Module], ...],
-    example_input: Any,
+    model: nn.Module, places: Collection[Place], targets: Targets, skipped: Collection[nn.Module], example_input: Any
 ) -> Findings:
-    """Run the model on the example, in eval mode and without gradients, and record what each site is given.
+    """Run the model on the example, without gradients, and record what each activation is given.
 
-    Which dimension holds the channels is followed from the layers that define it (convolution, linear, norms) through
-    the operations between, so that [N, L, C] is not mistaken for [N, C, L].
+    Once in eval mode, and once in training mode for what is not reached in eval mode, such as auxiliary heads; a model
+    that cannot be run so in training mode, as norms of a single value cannot, is not looked at there.
     """
+    findings = Findings()
+    evaluation = _Recorder(model, targets, skipped)
+    with unchanged(model):
+        findings.outputs = evaluation.run(model, places, example_input)
+    findings.uses = evaluation.uses
+    training = _Recorder(model, targets, skipped)
+    try:
+        with unchanged(model, training=True):
+            training.run(model, places, example_input)
+    except Exception as e:
+        findings.not_run_in_training = f"{type(e).__name__}: {e}"
+        return findings
+    reached = {u.place for u in evaluation.uses}
+    for use in training.uses:
+        if use.place not in reached if use.place else use.holder not in evaluation.entered:
+            findings.uses.append(use)
+    return findings
+
+
+def outputs(model: nn.Module, example_input: Any) -> list[Tensor]:
+    """Return the tensors that the model makes of the example in eval mode."""
     args, kwargs = _arguments(example_input)
-    recorder = _Recorder(model, sites, targets)
-    with unchanged(model), torch.no_grad(), _compiled_functions_in_eager(), recorder.hooks(model), recorder:
-        model(*args, **kwargs)
-    return recorder.findings
+    with unchanged(model), torch.no_grad(), _compiled_functions_in_eager():
+        return list(tensors(model(*args, **kwargs)))
 
 
 def _compiled_functions_in_eager() -> AbstractContextManager[Any]:
@@ -82,26 +72,50 @@ def _cloned(value: Any) -> Any:
     return value
 
 
-class _Recorder(TorchFunctionMode):
-    """Records the input of each site and every functional activation while a model runs."""
+@dataclass
+class _Forward:
+    """A forward that is running: of which module, and how many activations it has called."""
 
-    def __init__(
-        self, model: nn.Module, sites: Mapping[nn.Module, list[str]], targets: tuple[type[nn.Module], ...]
-    ) -> None:
+    module: nn.Module
+    calls: int = 0
+
+
+class _Recorder(TorchFunctionMode):
+    """Records the activations of one forward pass, which it computes out of place.
+
+    So it sees who reads what an activation in place would have overwritten: a new activation would not.
+    """
+
+    def __init__(self, model: nn.Module, targets: Targets, skipped: Collection[nn.Module]) -> None:
         super().__init__()
-        self.findings = Findings()
+        self.uses: list[Use] = []
+        self.entered: set[nn.Module] = set()
         self._names = {m: name for name, m in model.named_modules()}
-        self._sites = sites
         self._targets = targets
-        self._functional = functional_forms(targets)
-        self._running = [model]
-        self._channel_dim = WeakTensorKeyDictionary()
+        self._skipped = skipped
+        self._owners: dict[nn.Module, Place] = {}
+        self._running = [_Forward(model)]
+        self._dims = ChannelDims()
+        self._in_place: dict[nn.Module, Tensor | None] = {}
+        self._overwritten: dict[int, list[tuple[Tensor, int]]] = defaultdict(list)  # by storage: input, number of use
+
+    def run(self, model: nn.Module, places: Collection[Place], example_input: Any) -> list[Tensor]:
+        args, kwargs = _arguments(example_input)
+        self._owners = separate(places)
+        for module in self._owners:
+            if getattr(module, "inplace", False) is True:
+                module.inplace = False  # type: ignore[assignment]
+                self._in_place[module] = None
+        self._dims.take_inputs((args, kwargs))
+        with torch.no_grad(), _compiled_functions_in_eager(), self._hooks(model), self:
+            return list(tensors(model(*args, **kwargs)))
 
     @contextmanager
-    def hooks(self, model: nn.Module) -> Iterator[None]:
+    def _hooks(self, model: nn.Module) -> Iterator[None]:
         handles = []
         try:
-            for m in model.modules():
+            # An object that another has taken the place of may still be called, by some other reference.
+            for m in {*model.modules(), *self._owners, *(p.module for p in self._owners.values())}:
                 handles.append(m.register_forward_pre_hook(self._enter, with_kwargs=True))
                 handles.append(m.register_forward_hook(self._leave, always_call=True))
             yield
@@ -110,80 +124,79 @@ class _Recorder(TorchFunctionMode):
                 handle.remove()
 
     def _enter(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if module in self._sites:
+        self.entered.add(module)
+        place = self._owners.get(module)
+        if place:
             x = next(iter((*args, *kwargs.values())), None)
-            self.findings.uses.append(self._use(module, x))
-        self._running.append(module)
+            self._record(place.module, place, x)
+            if module in self._in_place:
+                self._in_place[module] = x
+        self._running.append(_Forward(module))
 
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
         self._running.pop()
+        if self._in_place.get(module) is not None:
+            self._overwrite(self._in_place[module], len(self.uses) - 1)
+        self._check_reads(output, module)
 
-    def _use(self, module: nn.Module, x: Any) -> Use:
-        where = describe_caller(self._names[self._running[-1]])
-        if not isinstance(x, Tensor):
-            return Use(module, where, problem=f"gets a {type(x).__name__}, not a tensor")
-        problem = _layout_problem(x, self._channel_dim.get(x))
-        return Use(module, where, 0 if problem else x.shape[1], x.dim(), x.device, x.dtype, problem)
+    def _record(self, activation: nn.Module | FunctionCall, place: Place | None, x: Any) -> None:
+        forward = self._running[-1]
+        where = describe_caller(self._names.get(forward.module, ""))
+        use = Use(activation, place, forward.module, forward.calls, where)
+        forward.calls += 1
+        if isinstance(x, Tensor):
+            use = replace(use, shape=tuple(x.shape), channel_dim=self._dims.of(x), device=x.device, dtype=x.dtype)
+        else:
+            use = replace(use, problem=f"gets a {type(x).__name__}, not a tensor")
+        self.uses.append(use)
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        out = func(*args, **kwargs)
-        running = self._running[-1]
-        if func in self._functional and not is_activation(running, self._targets):
-            self.findings.functional_calls.append(f"{func.__name__}() in {describe_caller(self._names[running])}")
-        if isinstance(out, Tensor):
-            self._channel_dim[out] = self._follow_channels(func, args, kwargs, out)
+        running = self._running[-1].module
+        is_site = func in self._targets.functions and not self._targets.cover(running) and running not in self._skipped
+        if is_site:
+            x, call, in_place = read_call(func.__name__, args, kwargs)
+            self._record(call, None, x)
+            number = len(self.uses) - 1
+            self._check_reads(x, running)
+            out = call(x)
+            if in_place:
+                self._overwrite(x, number)
+        else:
+            out = func(*args, **kwargs)
+            if any(True for _ in tensors(out)):  # not so what tells shapes
+                self._check_reads((*args, *kwargs.values()), running)
+        self._dims.follow(func, args, kwargs, out)
         return out
 
-    def _follow_channels(
-        self, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any], out: Tensor
-    ) -> int | None:
-        """Return the dimension of `out` that holds its channels, or None where that is not known."""
-        if func in _SPATIAL_DIMS:
-            return out.dim() - _SPATIAL_DIMS[func] - 1
-        if func in _CHANNELS_LAST:
-            return out.dim() - 1
-        if func in _CHANNELS_SECOND:
-            return 1
-        if func in _RESHAPING:
-            return None
-        known = {self._channel_dim.get(t) for t in _tensors((*args, *kwargs.values())) if t.dim() == out.dim()} - {None}
-        if len(known) > 1:
-            return None
-        dim = next(iter(known), None)
-        if func in _LAST_DIMS_NORMS and dim is None:
-            normalized = args[1] if len(args) > 1 else kwargs["normalized_shape"]
-            return out.dim() - 1 if len(normalized) == 1 else None
-        if func in _REORDERING and dim is not None:
-            return _moved(dim, func, args, kwargs)
-        return dim
+    def _overwrite(self, x: Any, number: int) -> None:
+        if isinstance(x, Tensor):
+            self._overwritten[_storage(x)].append((x, number))
+
+    def _check_reads(self, values: Any, reader: nn.Module) -> None:
+        """Find fault with each activation in place whose input is among the values."""
+        if not self._overwritten:
+            return
+        for y in tensors(values):
+            for x, number in self._overwritten.get(_storage(y), ()):
+                use = self.uses[number]
+                if not use.problem and _overlap(x, y):
+                    where = self._names.get(reader, "") or "the model itself"
+                    problem = f"works in place, and what it has overwritten is read again by {where}"
+                    self.uses[number] = replace(use, problem=problem)
 
 
-def _tensors(values: tuple[Any, ...]) -> Iterator[Tensor]:
-    for v in values:
-        if isinstance(v, Tensor):
-            yield v
-        elif isinstance(v, (tuple, list)):
-            yield from _tensors(tuple(v))
+def _storage(x: Tensor) -> int:
+    return id(x) if x.is_meta else x.untyped_storage().data_ptr()
 
 
-def _moved(dim: int, func: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> int | None:
-    """Where a reordering of dimensions puts dimension `dim`, read off a tensor whose sizes all differ."""
-    if not args or not isinstance(args[0], Tensor):
-        return None
-    sizes = torch.empty(*range(1, args[0].dim() + 1), device="meta")
-    return list(func(sizes, *args[1:], **kwargs).shape).index(dim + 1)
-
-
-def _layout_problem(x: Tensor, channel_dim: int | None) -> str:
-    """Say why dimension 1 of x cannot be taken for its channels, or return an empty string."""
-    shape = list(x.shape)
-    if x.dim() < 2:
-        return f"gets shape {shape}, where [N, C, *] is needed"
-    if channel_dim is None and x.dim() == 3:
-        return f"gets shape {shape}, of which it is not known whether it is [N, C, L] or [N, L, C]"
-    if channel_dim not in (None, 1):
-        return f"gets shape {shape} with its channels in dimension {channel_dim}, where [N, C, *] is needed"
-    return ""
+def _overlap(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors of one storage have an element in common."""
+    if a.is_meta or a.dtype != b.dtype:
+        return True
+    ends = [t.storage_offset() + sum((n - 1) * s for n, s in zip(t.shape, t.stride(), strict=True)) for t in (a, b)]
+    memory = torch.zeros(max(ends) + 1, dtype=torch.bool)
+    memory.as_strided(a.shape, a.stride(), a.storage_offset()).fill_(True)
+    return bool(memory.as_strided(b.shape, b.stride(), b.storage_offset()).any())

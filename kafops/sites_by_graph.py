@@ -1,13 +1,15 @@
 """Find the uses of activation modules from the structure alone, by a symbolic trace with torch.fx."""
 
 import inspect
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Collection, Mapping
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import fx, nn
 
-from kafops.sites import Findings, Use, describe_caller, functional_forms, functional_names, unchanged
+from kafops.sites import Findings, Place, Targets, Use, describe_caller, read_call, separate, unchanged
 
 _Conv = nn.modules.conv._ConvNd
 _Norm = nn.modules.batchnorm._NormBase  # BatchNorm and InstanceNorm of any rank
@@ -47,8 +49,10 @@ class _Layout(NamedTuple):
 _MODEL_INPUT = _Layout(None, None, None)
 
 
-def find_uses(model: nn.Module, sites: Mapping[nn.Module, list[str]], targets: tuple[type[nn.Module], ...]) -> Findings:
-    """Trace the model and follow the number of channels from layer to layer to every use of a site.
+def find_uses(
+    model: nn.Module, places: Collection[Place], targets: Targets, skipped: Collection[nn.Module]
+) -> Findings:
+    """Trace the model and follow the number of channels from layer to layer to every use of an activation.
 
     Convolutions are taken to get batched input, and a linear layer fed by the model's own input [N, features]. Any
     other doubt is recorded as the use's problem.
@@ -57,42 +61,43 @@ def find_uses(model: nn.Module, sites: Mapping[nn.Module, list[str]], targets: t
         ValueError: torch.fx cannot trace the model.
     """
     with unchanged(model):
+        owners = separate(places)
         graph = _trace(model, targets)
-    modules = dict(model.named_modules(remove_duplicate=False))
-    functions, names = functional_forms(targets), functional_names(targets)
+        modules = dict(model.named_modules(remove_duplicate=False))
     layouts: dict[fx.Node, _Layout | None] = {}
+    calls: Counter[str] = Counter()  # of activations, by running forward
     findings = Findings()
     for node in graph.nodes:
-        if node.op == "call_module" and modules[node.target] in sites:
-            findings.uses.append(_use(modules[node.target], node, layouts))
+        place = owners.get(modules[node.target]) if node.op == "call_module" else None
+        holder = modules[node.meta.get("path", "")]
+        if place or (_calls_activation(node, targets) and holder not in skipped):
+            findings.uses.append(_use(node, place, holder, calls[node.meta["scope"]], layouts))
+            calls[node.meta["scope"]] += 1
             layouts[node] = layouts.get(_input(node))
         else:
             layouts[node] = _infer(node, layouts, modules)
-        called = node.target in (names if node.op == "call_method" else functions)
-        if node.op in ("call_function", "call_method") and called:
-            name = node.target if isinstance(node.target, str) else node.target.__name__
-            findings.functional_calls.append(f"{name}() in {node.meta['where']}")
     return findings
 
 
 class _Tracer(fx.Tracer):
-    def __init__(self, targets: tuple[type[nn.Module], ...]) -> None:
+    def __init__(self, targets: Targets) -> None:
         super().__init__()
         self._targets = targets
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        if isinstance(m, self._targets) or _is_kafops(m):
+        if self._targets.cover(m) or _is_kafops(m):
             return True
         return super().is_leaf_module(m, module_qualified_name) and not isinstance(m, _OPAQUE)
 
     def create_node(self, kind: str, *args: Any, **kwargs: Any) -> fx.Node:
         node = super().create_node(kind, *args, **kwargs)
-        running = ["", *(path for path, _ in self.module_stack.values())]
-        node.meta["where"] = describe_caller(running[-2 if kind == "call_module" else -1])
+        running = [("", ""), *((scope, path) for scope, (path, _) in self.module_stack.items())]
+        node.meta["scope"], node.meta["path"] = running[-2 if kind == "call_module" else -1]
+        node.meta["where"] = describe_caller(node.meta["path"])
         return node
 
 
-def _trace(model: nn.Module, targets: tuple[type[nn.Module], ...]) -> fx.Graph:
+def _trace(model: nn.Module, targets: Targets) -> fx.Graph:
     parameters = inspect.signature(model.forward).parameters.values()
     defaults = {p.name: p.default for p in parameters if isinstance(p.default, (type(None), bool, int, float))}
     try:
@@ -104,13 +109,28 @@ def _trace(model: nn.Module, targets: tuple[type[nn.Module], ...]) -> fx.Graph:
         ) from e
 
 
-def _use(module: nn.Module, node: fx.Node, layouts: Mapping[fx.Node, _Layout | None]) -> Use:
-    layout = layouts.get(_input(node))
-    where = node.meta["where"]
+def _calls_activation(node: fx.Node, targets: Targets) -> bool:
+    return node.target in {"call_method": targets.function_names, "call_function": targets.functions}.get(node.op, ())
+
+
+def _use(
+    node: fx.Node, place: Place | None, holder: nn.Module, index: int, layouts: Mapping[fx.Node, _Layout | None]
+) -> Use:
+    x, in_place = _input(node), getattr(place.module, "inplace", False) if place else False
+    activation: Any = place.module if place else None
+    if place is None:
+        name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+        x, activation, in_place = read_call(name, node.args, node.kwargs)
+    use = Use(activation, place, holder, index, node.meta["where"])
+    if in_place and (not node.users or any(user > node for user in x.users)):
+        return replace(use, problem="works in place, and what it has overwritten is read again")
+    layout = layouts.get(x)
     if layout is None or layout.channels is None or layout.rank is None:
-        return Use(module, where, problem="gets an input whose channels cannot be told without running the model")
+        problem = "gets an input whose channels cannot be told without running the model; pass example_input"
+        return replace(use, problem=problem)
     tensor = next(iter(_state(layout.source)), torch.empty(0))
-    return Use(module, where, layout.channels, layout.rank, tensor.device, tensor.dtype)
+    shape = (0, layout.channels, *(0,) * (layout.rank - 2))
+    return replace(use, shape=shape, channel_dim=1, device=tensor.device, dtype=tensor.dtype)
 
 
 def _state(module: nn.Module | None) -> list[torch.Tensor]:

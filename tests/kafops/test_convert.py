@@ -400,30 +400,40 @@ class Functional(nn.Module):
         return self.call(self.body(x))
 
 
+CALLS: list[tuple[Callable[[Tensor], Tensor], str]] = [
+    (lambda x: F.relu(x), "relu"),
+    (lambda x: F.relu(x, inplace=True), "relu"),
+    (lambda x: torch.relu(x), "relu"),
+    (lambda x: torch.relu_(x), "relu"),
+    (lambda x: x.relu(), "relu"),
+    (lambda x: x.relu_(), "relu"),
+    (lambda x: F.relu6(x), "relu6"),
+    (lambda x: F.leaky_relu(x, 0.1), "leaky_relu"),
+    (lambda x: F.leaky_relu(input=x, negative_slope=0.2, inplace=True), "leaky_relu"),
+    (lambda x: F.leaky_relu_(x, 0.3), "leaky_relu"),
+    (lambda x: F.elu(x, 2.0), "elu"),
+    (lambda x: F.celu(x, alpha=0.5), "celu"),
+    (lambda x: F.selu(x), "selu"),
+    (lambda x: F.gelu(x), "gelu"),
+    (lambda x: F.gelu(x, approximate="tanh"), "gelu"),
+    (lambda x: F.silu(x), "silu"),
+    (lambda x: F.mish(x), "mish"),
+    (lambda x: F.hardswish(x), "hardswish"),
+]
+
+
 @pytest.mark.parametrize("with_example", [False, True], ids=["by_graph", "by_example"])
-@pytest.mark.parametrize(
-    ("call", "name"),
-    [
-        (lambda x: F.relu(x), "relu"),
-        (lambda x: F.relu(x, inplace=True), "relu"),
-        (lambda x: torch.relu(x), "relu"),
-        (lambda x: torch.relu_(x), "relu_"),
-        (lambda x: x.relu(), "relu"),
-        (lambda x: x.relu_(), "relu_"),
-        (lambda x: F.relu6(x), "relu6"),
-        (lambda x: F.leaky_relu(x, 0.1), "leaky_relu"),
-        (lambda x: F.elu(x), "elu"),
-        (lambda x: F.gelu(x), "gelu"),
-        (lambda x: F.silu(x), "silu"),
-        (lambda x: F.mish(x), "mish"),
-        (lambda x: F.hardswish(x), "hardswish"),
-    ],
-)
-def test_refuses_functional_calls(call: Callable[[Tensor], Tensor], name: str, with_example: bool) -> None:
-    model = nn.Sequential(Functional(call))
-    example = torch.ones(2, 3) if with_example else None
-    message = rf"functional calls(.|\n)* {name}\(\) in 0 \(test_convert.py:\d+\)"
-    assert_refused(model, nn.PReLU, message, example_input=example)
+@pytest.mark.parametrize(("call", "name"), CALLS)
+def test_functional_calls_become_children(call: Callable[[Tensor], Tensor], name: str, with_example: bool) -> None:
+    model, x = nn.Sequential(Functional(call)), 4 * torch.randn(9, 3)
+    before = model(x)
+    keys = list(model.state_dict())
+    report = kafops.replace_activations(model, kafops.KAF, example_input=x if with_example else None, base="same")
+    assert sites(report) == [("0.body.1", 4, 2, 1), (f"0.{name}", 4, 2, 1)]
+    assert report[1].new is model.get_submodule(f"0.{name}")
+    assert isinstance(model[0], Functional)
+    assert [k for k in model.state_dict() if k in keys] == keys
+    torch.testing.assert_close(model(x), before)  # as kafops.KAF(base="same") is: to the rounding of a base
 
 
 def test_functional_calls_that_are_not_targeted_are_no_obstacle() -> None:
@@ -458,13 +468,11 @@ class DifferentWidths(nn.Module):
 
 
 @pytest.mark.parametrize("example", [None, torch.randn(1, 3, 4, 4)], ids=["by_graph", "by_example"])
-def test_refuses_one_object_at_different_widths(example: Tensor | None) -> None:
-    message = (
-        r"one ReLU object \(0.relu\) is used at sites that differ:\n"
-        r"  4 channels, rank 4, on cpu, in 0 \(test_convert.py:\d+\)\n"
-        r"  6 channels, rank 4, on cpu, in 0 \(test_convert.py:\d+\)\ngive each width a module of its own"
-    )
-    assert_refused(nn.Sequential(DifferentWidths()), nn.PReLU, message, example_input=example)
+def test_one_object_at_different_widths_becomes_one_for_each_call(example: Tensor | None) -> None:
+    model = nn.Sequential(DifferentWidths())
+    report = kafops.replace_activations(model, kafops.KAF, example_input=example)
+    assert sites(report) == [("0.relu", 4, 4, 1), ("0.relu_2", 6, 4, 1)]
+    assert [r.new for r in report] == [model[0].relu, model[0].relu_2]
 
 
 @pytest.mark.parametrize("example", [None, torch.randn(1, 3)], ids=["by_graph", "by_example"])
@@ -518,20 +526,31 @@ class Permuted(nn.Module):
 
 
 @pytest.mark.parametrize(
-    ("model", "example", "message"),
+    ("model", "example", "channels", "rank", "channel_dim"),
     [
-        (nn.Sequential(nn.Linear(3, 4), nn.Dropout(), nn.ReLU()), torch.ones(2, 5, 3), "channels in dimension 2"),
-        (nn.Sequential(nn.Linear(3, 4), nn.ReLU()), torch.ones(2, 5, 5, 3), "channels in dimension 3"),
-        (nn.Sequential(nn.LayerNorm(3), nn.ReLU()), torch.ones(2, 5, 3), "channels in dimension 2"),
-        (nn.Sequential(nn.Embedding(3, 4), nn.ReLU()), torch.ones(2, 5, dtype=torch.int64), "channels in dimension 2"),
-        (Permuted(), torch.ones(2, 3, 4, 4), "channels in dimension 3"),
-        (nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU()), torch.ones(3, 4, 4), "channels in dimension 0"),
-        (nn.Sequential(nn.ReLU()), torch.ones(2, 3, 4), r"not known whether it is \[N, C, L\] or \[N, L, C\]"),
-        (nn.Sequential(nn.Linear(3, 4), nn.ReLU()), torch.ones(3), r"shape \[4\], where \[N, C, \*\] is needed"),
+        (nn.Sequential(nn.Linear(3, 4), nn.Dropout(), nn.ReLU()), torch.ones(2, 5, 3), 4, 3, -1),
+        (nn.Sequential(nn.Linear(3, 4), nn.ReLU()), torch.ones(2, 5, 5, 3), 4, 4, -1),
+        (nn.Sequential(nn.LayerNorm(3), nn.ReLU()), torch.ones(2, 5, 3), 3, 3, -1),
+        (nn.Sequential(nn.Embedding(3, 4), nn.ReLU()), torch.ones(2, 5, dtype=torch.int64), 4, 3, -1),
+        (Permuted(), torch.ones(2, 3, 5, 6), 4, 4, -1),
+        (nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU()), torch.ones(3, 5, 6), 4, 3, -3),
+        (nn.Sequential(nn.Linear(3, 4), nn.ReLU()), torch.ones(3), 4, 1, -1),
+        (nn.Sequential(nn.Linear(3, 4), nn.Unflatten(1, (5, 6)), nn.ReLU()), torch.ones(2, 30, 3), 4, 4, -1),
+        (nn.Sequential(nn.Conv2d(3, 4, 1), nn.Flatten(2), nn.ReLU()), torch.ones(2, 3, 5, 6), 4, 3, 1),
+        (nn.Sequential(nn.Conv2d(3, 4, 1), nn.Flatten(), nn.ReLU()), torch.ones(2, 3, 5, 6), 120, 2, 1),
+        (nn.Sequential(nn.ReLU()), torch.ones(2, 3, 5, 6), 3, 4, 1),
     ],
 )
-def test_refuses_channels_elsewhere_than_in_dimension_1(model: nn.Module, example: Tensor, message: str) -> None:
-    assert_refused(model, nn.PReLU, message, example_input=example)
+def test_channels_are_where_the_layer_before_has_them(
+    model: nn.Module, example: Tensor, channels: int, rank: int, channel_dim: int
+) -> None:
+    torch.manual_seed(0)  # of dropout
+    expected = model(example)
+    (r,) = kafops.replace_activations(model, kafops.KAF, example_input=example, base="same")
+    assert (r.channels, r.rank, r.channel_dim) == (channels, rank, channel_dim)
+    assert r.new.alpha.shape == (channels, 20)
+    torch.manual_seed(0)
+    torch.testing.assert_close(model(example), expected)
 
 
 class Tokens(nn.Module):
@@ -565,8 +584,12 @@ def test_refuses_when_the_factory_fails_late() -> None:
 
 
 def test_refuses_models_without_anything_to_replace() -> None:
-    assert_refused(nn.Sequential(nn.Linear(1, 1), nn.Tanh()), nn.PReLU, "no module .* targets: ReLU, ReLU6, LeakyReLU")
-    assert_refused(mlp(), nn.PReLU, r"targets: Tanh \(a functional call", targets=nn.Tanh)
+    assert_refused(
+        nn.Sequential(nn.Linear(1, 1), nn.Tanh()),
+        nn.PReLU,
+        r"no module .* targets(.|\n)*: ReLU, ReLU6, LeakyReLU(.|\n)*; it has 1 torch.nn.modules.activation.Tanh",
+    )
+    assert_refused(mlp(), nn.PReLU, "calls none of their functions: Tanh; it has 1 torch", targets=nn.Tanh)
     assert_refused(nn.ReLU(), nn.PReLU, "model is itself a ReLU")
     assert_refused(mlp(), nn.PReLU, "targets must be module classes", TypeError, targets=(nn.ReLU(),))
     with pytest.raises(TypeError, match=r"model must be an nn\.Module, got function"):

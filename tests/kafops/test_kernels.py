@@ -103,7 +103,7 @@ def test_an_element_is_the_same_in_every_layout(varied, channels, layout):
 @ON_CPU_KERNELS
 @pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
 def test_half_precision_is_rounded_to_nearest_even(dtype):
-    """At its only point a curve is alpha, in float32 exactly: on ties, at the ends of the range, below normal numbers."""
+    """At its only point a curve is alpha, exactly: on ties, at the ends of the range, below normal numbers."""
     one, tiny = 1.0, torch.finfo(dtype).smallest_normal
     ulp = torch.finfo(dtype).eps
     alpha = [one + ulp / 2, one + 3 * ulp / 2, one + ulp * 0.501, one + ulp * 0.499, -one - ulp / 2, 65504, 65519.99]
