@@ -54,7 +54,7 @@ gpu: build  ## on a CUDA device: test each GPU backend, time it, write bench/res
 	done
 	$(PY) -m bench.gpu $(ARGS)
 
-gpu-static: $(INSTALLED)  ## compile all GPU kernels and prove what they cost, without a GPU; writes docs/gpu-static
+gpu-static: $(INSTALLED)  ## compile all GPU kernels and check their machine code, without a GPU
 	$(PY) -m bench.gpu_static $(ARGS)
 
 lint: $(INSTALLED)  ## ruff and mypy
