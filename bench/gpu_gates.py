@@ -33,6 +33,7 @@ class Work:
         elements: of x, of a block.
         shared: bytes of shared memory that its launch asks for.
         table: bytes that a block copies to shared memory before it begins.
+        lookups: words of 4 bytes that an element takes from there.
         wide: whether accesses of 16 bytes are due.
         instructions: of an element, at most; None: what is issued while an H100's memory moves its bytes.
         like: titles of measured kernels that it is compared with.
@@ -46,6 +47,7 @@ class Work:
     elements: int
     shared: int = 0
     table: int = 0
+    lookups: int = 0
     wide: bool = True
     instructions: float | None = None
     like: tuple[str, ...] = ()
@@ -140,17 +142,18 @@ def find(work: Work, binaries: Iterable[Binary]) -> Iterator[Binary]:
 def count(work: Work, binary: Binary) -> Counted:
     """Count a kernel's costs.
 
-    Its hot loop is the innermost loop that loads and stores most; it turns as often as the block's elements want. Of
-    the loops that fill shared memory the widest turns until the table is there. All else is passed once.
+    Its hot loop is the one that loads and stores most. It turns as often as the block's elements want, by the shortest
+    path that looks up what it has to; longer ones are for what has no table. Of the loops that fill shared memory the
+    widest turns until the table is there. All else is passed once.
 
     Raises:
         CannotProve: it has no such loop.
     """
     code = sass.parse(binary.assembly)[binary.symbol]
     hot = _hot_loop(code)
-    turn = code.path(hot)
     threads = work.elements / binary.threads  # elements of a thread
-    per_turn = turn.cost.stored / (BYTES[work.dtype] * work.stores)
+    per_turn = code.path(hot).cost.stored / (BYTES[work.dtype] * work.stores)
+    turn = code.path(hot, words=work.lookups * per_turn)
     fill = _fill_loop(code, hot)
 
     def turns(loop: Loop) -> float:
@@ -161,7 +164,7 @@ def count(work: Work, binary: Binary) -> Counted:
         inside = code.path(loop, turns).cost
         return 0 if inside.stored or inside.shared_stored else 1
 
-    whole = code.path(None, turns).cost.per(threads)
+    whole = code.path(None, turns, known={hot: turn}).cost.per(threads)
     sm = ARCHITECTURES[binary.architecture]
     warps = round(sm.occupancy(binary.threads, binary.registers, binary.shared + work.shared) * sm.threads / 32)
     return Counted(
@@ -179,7 +182,7 @@ def count(work: Work, binary: Binary) -> Counted:
 
 
 def _hot_loop(code: Code) -> Loop:
-    turns = [(turn.stored, turn.slots, loop) for loop in code.leaves if (turn := code.path(loop).cost).loaded]
+    turns = [(turn.stored, turn.slots, loop) for loop in code.loops if (turn := code.path(loop).cost).loaded]
     turns = [t for t in turns if t[0]]
     if not turns:
         raise CannotProve(f"{code.name}: no loop that loads and stores elements")

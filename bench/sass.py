@@ -1,14 +1,15 @@
 """Reads the assembly that nvdisasm prints (SASS): instructions, loops, and what one turn of a loop costs.
 
-A loop is a natural one: a branch to a block that dominates it, and all blocks between. A turn follows the path through
-the loop that stores most, and among those the one with most instructions; all of a path's instructions take an issue
-slot, whether their predicate holds or not. Only NOPs are left out.
+A loop is a natural one: a branch to a block that dominates it, and all blocks between. A turn follows a path through
+the loop that stores most, see `Code.path`; all of a path's instructions take an issue slot, whether their predicate
+holds or not. Only NOPs are left out.
 """
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from types import MappingProxyType
 
 PIPES = ("fma", "alu", "mufu", "convert", "fp64", "global", "shared", "local", "other")
 
@@ -255,19 +256,27 @@ class Code:
     def leaves(self) -> list[Loop]:
         return [loop for loop in self.loops if not self.inner(loop)]
 
-    def path(self, loop: Loop | None, turns: Callable[[Loop], float] = lambda _: 0.0) -> "Path":
+    def path(
+        self,
+        loop: Loop | None,
+        turns: Callable[[Loop], float] = lambda _: 0.0,
+        words: float | None = None,
+        known: Mapping[Loop, "Path"] = MappingProxyType({}),
+    ) -> "Path":
         """Return one turn of a loop, or with None the whole program, once through; loops inside turn as often as told.
 
-        Of all paths it is the one that stores most, then the one with most instructions.
+        Of all paths it is one that stores most. Of those it is the longest; or with `words` the shortest of those that
+        move so many 4-byte words to and from shared memory, or most. Of loops in `known` the turn is as given.
         """
         blocks = loop.blocks if loop else frozenset(self.blocks)
         header = loop.header if loop else 0
         inner = {x.header: x for x in self.inner(loop)}
         home = {start: x.header for x in inner.values() for start in x.blocks}
+        sign = 1 if words is None else -1
 
         def own(start: int) -> Path:
             if x := inner.get(start):
-                return self.path(x, turns).times(turns(x))
+                return (known.get(x) or self.path(x, turns, words, known)).times(turns(x))
             return Path(self.blocks[start].cost, ((self.blocks[start], 1.0),))
 
         def following(start: int) -> Iterator[int]:
@@ -278,11 +287,16 @@ class Code:
                     if successor in blocks and to != start and (loop is None or successor != header):
                         yield to
 
-        best: dict[int, Path] = {}
+        best: dict[int, dict[tuple[float, float], Path]] = {}  # from a block on, by what is stored and moved
         for start in _post_order(header, following):
-            paths = [best[to] for to in following(start) if to in best]
-            best[start] = own(start) + max(paths, key=lambda p: (p.cost.stored, p.cost.slots), default=Path())
-        return best[header]
+            first, best[start] = own(start), {}
+            for rest in [p for to in set(following(start)) for p in best.get(to, {}).values()] or [Path()]:
+                found = first + rest
+                key = found.cost.stored, min(found.cost.shared_words, words or 0)
+                before = best[start].setdefault(key, found)
+                if sign * found.cost.slots > sign * before.cost.slots:
+                    best[start][key] = found
+        return best[header][max(best[header])]
 
 
 def _dominators(blocks: dict[int, Block]) -> dict[int, set[int]]:

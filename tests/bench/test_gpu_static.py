@@ -69,6 +69,34 @@ def test_other_loops_turn_once():
     assert counted(FILL, HOT, SUMS).instructions == counted(FILL, HOT).instructions + 2 / 32
 
 
+# An element without a table takes a loop over points, or a longer way.
+FALLBACK = HOT.replace(
+    "        /*0060*/  LDS.128",
+    """        /*0051*/  @P1 BRA `(.L_4) ;
+        /*0052*/  @P2 BRA `(.L_5) ;
+        /*0053*/  FADD R4, R4, R4 ;
+        /*0054*/  FADD R4, R4, R4 ;
+        /*0055*/  LDS.128 R12, [R4] ;
+        /*0056*/  BRA `(.L_6) ;
+.L_4:
+        /*0057*/  LDG.E R13, [R4.64] ;
+        /*0058*/  MUFU.EX2 R4, R4 ;
+        /*0059*/  @P3 BRA `(.L_4) ;
+        /*005a*/  BRA `(.L_6) ;
+.L_5:
+        /*0060*/  LDS.128""",
+).replace("        /*0070*/", ".L_6:\n        /*0070*/")
+
+
+def test_the_path_that_counts_is_the_shortest_that_looks_up():
+    work = dataclasses.replace(FORWARD, lookups=1)
+    c = counted(FILL, FALLBACK, work=work)
+    assert c.instructions == counted(FILL, HOT).instructions + 8 * 2 / 32  # two branches more
+    assert (c.xu, c.shared) == (8 / 32, counted(FILL, HOT).shared)
+    # Without a word to look up the way past the loop is the shortest.
+    assert counted(FILL, FALLBACK).shared == 4 / 32
+
+
 def test_warps_follow_from_registers_threads_and_memory():
     assert counted(HOT, registers=116).warps == 16
     assert counted(HOT, shared=100 << 10).warps == 2 * 4  # with the 2 KB of the launch
@@ -160,7 +188,7 @@ def test_counts_are_near_what_an_h100_executed():
     entries = [e for e in json.loads(gpu_gates.MEASURED.read_text())["kernels"] if "executed" in e]
     ratios = [e["counted"]["instructions"] / e["executed"] for e in entries]
     assert len(ratios) == 8
-    assert all(0.85 < r < 1.1 for r in ratios), ratios
+    assert all(0.9 < r < 1.1 for r in ratios), ratios
 
 
 COUNTED = Counted(40, 48, 24 << 10, 20.0, 10.0, 8.0, 1.0, 0.0, 4.0)

@@ -92,6 +92,24 @@ def test_once_through_a_program(code):
     assert code.path(None, lambda loop: 0).cost.slots == 4
 
 
+def test_the_shortest_path_that_moves_so_many_words_of_shared_memory():
+    text = """
+	.section	.text.k,"ax",@progbits
+.text.k:
+        /*0000*/               @P0 BRA `(.L_1) ;
+        /*0010*/               @P1 BRA `(.L_2) ;
+        /*0020*/                   LDS.64 R0, [R1] ;
+        /*0030*/                   FADD R0, R0, R1 ;
+.L_2:
+        /*0040*/                   LDS R0, [R1] ;
+.L_1:
+        /*0050*/                   EXIT ;
+"""
+    code = sass.parse(text)["k"]
+    assert [code.path(None, words=words).cost.slots for words in (0, 1, 2, 3, 9)] == [2, 4, 6, 6, 6]
+    assert code.path(None).cost.slots == 6
+
+
 def test_costs_can_be_added_and_divided(code):
     turn = code.path(at(code, 0x30)).cost
     assert turn.per(4).slots == 9 / 4
