@@ -66,12 +66,14 @@ class Run:
 
 def tests(backends: Sequence[str], quick: bool) -> Iterator[tuple[dict[str, str], list[str]]]:
     """Yield what is run before anything is timed: a command, and what it has in its environment."""
-    for name in backends:
-        yield {"KAFOPS_BACKEND": name}, ["-m", "kafops.check", "--device", "cuda"]
+    first, *others = ({"KAFOPS_BACKEND": name} for name in backends)
+    check = ["-m", "kafops.check", "--device", "cuda"]
+    yield first, check
     if not quick:
-        chosen = {"KAFOPS_BACKEND": backends[0], "KAFOPS_TEST_DEVICE": "cuda"}
-        yield chosen, ["-m", "pytest", "-q", "-x", "-m", "not slow", *_KERNEL_TESTS]
+        yield first | {"KAFOPS_TEST_DEVICE": "cuda"}, ["-m", "pytest", "-q", "-x", "-m", "not slow", *_KERNEL_TESTS]
         yield {}, ["-m", "pytest", "-q", "-x", "tests/gpu"]
+    for other in others:
+        yield other, check
 
 
 def test(run: Run) -> None:

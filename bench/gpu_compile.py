@@ -180,18 +180,9 @@ def _digest(job: Job) -> str:
 
 def _cuda(job: Job) -> Iterator[Binary]:
     cubin = CACHE / f"{_digest(job)}.cubin"
-    command = ("-cubin", f"-arch={job.architecture}", *NVCC_FLAGS, f"-I{ROOT / 'csrc'}", *_includes(job.source))
+    command = ("-cubin", f"-arch={job.architecture}", *NVCC_FLAGS, f"-I{ROOT / 'csrc'}")
     run(tool("nvcc"), *command, ROOT / job.source, "-o", cubin)
     yield from inspect(cubin, job.backend, job.architecture)
-
-
-def _includes(source: str) -> tuple[str, ...]:
-    """Return flags for the headers of PyTorch, where a source includes them."""
-    if "torch/" not in (ROOT / source).read_text():
-        return ()
-    from torch.utils.cpp_extension import include_paths
-
-    return (*(f"-I{path}" for path in include_paths()), "-DTORCH_TARGET_VERSION=0x020a000000000000")
 
 
 def inspect(cubin: Path, backend: str, architecture: str, threads: int | None = None) -> Iterator[Binary]:

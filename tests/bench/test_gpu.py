@@ -195,6 +195,14 @@ def test_a_training_step_trains(monkeypatch):
     assert not any(torch.equal(a, b) for a, b in zip(before, made[0].parameters(), strict=True))
 
 
+@pytest.mark.slow
+def test_a_training_step_is_one_graph(monkeypatch):
+    """`torch.compile` is asked for the whole graph of a ResNet50, whose blocks have a forward of their own."""
+    compile_ = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda network, **options: compile_(network, backend="eager", **options))
+    TRAINING.step(gpu_table.ACTIVATIONS[gpu_table.KAF], "cpu", compiled=True)()
+
+
 # ------------------------------------------------------------------------------------------------------------ measuring
 
 
