@@ -1,237 +1,226 @@
-"""`python -m bench.gpu`: time kafops on a GPU against named baselines, and write what was found.
+"""`python -m bench.gpu`: test kafops on a GPU, time it there against named baselines, and write what was found.
 
-Every row of `bench.gpu_table` that is finished is appended to bench/out/gpu-NAME.jsonl, and a call goes on where the
-last one stopped. At its end, or where it is interrupted, it writes bench/results/NAME.{json,md} and the GPU table of
-the README; before the table's first rows are there, which are the most important, only bench/out/NAME.{json,md}.
+Tests come first, and where one fails nothing is timed. Then the kernels of large and small maps, the host's part of a
+call, training steps of a ResNet50 eager, as a CUDA graph and compiled, and more kernels, until the time is up. Each
+result is written to bench/out/NAME.json as it comes; at the end bench/results/NAME.{json,md} and the README's table.
 """
 
 import argparse
 import functools
-import json
 import os
+import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import astuple, dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeElapsedColumn, TimeRemainingColumn
+from torch import nn
 
 import kafops
-from bench import gpu_device, gpu_report, gpu_table, report
-from bench.gpu_device import Device
-from bench.gpu_report import COPY, OUT_OF_MEMORY, Record
-from bench.gpu_table import Row
-from bench.paired import Work
+from bench import gpu_device, gpu_report, gpu_table
+from bench.gpu_device import Device, Times
+from bench.gpu_report import Record, Summary
+from bench.gpu_table import ACTIVATIONS, Case, Training
+from bench.paired import Work, spread
 from models.errors import UserError
-from models.interrupts import StopRequest
 
+ROOT = Path(__file__).parent.parent
 OUT = Path(__file__).parent / "out"
-ROUNDS = 5
-# Rows of runs that differ in one of these do not belong into one table.
-IDENTITY = ("gpu", "driver", "cuda", "torch", "triton", "kafops", "commit", "backends")
+OUT_OF_MEMORY = "out of memory"
+MINUTES, QUICK_MINUTES = 8.0, 3.0
+_KERNEL_TESTS = ("tests/kafops/test_kernels.py", "tests/kafops/test_gpu_operators.py")
 
 
-@dataclass(frozen=True)
-class Subject:
-    """What is timed, and the kafops backend that is in force meanwhile."""
+class Run:
+    """One call of the command: what it has found so far, in memory and on disk, and how much time is left."""
 
-    work: Work
-    backend: str | None = None
+    def __init__(
+        self, device: Device, quick: bool, minutes: float, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.device, self.quick, self.clock = device, quick, clock
+        self.end = clock() + 60 * minutes
+        self.rounds = 10 if quick else 20
+        facts = device.facts()
+        self.path = OUT / f"{gpu_report.file_stem(facts)}.json"
+        self.summary: Summary = {"format": gpu_report.FORMAT, "machine": facts, "quick": quick, "results": []}
 
-    def within(self) -> AbstractContextManager[None]:
-        return kafops.backend(self.backend) if self.backend else nullcontext()
-
-
-def subjects(row: Row, device: Device) -> dict[str, Subject]:
-    """Return what takes turns on a row: a copy, the baselines, and kafops on each of its backends."""
-    p = row.case.problem(device.type)
-    mode = gpu_table.MODES[row.case.mode]
-    x, to = p.x.detach(), torch.empty_like(p.x)
-    return {
-        COPY: Subject(lambda: to.copy_(x)),
-        **{b.name: Subject(b.call(mode, p)) for b in gpu_table.GROUPS[row.group]},
-        **{name: Subject(mode.call(kafops.kaf, p), name) for name in device.backends()},
-    }
-
-
-def measure(row: Row, device: Device, rounds: int = ROUNDS) -> Record:
-    """Measure a row: of every subject its peak memory, and in each round its times.
-
-    What does not fit into memory is recorded as such. So is a baseline that fails; kafops must not.
-
-    Raises:
-        RuntimeError: kafops failed, or the device did.
-    """
-    torch._dynamo.reset()  # PyTorch stops compiling a function that it has compiled for 8 shapes
-    failed: dict[str, str] = {}
-    names = [COPY, *(b.name for b in gpu_table.GROUPS[row.group]), *device.backends()]
-
-    def attempt(name: str, work: Callable[[], Any]) -> Any:
-        try:
-            return work()
-        except torch.OutOfMemoryError:
-            failed[name] = OUT_OF_MEMORY
-        except Exception as error:
-            if name in device.backends() or isinstance(error, torch.AcceleratorError):
-                raise RuntimeError(f"{name} failed on {row.case}: {error}") from error
-            failed[name] = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
-        device.release()  # not while the error's traceback holds tensors
-        return None
-
-    times: dict[str, list[list[float]]] = {}
-    peak: dict[str, int] = {}
-    every = attempt("inputs", lambda: subjects(row, device))
-    if every is None:
-        failed = dict.fromkeys(names, failed["inputs"])
-        every = {}
-    for name, subject in every.items():
-        with subject.within():
-            peak[name] = attempt(name, functools.partial(device.peak_bytes, subject.work))
-    for _ in range(rounds):
-        for name, subject in every.items():
-            if name not in failed:
-                with subject.within():
-                    taken = attempt(name, functools.partial(device.time, subject.work))
-                times.setdefault(name, []).append(list(astuple(taken)) if taken else [])
-    case = row.case
-    return {
-        "key": row.key,
-        **{field: getattr(case, field) for field in case.__dataclass_fields__},
-        "group": row.group,
-        "bytes_moved": case.bytes_moved,
-        "copy_bytes": 2 * case.bytes_of_x,
-        "baselines": [b.name for b in gpu_table.GROUPS[row.group]],
-        "backends": list(device.backends()),
-        "times": {name: rounds for name, rounds in times.items() if name not in failed},
-        "peak_bytes": {name: n for name, n in peak.items() if name not in failed},
-        "failed": failed,
-        "clocks": device.clocks(),
-    }
-
-
-class Log:
-    """The rows measured so far, as lines of JSON, each after the facts of the call that measured it."""
-
-    def __init__(self, path: Path, facts: dict[str, Any], fresh: bool = False) -> None:
-        """Read the file and add the facts, or with `fresh` begin it anew.
-
-        Raises:
-            UserError: its rows were measured on another device, with other versions or of another commit.
-        """
-        self.path = path
-        self.records: list[Record] = []
-        self.facts: dict[str, Any] = {}  # of the call that began the file
-        whole = b"" if fresh or not path.exists() else path.read_bytes()
-        whole = whole[: whole.rfind(b"\n") + 1]  # a line that was interrupted is measured again
-        for line in map(json.loads, whole.splitlines()):
-            if "facts" in line:
-                self._check(line["facts"], facts)
-                self.facts = self.facts or line["facts"]
-            else:
-                self.records.append(line)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with path.open("r+b" if path.exists() else "wb") as file:
-            file.truncate(len(whole))
-        self._append({"facts": facts})
-        self.facts = self.facts or facts
-
-    def _check(self, theirs: dict[str, Any], ours: dict[str, Any]) -> None:
-        def same(a: Any, b: Any) -> bool:
-            # A report changes files, so that what was commit abc is abc+ from then on.
-            return a == b or (isinstance(a, str) and isinstance(b, str) and a.rstrip("+") == b.rstrip("+"))
-
-        differences = [
-            f"{name} is {theirs.get(name)} there and {ours.get(name)} here"
-            for name in IDENTITY
-            if not same(theirs.get(name), ours.get(name))
-        ]
-        if differences:
-            raise UserError(
-                f"{self.path} holds rows of another run: {'; '.join(differences)}. --fresh discards them, or move the "
-                "file away to keep them"
-            )
+    @property
+    def left(self) -> float:
+        """Seconds until no measurement shall begin."""
+        return self.end - self.clock()
 
     def add(self, record: Record) -> None:
-        self._append(record)
-        self.records.append(record)
-
-    def done(self) -> set[str]:
-        """Return the keys of the rows that need no other attempt: a baseline that failed gets one."""
-        return {r["key"] for r in self.records if all(reason == OUT_OF_MEMORY for reason in r["failed"].values())}
-
-    def _append(self, line: dict[str, Any]) -> None:
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(line, ensure_ascii=False, allow_nan=False) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
+        """Keep a result, on disk too, and print it."""
+        record["clocks"] = self.device.clocks()
+        self.summary["results"].append(record)
+        gpu_report.write_json(self.path, self.summary)
+        print(gpu_report.say(record), flush=True)
+        self.device.release()
 
 
-def run(
-    device: Device,
-    quick: bool = False,
-    fresh: bool = False,
-    minutes: float | None = None,
-    console: Console | None = None,
-    clock: Callable[[], float] = time.monotonic,
-) -> int:
-    """Measure the rows that are missing until there are none or time is up, write the report, return the status."""
-    start = clock()
-    facts = device.facts()
-    console = console or Console(soft_wrap=True, highlight=False, markup=False)
-    log = Log(OUT / f"gpu-{gpu_report.file_stem(facts)}.jsonl", facts, fresh)
-    rows = gpu_table.FIRST_ROWS if quick else gpu_table.ROWS
-    done = log.done()
-    missing = [row for row in rows if row.key not in done]
-    console.print(f"{facts['gpu']}: {len(missing)} of {len(rows)} rows to measure; {log.path}")
-    reason = ""
-    columns = "{task.description}", BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn()
-    with StopRequest() as stop, Progress(*columns, console=console) as progress:
-        task = progress.add_task("rows", total=len(rows), completed=len(rows) - len(missing))
-        for row in missing:
-            if stop.requested:
-                reason = "interrupted"
-            elif minutes is not None and clock() - start >= 60 * minutes:
-                reason = f"{minutes:g} minutes are over"
-            if reason:
-                break
-            log.add(measure(row, device))
-            progress.console.print(say(log.records[-1]))
-            progress.advance(task)
-            device.release()
-    if log.records:
-        for path in gpu_report.write(log.facts, log.records, OUT):
-            console.print(f"wrote {path}")
-    if reason:
-        console.print(f"stopped: {reason}; the same command goes on from here")
-    return 130 if reason == "interrupted" else 0
+# ---------------------------------------------------------------------------------------------------------------- tests
 
 
-def say(record: Record) -> str:
-    """Describe a record in a line: kafops' times and shares of the copy, and its ratios."""
-    (entry,) = gpu_report.analyse([record])
-    parts = []
-    for backend, ours in entry["backends"].items():
-        if "failed" in ours:
-            parts.append(f"{backend} {ours['failed']}")
-            continue
-        share = f" ({ours['share_of_copy'].median:.0%} of copy)" if "share_of_copy" in ours else ""
-        against = (f"{gpu_report.ratio(entry, backend, name)} against {name}" for name in record["baselines"])
-        parts.append(f"{backend} {report.quantity(ours['seconds'].median, 's')}{share}: {', '.join(against)}")
-    return f"{record['key']}\n  " + "\n  ".join(parts)
+def tests(backends: Sequence[str], quick: bool) -> Iterator[tuple[dict[str, str], list[str]]]:
+    """Yield what is run before anything is timed: a command, and what it has in its environment."""
+    first, *others = ({"KAFOPS_BACKEND": name} for name in backends)
+    check = ["-m", "kafops.check", "--device", "cuda"]
+    yield first, check
+    if not quick:
+        yield first | {"KAFOPS_TEST_DEVICE": "cuda"}, ["-m", "pytest", "-q", "-x", "-m", "not slow", *_KERNEL_TESTS]
+        yield {}, ["-m", "pytest", "-q", "-x", "tests/gpu"]
+    for other in others:
+        yield other, check
+
+
+def test(run: Run) -> None:
+    """Run the tests, each for a quarter of the time that is left.
+
+    Raises:
+        UserError: one fails.
+    """
+    for environment, command in tests(run.device.backends(), run.quick):
+        start, what = run.clock(), " ".join((*(f"{k}={v}" for k, v in environment.items()), "python", *command))
+        print(what, flush=True)
+        try:
+            done = subprocess.run(
+                [sys.executable, *command], cwd=ROOT, env=os.environ | environment, timeout=max(run.left / 4, 1)
+            )
+        except subprocess.TimeoutExpired:
+            outcome = "none failed before time was up"
+        else:
+            if done.returncode != 0:
+                raise UserError(f"nothing is timed, as this fails: {what}")
+            outcome = "passed"
+        run.add({"kind": "test", "what": what, "outcome": outcome, "took": round(run.clock() - start, 1)})
+
+
+# -------------------------------------------------------------------------------------------------------------- timing
+
+
+def attempt(device: Device, name: str, work: Callable[[], Any], failed: dict[str, str]) -> Any:
+    """Do something; where it fails, or does not fit into memory, write why into `failed` and return None."""
+    try:
+        return work()
+    except torch.OutOfMemoryError:
+        failed[name] = OUT_OF_MEMORY
+    except torch.AcceleratorError:
+        raise  # nothing that comes after it could be trusted
+    except Exception as error:
+        failed[name] = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+    device.release()  # not while the error's traceback holds tensors
+    return None
+
+
+def within(backend: str, work: Work) -> Work:
+    """Make a call on one backend of kafops."""
+
+    def call() -> object:
+        with kafops.backend(backend), torch.no_grad():
+            return work()
+
+    return call
+
+
+def kernels(run: Run, cases: Sequence[Case], backends: Sequence[str]) -> None:
+    """Time cases on some backends, beside a copy and F.silu, while there is time."""
+    device = run.device
+    for case in cases:
+        if run.left <= 0:
+            return
+        failed: dict[str, str] = {}
+        works: dict[str, Work] = {}
+        made = attempt(device, "inputs", functools.partial(case.works, device.type), failed)
+        if made:
+            call, others = made
+            works = others | {name: within(name, call) for name in backends}
+        for name in list(works):  # the first call compiles
+            attempt(device, name, works[name], failed)
+        device.wait()
+        times = device.time({n: w for n, w in works.items() if n not in failed}, run.rounds, kernels=True)
+        run.add({"kind": "kernel", **asdict(case), "title": case.title, "seconds": spreads(times), "failed": failed})
+
+
+def spreads(times: Times) -> dict[str, list[float]]:
+    """Return the median, 20th and 80th percentile of each."""
+    return {name: [s.median, s.p20, s.p80] for name, s in ((n, spread(t)) for n, t in times.items())}
+
+
+def host(run: Run, calls: int = 50, rounds: int = 9) -> None:
+    """Time what the host needs for a call of a layer on a map without much to compute."""
+    layers: dict[str, nn.Module] = {name: make(16).to(run.device.type) for name, make in ACTIVATIONS.items()}
+    layers["nn.ReLU"] = nn.ReLU()  # not in place: x is a leaf
+    x = torch.randn(8, 16, 8, 8, device=run.device.type)
+    leaf, grad = x.clone().requires_grad_(), torch.ones_like(x)
+
+    def forward(layer: nn.Module) -> None:
+        with torch.no_grad():
+            layer(x)
+
+    def both(layer: nn.Module) -> None:
+        layer(leaf).backward(grad)
+
+    for what, call in (("forward", forward), ("forward + backward", both)):
+        times: Times = {name: [] for name in layers}
+        for round_ in range(rounds + 1):
+            for name, layer in layers.items():
+                run.device.wait()
+                start = time.perf_counter()
+                for _ in range(calls):
+                    call(layer)
+                if round_:
+                    times[name].append((time.perf_counter() - start) / calls)
+        run.add({"kind": "host", "what": what, "seconds": spreads(times)})
+
+
+def steps(run: Run, training: Training, mode: str, needed: float = 0) -> None:
+    """Time training steps, activations in turn; of a mode that takes long to begin, those that time is left for."""
+    device, failed = run.device, dict[str, str]()
+    works: dict[str, Work] = {}
+    peak: dict[str, int] = {}
+    for name, activation in ACTIVATIONS.items():
+        if run.left <= needed:
+            break
+
+        def make(name: str = name, activation: gpu_table.Activation = activation) -> Work:
+            work = training.step(activation, device.type, mode == "compiled")
+            work()
+            work()
+            peak[name] = device.peak_bytes(work)
+            return device.graph(work) if mode == "CUDA graph" else work
+
+        if work := attempt(device, name, make, failed):
+            works[name] = work
+    if not works and not failed:
+        return
+    times = device.time(works, run.rounds, kernels=False)
+    record = {"kind": "step", "what": mode, "network": "ResNet50", **asdict(training), "seconds": spreads(times)}
+    run.add(record | {"peak_bytes": peak, "failed": failed})
+
+
+def measure(run: Run, training: Training = Training()) -> None:  # noqa: B008
+    """Test, then time everything, the most important first."""
+    test(run)
+    chosen, *others = run.device.backends()
+    kernels(run, gpu_table.FIRST, [chosen])
+    host(run)
+    steps(run, training, "eager")
+    steps(run, training, "CUDA graph")
+    if run.quick:
+        return
+    kernels(run, gpu_table.REST, [chosen])
+    kernels(run, [case for case in gpu_table.FIRST if case.shape == gpu_table.LARGE], others)
+    steps(run, training, "compiled", needed=60)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Measure, or do what the options say, and return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=(__doc__ or "").partition("\n\n")[2])
-    parser.add_argument("--quick", action="store_true", help="measure the first, most important rows only")
-    parser.add_argument("--fresh", action="store_true", help="discard what an earlier call measured")
-    parser.add_argument("--minutes", type=float, help="start no row after so many minutes")
-    parser.add_argument("--check", action="store_true", help="only print the device's backends, one a line")
+    parser.add_argument("--quick", action="store_true", help=f"the first rows only, in {QUICK_MINUTES:g} minutes")
+    parser.add_argument("--minutes", type=float, help=f"begin nothing after so many, usually {MINUTES:g}")
     parser.add_argument("--readme", action="store_true", help="only write the README's table from bench/results")
     options = parser.parse_args(arguments)
     try:
@@ -241,14 +230,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
         problem = gpu_device.why_not()
         if problem is not None:
             raise UserError(problem)
-        device = gpu_device.Cuda()
-        if options.check:
-            print("\n".join(device.backends()))
-            return 0
-        return run(device, options.quick, options.fresh, options.minutes)
-    except (UserError, OSError) as error:
+        minutes = options.minutes or (QUICK_MINUTES if options.quick else MINUTES)
+        run = Run(gpu_device.Cuda(), options.quick, minutes)
+        measure(run)
+        for path in gpu_report.write(run.summary):
+            print(f"wrote {path}")
+        wrong = gpu_report.failures(run.summary)
+        if wrong:
+            raise UserError(f"kafops failed: {'; '.join(wrong)}")
+    except (UserError, OSError, torch.AcceleratorError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
+    return 0
 
 
 if __name__ == "__main__":

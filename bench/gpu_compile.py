@@ -18,14 +18,18 @@ from typing import Any
 
 ROOT = Path(__file__).parent.parent
 CACHE = ROOT / "build" / "gpu-static"
-_FORMAT = 2  # of what is kept; to be raised where Binary, or how it is read, changes
+_FORMAT = 3  # of what is kept; to be raised where Binary, or how it is read, changes
 _LOG = "compilers.log"
 _READERS = ("nvdisasm", "cuobjdump", "c++filt")
 DTYPES = ("float32", "bfloat16", "float16", "float64")
 CUDA_SOURCES = ROOT / "csrc" / "cuda"
 NVIDIA = ("sm_75", "sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
 AMD = ("gfx942",)
+PROTOTYPES = ROOT / "bench" / "prototypes"
 NVCC_FLAGS = ("-std=c++20", "-O3", "--expt-relaxed-constexpr")  # as setup.py
+_WITH_RESERVED = ("sm_90", "sm_100", "sm_120")  # where cuobjdump adds the system's own kilobyte to a kernel's
+_FOLDERS = {"cuda": CUDA_SOURCES, "prototype": PROTOTYPES}  # the others are Triton's
+BACKENDS = (*_FOLDERS, "triton")
 
 
 class CannotProve(Exception):
@@ -36,7 +40,7 @@ class CannotProve(Exception):
 class Job:
     """One run of a compiler: a .cu file, or the Triton kernels of a dtype, for one architecture."""
 
-    backend: str  # "cuda" | "triton"
+    backend: str  # "cuda" | "prototype" | "triton"
     source: str  # path from the root | dtype
     architecture: str
 
@@ -57,17 +61,17 @@ class Binary:
     shared: int  # bytes, static
     threads: int  # of a block
     assembly: str
-    narrow: str = ""  # what is wrong with its accesses, of AMD's kernels; of NVIDIA's, bench.sass sees it
+    narrow: str = ""  # what is wrong with its accesses, of Triton's kernels
 
 
 def jobs(backends: Iterable[str], architectures: Iterable[str]) -> list[Job]:
     """List the runs that compile everything."""
     architectures, found = tuple(architectures), []
     for backend in backends:
-        if backend == "cuda":
-            sources = [str(s.relative_to(ROOT)) for s in sorted(CUDA_SOURCES.glob("*.cu"))]
+        if folder := _FOLDERS.get(backend):
+            sources = [str(s.relative_to(ROOT)) for s in sorted(folder.glob("*.cu"))]
             if not sources:
-                raise CannotProve(f"there is no .cu file in {CUDA_SOURCES}")
+                raise CannotProve(f"there is no .cu file in {folder}")
             found += [Job(backend, s, a) for a in architectures if a in NVIDIA for s in sources]
         else:
             found += [Job(backend, dtype, a) for a in architectures for dtype in DTYPES]
@@ -112,7 +116,7 @@ def compile_all(work: list[Job], report: Callable[[str], None], workers: int = 2
     """
     results: dict[Job, list[Binary]] = {}
     failed: list[str] = []
-    if any(job.backend == "cuda" for job in work):
+    if any(job.backend in _FOLDERS for job in work):
         tool("nvcc")
     for name in _READERS:
         tool(name)
@@ -151,7 +155,7 @@ def compile_one(job: Job) -> tuple[list[Binary], bool]:
     if kept.exists():
         return [Binary(**fields) for fields in json.loads(kept.read_text())], True
     CACHE.mkdir(parents=True, exist_ok=True)
-    binaries = list((_cuda if job.backend == "cuda" else _triton)(job))
+    binaries = list((_cuda if job.backend in _FOLDERS else _triton)(job))
     part = kept.with_suffix(f".{os.getpid()}")
     part.write_text(json.dumps([asdict(b) for b in binaries]))
     part.replace(kept)
@@ -160,9 +164,10 @@ def compile_one(job: Job) -> tuple[list[Binary], bool]:
 
 def _digest(job: Job) -> str:
     h = hashlib.sha256(repr((job, NVCC_FLAGS, _FORMAT)).encode())
-    if job.backend == "cuda":
+    if job.backend in _FOLDERS:
         h.update(run(tool("nvcc"), "--version").encode())
-        sources = sorted(p for p in (ROOT / "csrc").rglob("*") if p.suffix in (".cu", ".cuh", ".h"))
+        folder = PROTOTYPES if job.backend == "prototype" else ROOT / "csrc"
+        sources = sorted(p for p in folder.rglob("*") if p.suffix in (".cu", ".cuh", ".h"))
     else:
         import triton
 
@@ -175,18 +180,9 @@ def _digest(job: Job) -> str:
 
 def _cuda(job: Job) -> Iterator[Binary]:
     cubin = CACHE / f"{_digest(job)}.cubin"
-    command = ("-cubin", f"-arch={job.architecture}", *NVCC_FLAGS, f"-I{ROOT / 'csrc'}", *_includes(job.source))
+    command = ("-cubin", f"-arch={job.architecture}", *NVCC_FLAGS, f"-I{ROOT / 'csrc'}")
     run(tool("nvcc"), *command, ROOT / job.source, "-o", cubin)
-    yield from inspect(cubin, "cuda", job.architecture)
-
-
-def _includes(source: str) -> tuple[str, ...]:
-    """Return flags for the headers of PyTorch, where a source includes them."""
-    if "torch/" not in (ROOT / source).read_text():
-        return ()
-    from torch.utils.cpp_extension import include_paths
-
-    return (*(f"-I{path}" for path in include_paths()), "-DTORCH_TARGET_VERSION=0x020a000000000000")
+    yield from inspect(cubin, job.backend, job.architecture)
 
 
 def inspect(cubin: Path, backend: str, architecture: str, threads: int | None = None) -> Iterator[Binary]:
@@ -211,7 +207,7 @@ def inspect(cubin: Path, backend: str, architecture: str, threads: int | None = 
             symbol,
             registers=use["REG"],
             spills={kind: n for kind, n in spills.items() if n},
-            shared=use["SHARED"],
+            shared=max(use["SHARED"] - (1024 if architecture in _WITH_RESERVED else 0), 0),
             threads=threads or blocks.get(symbol, 0),
             assembly=assembly[symbol],
         )
@@ -227,7 +223,7 @@ def _threads(elf: str) -> dict[str, int]:
 
 
 def inspect_amd(assembly: str, architecture: str, name: str, wide: bool) -> Binary:
-    """Read a kernel from AMD assembly, and say whether it has the accesses of 128 bits that are due where `wide`."""
+    """Read a kernel from AMD assembly; `wide`: accesses of 128 bits are due."""
 
     def number(field: str) -> int:
         return int(re.findall(rf"^\s*\.{field}:\s+(\d+)", assembly, flags=re.MULTILINE)[-1])
@@ -237,8 +233,6 @@ def inspect_amd(assembly: str, architecture: str, name: str, wide: bool) -> Bina
         "vector registers spilled": number("vgpr_spill_count"),
         "bytes of private memory": number("private_segment_fixed_size"),
     }
-    due = ("load", "store") if wide else ()
-    missing = [kind for kind in due if not re.search(rf"\b(global|buffer)_{kind}_dwordx4\b", assembly)]
     return Binary(
         "triton",
         architecture,
@@ -249,8 +243,15 @@ def inspect_amd(assembly: str, architecture: str, name: str, wide: bool) -> Bina
         shared=number("group_segment_fixed_size"),
         threads=number("max_flat_workgroup_size"),
         assembly=assembly,
-        narrow=f"no {' or '.join(missing)} of 128 bits" if missing else "",
+        narrow=_narrow(assembly, r"\b(global|buffer)_{}_dwordx4\b", ("load", "store")) if wide else "",
     )
+
+
+def _narrow(assembly: str, access: str, kinds: tuple[str, str]) -> str:
+    """Say which accesses of 128 bits are missing."""
+    names = zip(("load", "store"), kinds, strict=True)
+    missing = [name for name, kind in names if not re.search(access.format(kind), assembly)]
+    return f"no {' or '.join(missing)} of 128 bits" if missing else ""
 
 
 def _triton(job: Job) -> Iterator[Binary]:
@@ -274,11 +275,12 @@ def _triton(job: Job) -> Iterator[Binary]:
         except Exception as error:
             message = f"Triton does not compile {name}, {job.architecture}: {error} (see {CACHE / _LOG})"
             raise CannotProve(message) from error
+        wide = "contiguous" in c.name and c.vector * dtype.itemsize == 16
         if amd:
-            wide = "contiguous" in c.name and c.vector * dtype.itemsize == 16
             yield inspect_amd(compiled.asm["amdgcn"], job.architecture, name, wide)
         else:
             cubin = CACHE / f"{_digest(job)}.cubin"
             cubin.write_bytes(compiled.asm["cubin"])
             for binary in inspect(cubin, "triton", job.architecture, c.threads):
-                yield replace(binary, name=name)
+                narrow = _narrow(binary.assembly, r"\b{}\.\S*128\b", ("LDG", "STG")) if wide else ""
+                yield replace(binary, name=name, narrow=narrow)

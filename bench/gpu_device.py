@@ -1,31 +1,25 @@
-"""The GPU that is measured: its timer, its memory, its clocks, and the facts that a time depends on.
-
-The timer is `triton.testing.do_bench`. That of Triton 3.8 calls once, then five times to see how long a call takes,
-then warms up for `warmup` milliseconds, then repeats for `rep`: each repeated call stands between two CUDA events of
-its own, and before the first of these a buffer of 256 MB is set to zero, so that the L2 cache holds nothing of the
-inputs. It never waits between calls, so that the host launches a call while the GPU still fills the buffer (0.1 ms at
-3 TB/s). What the host needs beyond that counts as the call's time, which matters for the smallest maps under autograd.
-"""
+"""The GPU that is measured: its timer, its memory, its clocks, and the facts that a time depends on."""
 
 import gc
-import importlib.util
 import subprocess
-from collections.abc import Callable
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import torch
 
 import kafops
 from bench import machine
-from bench.paired import Spread, Work
+from bench.paired import Work
 
-WARMUP_MS, REPEAT_MS = 5, 20
+_FLUSH = 256 << 20  # bytes, more than any L2 cache
+_SPIN = 2_000_000  # clocks, about a millisecond
 _CLOCKS = {
     "clocks.sm": "sm_mhz",
     "clocks.mem": "memory_mhz",
     "power.draw": "power_w",
     "temperature.gpu": "temperature_c",
 }
+Times = dict[str, list[float]]  # by name, the seconds of each round
 
 
 class Device(Protocol):
@@ -35,8 +29,10 @@ class Device(Protocol):
 
     def backends(self) -> tuple[str, ...]: ...
     def facts(self) -> dict[str, Any]: ...
-    def time(self, work: Work) -> Spread: ...
+    def time(self, works: Mapping[str, Work], rounds: int, kernels: bool) -> Times: ...
     def peak_bytes(self, work: Work) -> int: ...
+    def graph(self, work: Work) -> Work: ...
+    def wait(self) -> None: ...
     def clocks(self) -> dict[str, float | None] | None: ...
     def release(self) -> None: ...
 
@@ -47,8 +43,6 @@ def why_not() -> str | None:
         return f"this PyTorch ({torch.__version__}) was built without CUDA; install one that has it"
     if not torch.cuda.is_available():
         return "PyTorch finds no CUDA device (nvidia-smi shows those that the driver knows)"
-    if importlib.util.find_spec("triton") is None:
-        return "Triton, whose timer is used, is not installed: pip install triton"
     if not _backends():
         return f"kafops has no kernels for this GPU: {kafops.backends.explain(torch.empty(0, device='cuda'))}"
     return None
@@ -65,6 +59,7 @@ class Cuda:
 
     def __init__(self) -> None:
         self._properties = torch.cuda.get_device_properties()
+        self._flush = torch.empty(_FLUSH, dtype=torch.uint8, device="cuda")
 
     def backends(self) -> tuple[str, ...]:
         """Return the names of the backends that have kernels for this device, kafops' own choice first."""
@@ -72,39 +67,67 @@ class Cuda:
 
     def facts(self) -> dict[str, Any]:
         """Return GPU, driver, versions, processor, git commit and date."""
-        import triton
-
+        try:
+            from triton import __version__ as triton
+        except ImportError:
+            triton = "none"
         driver = self._ask("driver_version")
         properties = self._properties
         return machine.describe() | {
             "gpu": properties.name,
-            "capability": f"{properties.major}.{properties.minor}",
             "multiprocessors": properties.multi_processor_count,
             "memory_bytes": properties.total_memory,
-            "l2_bytes": properties.L2_cache_size,
             "driver": driver[0] if driver else "unknown",
             "cuda": torch.version.cuda,
-            "triton": triton.__version__,
+            "triton": triton,
             "backend": kafops.backends.explain(torch.empty(0, device="cuda")),
             "backends": list(self.backends()),
         }
 
-    def time(self, work: Work) -> Spread:
-        """Return the seconds that a call takes: median, 20th and 80th percentile of about REPEAT_MS of calls."""
-        from triton import testing
+    def time(self, works: Mapping[str, Work], rounds: int, kernels: bool) -> Times:
+        """Return the seconds between events around each call, as the framework launches it; in each round all in turn.
 
-        do_bench: Callable[..., list[float]] = testing.do_bench
-        taken = do_bench(work, warmup=WARMUP_MS, rep=REPEAT_MS, quantiles=[0.5, 0.2, 0.8])
-        return Spread(*(milliseconds / 1e3 for milliseconds in taken))
+        With `kernels` the L2 cache holds nothing of the inputs, and the GPU is kept busy until the host has launched
+        the call: its own time is then not in it.
+        """
+        events: dict[str, list[tuple[torch.cuda.Event, torch.cuda.Event]]] = {name: [] for name in works}
+        for _ in range(rounds):
+            for name, work in works.items():
+                start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                if kernels:
+                    self._flush.zero_()
+                    torch.cuda._sleep(_SPIN)
+                start.record()
+                work()
+                end.record()
+                events[name].append((start, end))
+            torch.cuda.synchronize()
+        return {name: [start.elapsed_time(end) / 1e3 for start, end in pairs] for name, pairs in events.items()}
 
     def peak_bytes(self, work: Work) -> int:
         """Return by how much a call's memory exceeds, at its largest, what was allocated before it."""
-        work()  # the first call compiles, and allocates what stays
         torch.cuda.synchronize()
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         work()
         return torch.cuda.max_memory_allocated() - before
+
+    def graph(self, work: Work) -> Work:
+        """Return the replay of a call, which has to have been made before."""
+        stream = torch.cuda.Stream()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):
+                work()
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            work()
+        return graph.replay
+
+    def wait(self) -> None:
+        """Wait for all that was launched."""
+        torch.cuda.synchronize()
 
     def clocks(self) -> dict[str, float | None] | None:
         """Return clocks, power and temperature, each None where it is not told; None where nvidia-smi fails."""

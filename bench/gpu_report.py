@@ -1,286 +1,215 @@
-"""Turns what was measured on a GPU into a small JSON summary, a Markdown page, and the GPU table of the README.
+"""Turns what was measured on a GPU into a JSON file, a Markdown page, and the GPU tables of the README.
 
-A record is what `bench.gpu` measured of one row: for every subject and round the Spread of its times. The ratio of two
-subjects is formed round by round, of medians of neighbours; its spread is that of the rounds.
+A record is one result of `bench.gpu`: its `kind` is "test", "kernel", "host" or "step", and `seconds` has [median,
+20th, 80th percentile] for each of those who took turns, or [median] alone. A share is a copy's time for as many bytes,
+over the kernel's, from one record.
 """
 
 import json
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 from bench import gpu_table, report
-from bench.gpu_table import Case
-from bench.paired import Spread, ratios, spread
+from bench.gpu_table import COPY, KAF, LARGE, PASSES, RELU, SILU
 from models import files
 from models.errors import UserError
 
-Record = dict[str, Any]  # a line of JSON, see `bench.gpu.measure`
-Summary = dict[str, Any]  # {"machine": facts, "rows": one for each case}
+Record = dict[str, Any]
+Summary = dict[str, Any]  # {"format", "machine": facts, "results": records}
 
-FORMAT = "kafops: times on a GPU, 1"  # tells these summaries from others in bench/results
+FORMAT = "kafops: times on a GPU, 2"  # tells these files from others in bench/results
 RESULTS = Path(__file__).parent / "results"
 README = Path(__file__).parent.parent / "README.md"
 MARKERS = ("<!-- gpu-table -->", "<!-- /gpu-table -->")
-NO_CLAIM = (
-    "There is no table of GPU times yet: `make gpu`, on a machine with a CUDA device, measures and puts one here."
-)
-OUT_OF_MEMORY = "out of memory"
-COPY = "copy"
 BACKENDS = {"cuda": "CUDA C++", "triton": "Triton"}
-_README_DTYPES = ("float32", "bfloat16")
-_SAME_FUNCTION = {b.name for b in gpu_table.BASELINES if b.same_function}
-_PLAIN_NAMES = {  # as the README's table of the CPU names them
-    gpu_table.REFERENCE.name: "plain PyTorch",
-    gpu_table.COMPILED.name: "plain PyTorch under torch.compile",
-    gpu_table.TWO_EXPONENTIALS.name: "a faster formula (two exponentials) under torch.compile",
-    **{b.name: f"`{b.name}`" for b in (gpu_table.SILU, gpu_table.RELU, gpu_table.PRELU)},
-}
+_LAYERS = tuple(gpu_table.ACTIVATIONS)
+_METHOD = (
+    "*Of copy* is the time of a device-to-device copy of as many bytes as must be moved (forward two passes over x, "
+    "backward three, double backward five), over the kernel's. A call stands between two CUDA events, launched by "
+    "PyTorch; all take turns, with the L2 cache flushed and the host let ahead before each, so that its part is not in "
+    "it. A training step is forward under autocast, backward and SGD. Medians, with the 20th and 80th percentile."
+)
 
 
-def analyse(records: Iterable[Record]) -> list[dict[str, Any]]:
-    """Return what each case's records say, in the order of the table: times, ratios, shares of the copy, memory."""
-    latest = {record["key"]: record for record in records}
-    found = [latest[row.key] for row in gpu_table.ROWS if row.key in latest]
-    cases: dict[Case, dict[str, Any]] = {}
-    for record in found:
-        case = Case(**{name: _hashable(record[name]) for name in Case.__dataclass_fields__})
-        entry = cases.setdefault(
-            case,
-            {name: record[name] for name in Case.__dataclass_fields__}
-            | {"bytes_moved": record["bytes_moved"], "copy": None, "backends": {}, "baselines": {}},
-        )
-        _add(entry, record)
-    return list(cases.values())
+def share(record: Record, name: str) -> float | None:
+    """Return the copy's time for as many bytes over the time of a backend or baseline, None where one has no time."""
+    seconds = record["seconds"]
+    if COPY not in seconds or name not in seconds:
+        return None
+    return float(PASSES[record["what"]] / 2 * seconds[COPY][0] / seconds[name][0])
 
 
-def _hashable(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
+def failures(summary: Summary) -> list[str]:
+    """Name what kafops failed at, but for lack of memory."""
+    ours = {*BACKENDS, KAF, "inputs"}
+    return [
+        f"{record.get('title', record['what'])}, {name}: {why}"
+        for record in summary["results"]
+        for name, why in record.get("failed", {}).items()
+        if name in ours and why != "out of memory"
+    ]
 
 
-def _add(entry: dict[str, Any], record: Record) -> None:
-    """Add a record to its case's entry. Times of copy and kafops are those of the first record that has them."""
-    times = {name: [Spread(*s) for s in rounds] for name, rounds in record["times"].items()}
-    medians = {name: [s.median for s in rounds] for name, rounds in times.items()}
-
-    def about(name: str) -> dict[str, Any]:
-        if name in record["failed"]:
-            return {"failed": record["failed"][name]}
-        return {"seconds": _over_rounds(times[name]), "peak_bytes": record["peak_bytes"][name]}
-
-    if entry["copy"] is None and COPY in times:
-        copy = [record["copy_bytes"] / seconds for seconds in medians[COPY]]
-        entry["copy"] = {"seconds": _over_rounds(times[COPY]), "bytes_per_second": spread(copy)}
-    for backend in record["backends"]:
-        ours = entry["backends"].setdefault(backend, about(backend) | {"ratios": {}})
-        if COPY in times and backend in times and "share_of_copy" not in ours:
-            copy = [seconds / record["copy_bytes"] for seconds in medians[COPY]]
-            own = [seconds / record["bytes_moved"] for seconds in medians[backend]]
-            ours["share_of_copy"] = ratios(copy, own)
-        for baseline in record["baselines"]:
-            if backend in times and baseline in times:
-                ours["ratios"][baseline] = ratios(medians[backend], medians[baseline])
-    for baseline in record["baselines"]:
-        entry["baselines"][baseline] = about(baseline)
+def say(record: Record) -> str:
+    """Describe a result in a line."""
+    if record["kind"] == "test":
+        return f"  {record['outcome']} ({record['took']:g} s)"
+    parts = [f"{name} {why}" for name, why in record.get("failed", {}).items()]
+    for name, seconds in record["seconds"].items():
+        of = share(record, name) if record["kind"] == "kernel" and name != COPY else None
+        more = f" {of:.2f}" if of else f" {_times(record, name):.3f}x" if record["kind"] != "kernel" else ""
+        parts.append(f"{name} {_quantity(seconds[0])}{more}")
+    return f"{_where(record)}: {', '.join(parts)}"
 
 
-def _over_rounds(rounds: Sequence[Spread]) -> Spread:
-    """Return the median over rounds of each of median, p20 and p80."""
-    return Spread(
-        *(spread(numbers).median for numbers in zip(*((s.median, s.p20, s.p80) for s in rounds), strict=True))
-    )
+def _where(record: Record) -> str:
+    if record["kind"] == "kernel":
+        return f"{tuple(record['shape'])} {record['dtype']} {record['layout']}, {record['title']}"
+    if record["kind"] == "host":
+        return f"host, {record['what']}"
+    return f"{record['network']}, batch {record['batch']}, {record['dtype']}, {record['layout']}, {record['what']}"
 
 
-def clocks(records: Iterable[Record]) -> dict[str, list[float]]:
-    """Return the least and the largest value seen after a row, of each clock that was told."""
-    seen: dict[str, list[float]] = {}
-    for record in records:
-        for name, value in (record["clocks"] or {}).items():
-            if value is not None:
-                seen.setdefault(name, []).append(value)
-    return {name: [min(values), max(values)] for name, values in seen.items()}
+def _times(record: Record, name: str) -> float:
+    """Return a layer's time as a multiple of ReLU's, or of the first that there is."""
+    seconds = record["seconds"]
+    return float(seconds[name][0] / seconds.get(RELU, next(iter(seconds.values())))[0])
 
 
-def summary(facts: dict[str, Any], records: Sequence[Record]) -> Summary:
-    """Return what a run found, for programs and for the README."""
-    rows = analyse(records)
-    measured = {record["key"] for record in records}
-    return {
-        "format": FORMAT,
-        "machine": facts,
-        "clocks": clocks(records),
-        "rounds": max((len(rounds) for record in records for rounds in record["times"].values()), default=0),
-        "measured": len(measured),
-        "of": len(gpu_table.ROWS),
-        "rows": rows,
-    }
+def _quantity(seconds: float) -> str:
+    return report.quantity(seconds, "s")
 
 
-def to_json(s: Summary) -> str:
-    """Write a summary with one line for each case, numbers to four digits, spreads as [median, p20, p80]."""
+def write_json(path: Path, summary: Summary) -> None:
+    """Write a summary, a result a line, numbers to four digits."""
 
     def plain(value: Any) -> Any:
-        if isinstance(value, Spread):
-            return [plain(v) for v in (value.median, value.p20, value.p80)]
         if isinstance(value, dict):
             return {name: plain(v) for name, v in value.items()}
         if isinstance(value, list | tuple):
             return [plain(v) for v in value]
         return float(f"{value:.4g}") if isinstance(value, float) else value
 
-    head = {name: value for name, value in s.items() if name != "rows"}
-    rows = ",\n".join(json.dumps(plain(row), ensure_ascii=False, allow_nan=False) for row in s["rows"])
-    text = json.dumps(head, indent=1, ensure_ascii=False, allow_nan=False)
-    return f'{text[: text.rindex("}")].rstrip()},\n "rows": [\n{rows}\n]\n}}\n'
+    head = json.dumps({name: v for name, v in summary.items() if name != "results"}, indent=1, ensure_ascii=False)
+    lines = ",\n".join(json.dumps(plain(r), ensure_ascii=False, allow_nan=False) for r in summary["results"])
+    files.write_text(path, f'{head[:-2]},\n "results": [\n{lines}\n]}}\n')
 
 
-def from_json(text: str) -> Summary:
-    """Read what `to_json` has written."""
-
-    def spreads(entry: dict[str, Any], *names: str) -> dict[str, Any]:
-        return entry | {name: Spread(*entry[name]) for name in names if name in entry}
-
-    s = json.loads(text)
-    for row in s["rows"]:
-        row["copy"] = row["copy"] and spreads(row["copy"], "seconds", "bytes_per_second")
-        row["baselines"] = {name: spreads(b, "seconds") for name, b in row["baselines"].items()}
-        row["backends"] = {
-            name: spreads(b, "seconds", "share_of_copy") | {"ratios": spreads(b["ratios"], *b["ratios"])}
-            for name, b in row["backends"].items()
-        }
-    return s
+# ----------------------------------------------------------------------------------------------------------------- page
 
 
-# ------------------------------------------------------------------------------------------------------------- page
-
-
-def markdown(s: Summary) -> str:
-    """Render the page: the machine, how it was measured, and a table for each mode with a line per case and backend."""
-    m = s["machine"]
+def markdown(summary: Summary) -> str:
+    """Render the page: the machine, how it was measured, and a table for each kind of result."""
+    m, results = summary["machine"], summary["results"]
+    facts = ("driver", "cuda", "torch", "triton", "kafops", "python", "processor")
     lines = [
         f"# Speed of kafops on {m['gpu']}",
         "",
-        f"`make gpu` on {m['date']}, commit {m['commit']}: {s['measured']} of {s['of']} rows measured.",
+        f"Measured on {m['date']}, commit {m['commit']}: {', '.join(f'{n} {m[n]}' for n in facts if n in m)}.",
         "",
-        f"- {m['gpu']}, compute capability {m['capability']}, {m['multiprocessors']} multiprocessors, "
-        f"{report.quantity(m['memory_bytes'], 'B')} of memory, {report.quantity(m['l2_bytes'], 'B')} of L2 cache",
-        f"- driver {m['driver']}, CUDA {m['cuda']}, torch {m['torch']}, triton {m['triton']}, kafops {m['kafops']}, "
-        f"Python {m['python']}, {m['system']}, {m['processor']}",
-        f"- kafops' own choice here is {m['backend']}; measured: {', '.join(m['backends'])}",
-        f"- {_clocks_in_words(s['clocks'])}",
-        "",
-        _method(s["rounds"]),
+        *_wrapped(summary.get("how", _METHOD)),
     ]
-    for mode in gpu_table.MODES:
-        rows = [row for row in s["rows"] if row["mode"] == mode]
-        if rows:
-            lines += ["", f"## {mode[0].upper()}{mode[1:]}", "", *_page_table(rows)]
+    if clocks := _clocks(results):
+        lines += ["", clocks]
+    of = {kind: [r for r in results if r["kind"] == kind] for kind in ("test", "kernel", "host", "step")}
+    if of["test"]:
+        lines += ["", "## Tests", "", *(f"- `{r['what']}`: {r['outcome']} ({r['took']:g} s)" for r in of["test"])]
+    if of["kernel"]:
+        head = ("x", "dtype", "layout", "what", "copy", "kafops", "time (p20 to p80)", "of copy", f"{SILU}, of copy")
+        lines += ["", "## Kernels", "", *_table([head, *(row for r in of["kernel"] for row in _kernel_rows(r))])]
+    if of["host"]:
+        lines += ["", "## The host's part of a call", "", *_layers(of["host"])]
+    if of["step"]:
+        lines += ["", "## Training steps", "", *_layers(of["step"])]
     return "\n".join(lines) + "\n"
 
 
-def _clocks_in_words(seen: dict[str, list[float]]) -> str:
+def _layers(records: Sequence[Record]) -> list[str]:
+    return _table([("", *_LAYERS), *((_where(r), *(_layer_cell(r, name) for name in _LAYERS)) for r in records)])
+
+
+def _clocks(results: Iterable[Record]) -> str:
     units = {"sm_mhz": ("SM clock", "MHz"), "memory_mhz": ("memory clock", "MHz"), "power_w": ("power", "W"),
              "temperature_c": ("temperature", "°C")}  # fmt: skip
-    texts = [f"{units[name][0]} {low:g} to {high:g} {units[name][1]}" for name, (low, high) in seen.items()]
-    return f"after the rows: {', '.join(texts)}" if texts else "clocks unknown: nvidia-smi did not tell them"
+    texts = []
+    for name, (title, unit) in units.items():
+        seen = [v for r in results if (v := (r.get("clocks") or {}).get(name)) is not None]
+        if seen:
+            texts.append(f"{title} {min(seen):g} to {max(seen):g} {unit}")
+    return f"After the results: {', '.join(texts)}." if texts else ""
 
 
-def _method(rounds: int) -> str:
-    return (
-        f"x ~ N(0, 1), D = 20, gradients of x and alpha. In each of {rounds} rounds copy, baselines and kafops take "
-        "turns, each timed by `triton.testing.do_bench`: CUDA events around every call, the L2 cache flushed before "
-        "it. Where the flush, 256 MB written, is over before the host has launched a call (small maps, forward + "
-        "backward), the time is the host's. A ratio is kafops / baseline of one round; shown are median, and 20th to "
-        "80th percentile over rounds; times are medians over rounds of median, 20th and 80th percentile. *Of copy* is "
-        "the bandwidth of kafops, counting the bytes that any implementation must move (forward 2 passes over x, "
-        "backward 3 more), as a share of that of a device-to-device copy in the same rounds. *Peak* is the memory "
-        "that one call needs beside its inputs. The compiled baselines have rounds of their own."
-    )
+def _kernel_rows(r: Record) -> Iterable[tuple[str, ...]]:
+    copy = _quantity(r["seconds"][COPY][0]) if COPY in r["seconds"] else r["failed"].get(COPY, "")
+    for name, title in BACKENDS.items():
+        if name in r["seconds"] or name in r.get("failed", {}):
+            cell = _spread(r["seconds"][name]) if name in r["seconds"] else r["failed"][name]
+            ours, silu = (f"{s:.2f}" if (s := share(r, n)) else "" for n in (name, SILU))
+            shape = ", ".join(map(str, r["shape"]))
+            yield f"({shape})", r["dtype"], r["layout"], r["title"], copy, title, cell, ours, silu
 
 
-def _page_table(rows: Sequence[dict[str, Any]]) -> list[str]:
-    names = [b.name for b in gpu_table.BASELINES]
-    head = ("network", "shape", "dtype", "layout", "copy", "backend", "time (p20 to p80)", "of copy", "peak",
-            *(f"/ {name}" for name in names))  # fmt: skip
-    lines = [head, ("---",) * len(head)]
-    for row in rows:
-        shape = ", ".join(map(str, row["shape"]))
-        copy = f"{report.quantity(row['copy']['bytes_per_second'].median, 'B')}/s" if row["copy"] else OUT_OF_MEMORY
-        for backend, ours in row["backends"].items():
-            lines.append(
-                (row["network"], f"({shape})", row["dtype"], row["layout"], copy, backend,
-                 *_own_cells(ours), *(ratio(row, backend, name) for name in names))
-            )  # fmt: skip
-    return [f"| {' | '.join(line)} |" for line in lines]
+def _spread(seconds: Sequence[float]) -> str:
+    median, *rest = map(_quantity, seconds)
+    return f"{median} ({rest[0]} to {rest[1]})" if rest else median
 
 
-def _own_cells(ours: dict[str, Any]) -> tuple[str, str, str]:
-    if "failed" in ours:
-        return ours["failed"], "", ""
-    t = ours["seconds"]
-    time = f"{report.quantity(t.median, 's')} ({report.quantity(t.p20, 's')} to {report.quantity(t.p80, 's')})"
-    return time, _share(ours), report.quantity(ours["peak_bytes"], "B")
+def _layer_cell(r: Record, name: str) -> str:
+    if name not in r["seconds"]:
+        return str(r.get("failed", {}).get(name, ""))
+    memory = r.get("peak_bytes", {}).get(name)
+    more = f", {report.quantity(memory, 'B')}" if memory else ""
+    return f"{_spread(r['seconds'][name])}, {_times(r, name):.3f}×{more}"
 
 
-def _share(ours: dict[str, Any]) -> str:
-    return f"{ours['share_of_copy'].median:.0%}" if "share_of_copy" in ours else ""
+def _table(rows: Sequence[Sequence[str]]) -> list[str]:
+    return [f"| {' | '.join(row)} |" for row in (rows[0], ("---",) * len(rows[0]), *rows[1:])]
 
 
-def ratio(row: dict[str, Any], backend: str, baseline: str) -> str:
-    """Say how kafops compares with a baseline on a case, why not if there is no time, or nothing if it is not known."""
-    failures = [
-        f"{who}{entry['failed']}"
-        for who, entry in (("kafops: ", row["backends"].get(backend, {})), ("", row["baselines"].get(baseline, {})))
-        if "failed" in entry
-    ]
-    if failures:
-        return failures[0]
-    r = row["backends"].get(backend, {"ratios": {}})["ratios"].get(baseline)
-    return "" if r is None else report.ratio(r, "s", baseline in _SAME_FUNCTION and r.median < 1)
-
-
-# ----------------------------------------------------------------------------------------------------------- README
+# --------------------------------------------------------------------------------------------------------------- README
 
 
 def readme_section(summaries: Iterable[Summary]) -> str:
-    """Return what the README says of GPUs: a table for each, or that there is none."""
-    return "\n\n".join(map(_readme_table, summaries)) or NO_CLAIM
+    """Return what the README says of GPUs: a table for each."""
+    return "\n\n".join(map(_readme_table, summaries)) or "No GPU has been measured yet: `make gpu` does it."
 
 
 def _readme_table(s: Summary) -> str:
     m = s["machine"]
-    network = next(iter(gpu_table.LARGEST))
-    shape = gpu_table.LARGEST[network]
-    rows = {
-        (row["mode"], row["dtype"]): row
-        for row in s["rows"]
-        if tuple(row["shape"]) == shape and row["layout"] == "contiguous"
+    large = {
+        (r["dtype"], r["layout"], r["title"], name): share(r, name)
+        for r in s["results"]
+        if r["kind"] == "kernel" and tuple(r["shape"]) == LARGE
+        for name in (*BACKENDS, SILU)
+        if name in r["seconds"]
     }
-    columns = [(backend, dtype) for backend in m["backends"] for dtype in _README_DTYPES]
-    lines = [
-        ("kafops", "against", *(f"{BACKENDS[backend]}, {dtype}" for backend, dtype in columns)),
-        ("---",) * (2 + len(columns)),
-    ]
+    forms = dict.fromkeys((dtype, layout) for dtype, layout, *_ in large)
+    subjects = [n for n in (*BACKENDS, SILU) if any(key[-1] == n for key in large)]
 
-    def line(mode: str, against: str, cell: Callable[[dict[str, Any], str], str]) -> None:
-        cells = [cell(rows[mode, dtype], backend) if (mode, dtype) in rows else "" for backend, dtype in columns]
-        lines.append((mode, against, *cells))
+    def cell(form: tuple[str, str], name: str) -> str:
+        found = [large.get((*form, what, name)) for what in ("forward", "backward of x, alpha")]
+        return " / ".join("–" if value is None else f"{value:.2f}" for value in found)
 
-    def against(baseline: str) -> Callable[[dict[str, Any], str], str]:
-        return lambda row, backend: ratio(row, backend, baseline)
-
-    for mode in gpu_table.MODES:
-        line(mode, "bandwidth of a copy", lambda row, backend: _share(row["backends"].get(backend, {})))
-        for b in gpu_table.BASELINES:
-            line(mode, _PLAIN_NAMES[b.name], against(b.name))
+    titles = [BACKENDS.get(name, f"`{name}`") for name in subjects]
+    rows = [(f"{dtype}, {layout}", *(cell((dtype, layout), n) for n in subjects)) for dtype, layout in forms]
     text = (
-        f"Ratios of times on an {m['gpu']} (driver {m['driver']}, torch {m['torch']}), medians of rounds in which all "
-        f"take turns, with the 20th and 80th percentile; x is {shape}, the largest map of a {network}, D = 20. The "
-        "command is `make gpu`; it writes the "
-        f"[full table](bench/results/{file_stem(m)}.md) with the maps of three networks, times, memory and clocks."
+        f"Shares of a copy's speed on an {m['gpu']}, forward / backward of x and α, x {LARGE}, D = 20; measured on "
+        f"{m['date']}, commit {m['commit']}, torch {m['torch']}. {_steps(s)}The "
+        f"[full table](bench/results/{file_stem(m)}.md) has more."
     )
-    return "\n".join([*(f"| {' | '.join(cells)} |" for cells in lines), "", *_wrapped(text)])
+    return "\n".join([*_table([("x", *titles), *rows]), "", *_wrapped(text)])
+
+
+def _steps(s: Summary) -> str:
+    """Say in words what training steps cost."""
+    texts = []
+    for r in s["results"]:
+        if r["kind"] == "step" and RELU in r["seconds"] and len(r["seconds"]) > 1:
+            others = ", ".join(f"{_times(r, n):.2f} with {n}" for n in _LAYERS if n != RELU and n in r["seconds"])
+            texts.append(f"A training step ({_where(r)}) takes {others} times that with {RELU}. ")
+    return texts[0] if texts else ""
 
 
 def _wrapped(text: str, width: int = 120) -> list[str]:
@@ -308,8 +237,8 @@ def with_section(readme: str, section: str) -> str:
 
 def committed() -> list[Summary]:
     """Return the summaries in bench/results that are of GPUs."""
-    texts = [path.read_text(encoding="utf-8") for path in sorted(RESULTS.glob("*.json"))]
-    return [from_json(text) for text in texts if json.loads(text).get("format") == FORMAT]
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(RESULTS.glob("*.json"))]
+    return [s for s in found if s.get("format") == FORMAT]
 
 
 def write_readme() -> None:
@@ -317,20 +246,13 @@ def write_readme() -> None:
     files.write_text(README, with_section(README.read_text(encoding="utf-8"), readme_section(committed())))
 
 
-def write(facts: dict[str, Any], records: Sequence[Record], unfinished: Path) -> list[Path]:
-    """Write page and summary of a run, and the README's table where the run is a result; return the files' paths.
-
-    A run is a result when it has the table's first rows; else its files go to the folder `unfinished`.
-    """
-    s = summary(facts, records)
-    is_result = {row.key for row in gpu_table.FIRST_ROWS} <= {record["key"] for record in records}
-    stem = (RESULTS if is_result else unfinished) / file_stem(facts)
-    pages = {stem.with_suffix(".json"): to_json(s), stem.with_suffix(".md"): markdown(s)}
-    for path, text in pages.items():
-        files.write_text(path, text)
-    if is_result:
-        write_readme()
-    return [*pages, *([README] if is_result else [])]
+def write(summary: Summary) -> list[Path]:
+    """Write a run's JSON, its page and the README's table; return the files' paths."""
+    data, page = (RESULTS / f"{file_stem(summary['machine'])}.{kind}" for kind in ("json", "md"))
+    write_json(data, summary)
+    files.write_text(page, markdown(json.loads(data.read_text(encoding="utf-8"))))
+    write_readme()
+    return [data, page, README]
 
 
 def file_stem(facts: dict[str, Any]) -> str:

@@ -1,92 +1,56 @@
-"""What is timed on a GPU: the maps that three networks hand to their activations, and what kafops is compared with.
-
-    network     batch   maps as channels × side², in the order of the network
-    ResNet20    128     16×32  32×16  64×8, for CIFAR
-    ResNet50    64      64×112 | 64×56 256×56 | 128×56 128×28 512×28 | 256×28 256×14 1024×14 | 512×14 512×7 2048×7
-    VGG16       64      64×224  128×112  256×56  512×28  512×14, the features' (its classifier's are too small to time)
-
-ResNet50 is torchvision's, which halves a map in a block's 3×3 convolution, so that a stage's first 1×1 convolution
-still has the side of the stage before it. Maps that two networks share are timed once.
-"""
+"""What is timed on a GPU: kernels on maps of networks, the host's part of a call, training steps of a ResNet50."""
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 import kafops
 from bench import problems
-from bench.problems import Curve, Problem
-from bench.table import BOTH, FORWARD, Baseline, of_curve, of_function
+from bench.paired import Work
+from kafops import bases, kernels
+from kafops.ops import Needs
 
-Shape = tuple[int, int, int, int]  # [N, C, H, W]
-
-
-@dataclass(frozen=True)
-class Network:
-    """A network's batch and its distinct maps, as (channels, side)."""
-
-    batch: int
-    maps: tuple[tuple[int, int], ...]
-
-    @property
-    def shapes(self) -> tuple[Shape, ...]:
-        return tuple((self.batch, channels, side, side) for channels, side in self.maps)
-
-
-NETWORKS = {
-    "ResNet20": Network(128, ((16, 32), (32, 16), (64, 8))),
-    "ResNet50": Network(
-        64,
-        (
-            (64, 112),
-            (64, 56), (256, 56),
-            (128, 56), (128, 28), (512, 28),
-            (256, 28), (256, 14), (1024, 14),
-            (512, 14), (512, 7), (2048, 7),
-        ),
-    ),
-    "VGG16": Network(64, ((64, 224), (128, 112), (256, 56), (512, 28), (512, 14))),
-}  # fmt: skip
-# One of the largest maps of each network.
-LARGEST: dict[str, Shape] = {
-    "ResNet50": (64, 256, 56, 56),
-    "VGG16": (64, 64, 224, 224),
-    "ResNet20": (128, 16, 32, 32),
-}
-DTYPES = ("float32", "bfloat16", "float16")
 LAYOUTS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
-MODES = {mode.name: mode for mode in (FORWARD, BOTH)}
+# Tensors as large as x that each must read or write.
+PASSES = {
+    "forward": 2,
+    "backward of x": 3,
+    "backward of x, alpha": 3,
+    "backward of all": 3,
+    "double backward": 5,
+}
+LARGE = (64, 256, 56, 56)  # of a ResNet50
+SMALL = ((128, 16, 32, 32), (64, 2048, 7, 7), (64, 512, 14, 14))
+COPY, SILU = "copy", "F.silu"
 
 
 @dataclass(frozen=True)
 class Case:
-    """One input of an activation, and what is asked of it."""
+    """One call of a kernel."""
 
-    network: str
-    shape: Shape
-    dtype: str
-    layout: str
-    mode: str
-
-    def __str__(self) -> str:
-        return f"{self.network} {self.shape} {self.dtype} {self.layout}, {self.mode}"
-
-    @property
-    def bytes_moved(self) -> int:
-        """The least that a fused implementation reads and writes: forward 2 passes over x, backward 3 more."""
-        return MODES[self.mode].passes * self.bytes_of_x
+    shape: tuple[int, ...]
+    dtype: str = "float32"
+    layout: str = "contiguous"
+    what: str = "forward"
+    size: int = problems.DICTIONARY_SIZE  # D
+    free: bool = False
+    kernel: str = "gaussian"
+    base: str | None = None
 
     @property
-    def bytes_of_x(self) -> int:
-        return functools.reduce(int.__mul__, self.shape) * getattr(torch, self.dtype).itemsize
+    def title(self) -> str:
+        more = [f"D = {self.size}"] * (self.size != problems.DICTIONARY_SIZE) + ["free dictionary"] * self.free
+        more += [self.kernel] * (self.kernel != "gaussian") + [f"base {self.base}"] * (self.base is not None)
+        return ", ".join((self.what, *more))
 
-    def problem(self, device: str) -> Problem:
-        """Make x ~ N(0, 1), dL/dy ~ N(0, 1) and alpha ~ N(0, 0.8²), the same for the same arguments."""
+    def works(self, device: str) -> tuple[Work, dict[str, Work]]:
+        """Return kafops' call, and what it is compared with by name: a copy, and F.silu where it has the like."""
         generator = torch.Generator(device).manual_seed(0)
-        channels, d = self.shape[1], problems.DICTIONARY_SIZE
 
         def randn(*shape: int) -> Tensor:
             return torch.randn(shape, generator=generator, device=device)
@@ -94,81 +58,117 @@ class Case:
         def data() -> Tensor:
             return randn(*self.shape).to(getattr(torch, self.dtype)).contiguous(memory_format=LAYOUTS[self.layout])
 
-        step = 2 * problems.BOUNDARY / (d - 1)
-        alpha = (problems.ALPHA_STD * randn(channels, d)).requires_grad_()
+        x, grad, channels, boundary = data(), data(), self.shape[1], problems.BOUNDARY
+        step = 2 * boundary / (self.size - 1)
+        alpha = problems.ALPHA_STD * randn(channels, self.size)
         gamma = torch.full((channels,), 1 / (6 * step**2), device=device)
-        return Problem(data().requires_grad_(), data(), (alpha, gamma))
+        points = torch.linspace(-boundary, boundary, self.size, device=device)
+        dictionary = points + 0.3 * step * randn(channels, self.size) if self.free else None
+        curve = (x, alpha, gamma, dictionary, 0.0 if self.free else boundary)
+        operators = torch.ops.kafops
+        kappa, base = kernels.named(self.kernel).code, bases.code(self.base)
+        every = Needs.X | Needs.ALPHA | Needs.GAMMA | (Needs.DICTIONARY if self.free else 0)
+        needs = {"backward of x": Needs.X, "backward of x, alpha": Needs.X | Needs.ALPHA, "backward of all": every}
+        calls: dict[str, Work] = {
+            "forward": lambda: operators.kaf(*curve, kappa, base),
+            "double backward": lambda: operators.kaf_double_backward(
+                grad, None, None, None, grad, *curve, Needs.X | Needs.ALPHA | Needs.GRAD, base
+            ),
+        }
+        call = calls.get(self.what) or (lambda: operators.kaf_backward(grad, *curve, needs[self.what], kappa, base))
+        to = torch.empty_like(x)
+        others: dict[str, Work] = {COPY: lambda: to.copy_(x)}
+        if self.what == "forward":
+            others[SILU] = lambda: F.silu(x)
+        elif self.what.startswith("backward"):
+            others[SILU] = lambda: torch.ops.aten.silu_backward(grad, x)
+        return call, others
 
 
-@functools.cache
-def _compiled(curve: Curve) -> Curve:
-    # Whole graphs only: where PyTorch gives up compiling for ever more shapes, it shall raise, not run uncompiled.
-    return torch.compile(curve, dynamic=False, fullgraph=True)
+def _first() -> list[Case]:
+    forms = [(LARGE, d, layout) for d in ("float32", "bfloat16") for layout in LAYOUTS]
+    forms += [(shape, d, "contiguous") for shape in SMALL for d in ("float32", "bfloat16")]
+    return [Case(*form, what=what) for form in forms for what in ("forward", "backward of x, alpha")]
 
 
-def two_exponentials(x: Tensor, alpha: Tensor, gamma: Tensor, boundary: float) -> Tensor:
-    """Compute the formula in float32 for a half-precision x, and return x's dtype as kafops does."""
-    return problems.two_exponentials(x, alpha, gamma, boundary).to(x.dtype)
+def _rest() -> list[Case]:
+    large = functools.partial(Case, LARGE)
+    both = ("forward", "backward of x, alpha")
+    return [
+        *(large("float16", layout, what) for layout in LAYOUTS for what in both),
+        *(large(d, layout, "backward of x") for d in ("float32", "bfloat16") for layout in LAYOUTS),
+        *(large(what=what, base="gelu") for what in both),
+        *(large(what=what, size=64) for what in both),
+        *(large(what=what, free=True) for what in ("forward", "backward of all")),
+        *(large(what=what) for what in ("backward of all", "double backward")),
+        *(Case((64, 64, 224, 224), d, what=what) for d in ("float32", "bfloat16") for what in both),
+        *(Case((65536, 1024), d, what=what) for d in ("float32", "bfloat16") for what in both),
+        *(large("bfloat16", what=what) for what in ("backward of all", "double backward")),
+        *(large(what=what, kernel="rational_quadratic") for what in both),
+    ]
 
 
-def _prelu_problem(p: Problem) -> Problem:
-    return p.of(p.x.new_full(p.x.shape[1:2], 0.25).requires_grad_())  # F.prelu wants the dtype of x
+FIRST, REST = _first(), _rest()
+
+Activation = Callable[[int], nn.Module]  # channels -> layer
+ACTIVATIONS: dict[str, Activation] = {
+    "nn.ReLU": lambda channels: nn.ReLU(inplace=True),
+    "KAF2d": lambda channels: kafops.KAF2d(channels),
+    "nn.SiLU": lambda channels: nn.SiLU(),
+    "nn.PReLU": lambda channels: nn.PReLU(channels),
+}
+RELU, KAF = "nn.ReLU", "KAF2d"
 
 
-REFERENCE = Baseline("reference", of_curve(lambda: kafops.reference.kaf), True)
-SILU = Baseline("F.silu", of_function(F.silu))
-RELU = Baseline("F.relu", of_function(F.relu))
-PRELU = Baseline("nn.PReLU", lambda mode, p: mode.call(F.prelu, _prelu_problem(p)))
-COMPILED = Baseline("reference, torch.compile", of_curve(lambda: _compiled(kafops.reference.kaf)), True)
-TWO_EXPONENTIALS = Baseline(
-    "two-exponential formula, torch.compile", of_curve(lambda: _compiled(two_exponentials)), True
-)
-# Compiling takes many seconds for every case, so the compiled baselines are measured apart, and last.
-GROUPS = {"plain": (REFERENCE, SILU, RELU, PRELU), "compiled": (COMPILED, TWO_EXPONENTIALS)}
-BASELINES = tuple(baseline for group in GROUPS.values() for baseline in group)
+def resnet50(activation: Activation, **options: Any) -> nn.Module:
+    """Make torchvision's ResNet50 with an activation of its own at each of its 49 places.
+
+    A block has one nn.ReLU for maps of different channels, so its forward is written anew.
+    """
+    from torchvision.models import resnet
+
+    def forward(block: Any, x: Tensor) -> Tensor:
+        out = block.act1(block.bn1(block.conv1(x)))
+        out = block.act2(block.bn2(block.conv2(out)))
+        shortcut = x if block.downsample is None else block.downsample(x)
+        return block.act3(block.bn3(block.conv3(out)) + shortcut)
+
+    network = resnet.resnet50(**options)
+    network.relu = activation(64)
+    for block in network.modules():
+        if isinstance(block, resnet.Bottleneck):
+            width = block.conv1.out_channels
+            del block.relu
+            block.act1, block.act2, block.act3 = activation(width), activation(width), activation(4 * width)
+            block.forward = functools.partial(forward, block)
+    return network
 
 
 @dataclass(frozen=True)
-class Row:
-    """A case, and the baselines that take turns with kafops on it."""
+class Training:
+    """Steps of SGD: forward under autocast, backward, update."""
 
-    case: Case
-    group: str
+    batch: int = 128
+    side: int = 224
+    dtype: str = "bfloat16"
+    layout: str = "channels_last"
 
-    @property
-    def key(self) -> str:
-        return f"{self.case}, {self.group}"
+    def step(self, activation: Activation, device: str, compiled: bool = False) -> Work:
+        """Return the call that makes one step of a ResNet50."""
+        torch.manual_seed(0)
+        layout = LAYOUTS[self.layout]
+        network = resnet50(activation).to(device).to(memory_format=layout)
+        optimizer = torch.optim.SGD(network.parameters(), 1e-3, momentum=0.9)
+        images = torch.randn(self.batch, 3, self.side, self.side, device=device).contiguous(memory_format=layout)
+        classes = torch.randint(1000, (self.batch,), device=device)
+        call = torch.compile(network, fullgraph=True) if compiled else network
+        dtype = getattr(torch, self.dtype)
 
+        def step() -> None:
+            optimizer.zero_grad(set_to_none=True)
+            with torch.autocast(device, dtype, enabled=dtype != torch.float32):
+                loss = F.cross_entropy(call(images), classes)
+            loss.backward()
+            optimizer.step()
 
-def _largest(network: str, layouts: tuple[str, ...]) -> list[Case]:
-    return [
-        Case(network, LARGEST[network], dtype, layout, mode)
-        for layout in layouts
-        for dtype in ("float32", "bfloat16")
-        for mode in MODES
-    ]
-
-
-def _all_cases() -> list[Case]:
-    networks = {shape: name for name in reversed(NETWORKS) for shape in NETWORKS[name].shapes}  # the first to have it
-    shapes = [shape for network in NETWORKS.values() for shape in network.shapes]
-    cases = [
-        Case(networks[shape], shape, dtype, layout, mode)
-        for layout in LAYOUTS
-        for dtype in DTYPES
-        for shape in dict.fromkeys(shapes)
-        for mode in MODES
-    ]
-    return [*cases, *(Case("ResNet20", LARGEST["ResNet20"], "float64", "contiguous", mode) for mode in MODES)]
-
-
-def _rows() -> tuple[list[Row], list[Row]]:
-    contiguous = [case for network in LARGEST for case in _largest(network, ("contiguous",))]
-    last = _largest("ResNet50", ("channels_last",))
-    first = [Row(c, "plain") for c in (*contiguous, *last)] + [Row(c, "compiled") for c in contiguous]
-    every = [Row(c, group) for group in GROUPS for c in _all_cases()]
-    return first, list(dict.fromkeys((*first, *every)))
-
-
-# The most important come first, and are enough for a result; ROWS are all.
-FIRST_ROWS, ROWS = _rows()
+        return step

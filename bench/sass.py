@@ -1,14 +1,15 @@
 """Reads the assembly that nvdisasm prints (SASS): instructions, loops, and what one turn of a loop costs.
 
-A loop is a natural one: a branch to a block that dominates it, and all blocks between. A turn follows the path through
-the loop that stores most, and among those the one with most instructions; all of a path's instructions take an issue
-slot, whether their predicate holds or not. Only NOPs are left out.
+A loop is a natural one: a branch to a block that dominates it, and all blocks between. A turn follows a path through
+the loop that stores most, see `Code.path`; all of a path's instructions take an issue slot, whether their predicate
+holds or not. Only NOPs are left out.
 """
 
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
+from types import MappingProxyType
 
 PIPES = ("fma", "alu", "mufu", "convert", "fp64", "global", "shared", "local", "other")
 
@@ -61,6 +62,19 @@ class Instruction:
         widths = {"128": 16, "64": 8, "ENL2": 32, "U8": 1, "S8": 1, "U16": 2, "S16": 2}
         return next((widths[m] for m in self.modifiers if m in widths), 4)
 
+    @cached_property
+    def registers(self) -> frozenset[int]:
+        """Those that the operands name: of `R2.64` two, of what an access moves all."""
+        wide = self.filled if self.bytes else frozenset[int]()
+        pairs = re.findall(r"\bR(\d+)(\.64)?", self.operands)
+        return wide | {int(n) + k for n, two in pairs for k in range(2 if two else 1)}
+
+    @cached_property
+    def filled(self) -> frozenset[int]:
+        """The registers of a load's result, the first operand."""
+        first = re.match(r"R(\d+)\b", self.operands)
+        return frozenset(int(first[1]) + k for k in range(max(self.bytes // 4, 1))) if first else frozenset()
+
     @property
     def branches(self) -> bool:
         """Whether control may go to a target. A subroutine's name is none; a call of a local label is a far branch."""
@@ -84,10 +98,9 @@ class Cost:
     """What some instructions take of a thread: issue slots, of them by pipe, and bytes moved to and from memory."""
 
     pipes: dict[str, float] = field(default_factory=lambda: dict.fromkeys(PIPES, 0.0))
-    exp2: float = 0.0  # of the MUFU's
-    reciprocals: float = 0.0
     packed: float = 0.0  # instructions of the FMA pipe that do two elements' work, and take twice its time
-    words: float = 0.0  # of 4 bytes, through the path of shared and global memory
+    shared_words: float = 0.0  # of 4 bytes, to and from shared memory; a shuffle is one
+    shared_stored: float = 0.0  # bytes of them
     loaded: float = 0.0
     stored: float = 0.0
     loaded_wide: float = 0.0  # of them by accesses of 128 bits
@@ -117,11 +130,10 @@ def cost(instructions: Iterable[Instruction]) -> Cost:
         if i.opcode == "NOP":
             continue
         total.pipes[i.pipe] += 1
-        total.exp2 += i.opcode == "MUFU" and "EX2" in i.modifiers
-        total.reciprocals += i.opcode == "MUFU" and "RCP" in i.modifiers
         total.packed += i.opcode in ("FFMA2", "FADD2", "FMUL2")
-        if i.pipe in ("global", "shared", "local"):
-            total.words += max(i.bytes, 4) / 4
+        if i.pipe == "shared":
+            total.shared_words += max(i.bytes, 4) / 4
+            total.shared_stored += i.bytes * (i.opcode == "STS")
         if i.pipe == "global":
             for name, opcodes in (("loaded", ("LDG", "LD")), ("stored", ("STG", "ST"))):
                 if i.opcode in opcodes:
@@ -142,6 +154,36 @@ class Block:
     @cached_property
     def cost(self) -> Cost:
         return cost(self.instructions)
+
+
+@dataclass(frozen=True)
+class Path:
+    """Blocks in the order of their execution, each with how often it is executed, and what they cost together."""
+
+    cost: Cost = field(default_factory=Cost)
+    blocks: tuple[tuple[Block, float], ...] = ()
+
+    def __add__(self, after: "Path") -> "Path":
+        return Path(self.cost + after.cost, self.blocks + after.blocks)
+
+    def times(self, n: float) -> "Path":
+        return Path(Cost().plus(self.cost, n), tuple((block, n * often) for block, often in self.blocks))
+
+    @property
+    def in_flight(self) -> int:
+        """The most bytes a thread has under way from global memory at once, where this is a turn of a loop.
+
+        A load is under way until an instruction names one of the registers that it fills, in this turn or the next.
+        """
+        once = [i for block, often in self.blocks if often for i in block.instructions]
+        waiting: dict[frozenset[int], int] = {}
+        most = 0
+        for i in once * 2:
+            waiting = {filled: n for filled, n in waiting.items() if not filled & i.registers}
+            if i.opcode in ("LDG", "LD"):
+                waiting[i.filled] = i.bytes
+                most = max(most, sum(waiting.values()))
+        return most
 
 
 @dataclass(frozen=True)
@@ -214,35 +256,28 @@ class Code:
     def leaves(self) -> list[Loop]:
         return [loop for loop in self.loops if not self.inner(loop)]
 
-    def turn(
+    def path(
         self,
         loop: Loop | None,
         turns: Callable[[Loop], float] = lambda _: 0.0,
-        avoid: Callable[[Instruction], bool] = lambda _: False,
-    ) -> Cost:
-        """Return the cost of one turn of a loop, or with None of the whole program, once through.
+        words: float | None = None,
+        known: Mapping[Loop, "Path"] = MappingProxyType({}),
+    ) -> "Path":
+        """Return one turn of a loop, or with None the whole program, once through; loops inside turn as often as told.
 
-        Args:
-            loop: the loop, or None.
-            turns: how often each loop inside turns.
-            avoid: whether no path with this instruction is taken.
+        Of all paths it is one that stores most. Of those it is the longest; or with `words` the shortest of those that
+        move so many 4-byte words to and from shared memory, or most. Of loops in `known` the turn is as given.
         """
-        return self._turn(loop, turns, avoid) or Cost()
-
-    def _turn(
-        self, loop: Loop | None, turns: Callable[[Loop], float], avoid: Callable[[Instruction], bool]
-    ) -> Cost | None:
         blocks = loop.blocks if loop else frozenset(self.blocks)
         header = loop.header if loop else 0
         inner = {x.header: x for x in self.inner(loop)}
         home = {start: x.header for x in inner.values() for start in x.blocks}
+        sign = 1 if words is None else -1
 
-        def own(start: int) -> Cost | None:
+        def own(start: int) -> Path:
             if x := inner.get(start):
-                turn = self._turn(x, turns, avoid)
-                return turn and Cost().plus(turn, turns(x))
-            block = self.blocks[start]
-            return None if any(map(avoid, block.instructions)) else block.cost
+                return (known.get(x) or self.path(x, turns, words, known)).times(turns(x))
+            return Path(self.blocks[start].cost, ((self.blocks[start], 1.0),))
 
         def following(start: int) -> Iterator[int]:
             """Yield where control goes, but not back; an inner loop is one place."""
@@ -252,19 +287,16 @@ class Code:
                     if successor in blocks and to != start and (loop is None or successor != header):
                         yield to
 
-        best: dict[int, Cost | None] = {}
+        best: dict[int, dict[tuple[float, float], Path]] = {}  # from a block on, by what is stored and moved
         for start in _post_order(header, following):
-            paths = [best[to] for to in following(start) if to in best]
-            open_paths = [path for path in paths if path is not None]
-            rest = max(open_paths, key=lambda c: (c.stored, c.slots), default=None if paths else Cost())
-            cost = own(start)
-            best[start] = None if cost is None or rest is None else cost + rest
-        return best[header]
-
-    def calls(self, loop: Loop | None) -> list[str]:
-        """Return the names of the subroutines that a loop, or the program, calls."""
-        starts = loop.blocks if loop else self.blocks
-        return sorted({i.operands for s in starts for i in self.blocks[s].instructions if i.opcode == "CALL"})
+            first, best[start] = own(start), {}
+            for rest in [p for to in set(following(start)) for p in best.get(to, {}).values()] or [Path()]:
+                found = first + rest
+                key = found.cost.stored, min(found.cost.shared_words, words or 0)
+                before = best[start].setdefault(key, found)
+                if sign * found.cost.slots > sign * before.cost.slots:
+                    best[start][key] = found
+        return best[header][max(best[header])]
 
 
 def _dominators(blocks: dict[int, Block]) -> dict[int, set[int]]:

@@ -72,29 +72,46 @@ def test_loops_are_found_and_one_that_holds_another_is_no_leaf(code):
 
 
 def test_a_turn_counts_predicated_instructions_and_the_longer_branch_but_no_nop(code):
-    turn = code.turn(at(code, 0x30))
+    turn = code.path(at(code, 0x30)).cost
     assert pipes(turn) == {"fma": 2, "alu": 1, "mufu": 1, "convert": 1, "global": 2, "other": 2}
     assert turn.slots == 9
-    assert (turn.exp2, turn.loaded, turn.stored, turn.loaded_wide, turn.stored_wide) == (1, 16, 16, 16, 16)
-    assert turn.words == 8
+    assert (turn.loaded, turn.stored, turn.loaded_wide, turn.stored_wide) == (16, 16, 16, 16)
 
 
 def test_a_turn_of_a_nest_counts_inner_turns(code):
     nest = at(code, 0xE0)
-    assert pipes(code.turn(nest, lambda _: 0)) == {"global": 2, "other": 1}
-    assert pipes(code.turn(nest, lambda _: 2.5)) == {"global": 2, "other": 1 + 2.5, "shared": 2.5, "mufu": 5}
-    turn = code.turn(nest, lambda _: 2.5)
-    assert (turn.loaded, turn.stored, turn.exp2, turn.words) == (4, 2, 5, 2 + 2.5 * 2)
+    assert pipes(code.path(nest, lambda _: 0).cost) == {"global": 2, "other": 1}
+    turn = code.path(nest, lambda _: 2.5).cost
+    assert pipes(turn) == {"global": 2, "other": 1 + 2.5, "shared": 2.5, "mufu": 5}
+    assert (turn.loaded, turn.stored, turn.shared_words) == (4, 2, 2.5 * 2)
 
 
 def test_once_through_a_program(code):
     # The path that stores most is that of the loop, if it turns once.
-    assert code.turn(None, lambda loop: 1).slots == 3 + 9 + 1
-    assert code.turn(None, lambda loop: 0).slots == 4
+    assert code.path(None, lambda loop: 1).cost.slots == 3 + 9 + 1
+    assert code.path(None, lambda loop: 0).cost.slots == 4
+
+
+def test_the_shortest_path_that_moves_so_many_words_of_shared_memory():
+    text = """
+	.section	.text.k,"ax",@progbits
+.text.k:
+        /*0000*/               @P0 BRA `(.L_1) ;
+        /*0010*/               @P1 BRA `(.L_2) ;
+        /*0020*/                   LDS.64 R0, [R1] ;
+        /*0030*/                   FADD R0, R0, R1 ;
+.L_2:
+        /*0040*/                   LDS R0, [R1] ;
+.L_1:
+        /*0050*/                   EXIT ;
+"""
+    code = sass.parse(text)["k"]
+    assert [code.path(None, words=words).cost.slots for words in (0, 1, 2, 3, 9)] == [2, 4, 6, 6, 6]
+    assert code.path(None).cost.slots == 6
 
 
 def test_costs_can_be_added_and_divided(code):
-    turn = code.turn(at(code, 0x30))
+    turn = code.path(at(code, 0x30)).cost
     assert turn.per(4).slots == 9 / 4
     assert turn.per(4).stored == 4
     assert (turn + turn).pipes["fma"] == 4
@@ -138,6 +155,31 @@ def test_pipe_and_width(name, pipe, width):
     assert (instruction.pipe, instruction.bytes) == (pipe, width)
 
 
+def in_flight(*lines):
+    text = "\t.section\t.text.k,\n.L_1:\n" + "".join(f"  /*00{i}0*/ {line} ;\n" for i, line in enumerate(lines, 10))
+    code = sass.parse(text)["k"]
+    return code.path(code.loops[0]).in_flight
+
+
+LOAD, OTHER, USE, AGAIN = "LDG.E.128 R4, [R2.64]", "LDG.E.64 R8, [R2.64+0x10]", "FADD R0, R7, R0", "@P0 BRA `(.L_1)"
+
+
+@pytest.mark.parametrize(
+    ("lines", "bytes_"),
+    [
+        ((LOAD, USE, AGAIN), 16),
+        ((LOAD, OTHER, USE, AGAIN), 24),
+        ((LOAD, USE, OTHER, AGAIN), 24),  # the other is under way while the next turn loads
+        ((LOAD, USE, OTHER, "FADD R0, R9, R0", AGAIN), 16),
+        ((USE, LOAD, AGAIN), 16),  # waited for in the next turn
+        ((OTHER, "STG.E.64 [R2.64], R8", LOAD, USE, AGAIN), 16),  # a store reads what was loaded
+        ((OTHER, "LDG.E R7, [R8.64]", USE, AGAIN), 8),  # an address does too
+    ],
+)
+def test_loads_in_flight(lines, bytes_):
+    assert in_flight(*lines) == bytes_
+
+
 def test_packed_instructions_are_known():
     lines = [sass.Instruction(0, "FFMA2"), sass.Instruction(16, "FADD2"), sass.Instruction(32, "HFMA2")]
     assert sass.cost(lines).packed == 2
@@ -161,7 +203,6 @@ $__internal_0_$__cuda_sm20_div:
     assert sorted(code.blocks) == [0, 1, 2]
     assert code.blocks[0].successors == (1, 2)
     assert [loop.header for loop in code.loops] == [2]
-    assert code.calls(code.loops[0]) == ["`($__internal_0_$__cuda_sm20_div)"]
 
 
 @pytest.mark.parametrize(
@@ -210,7 +251,7 @@ def test_a_loop_with_two_entries_is_no_natural_loop_and_ends():
 """
     code = sass.parse(text)["k"]
     assert code.loops == []
-    assert code.turn(None).slots == 4
+    assert code.path(None).cost.slots == 4
 
 
 @pytest.mark.skipif(not gpu_compile.has_tools(), reason="no nvcc, nvdisasm, cuobjdump or c++filt")
@@ -231,7 +272,7 @@ def test_a_kernel_compiled_by_nvcc(tmp_path: Path):
     assert (binary.name, binary.threads, binary.spills, binary.shared) == ("saxpy", 192, {}, 0)
     code = sass.parse(binary.assembly)["saxpy"]
     (loop,) = code.leaves
-    turn = code.turn(loop)
+    turn = code.path(loop).cost
     assert (turn.loaded_wide, turn.stored_wide, turn.stored) == (16, 16, 16)
     assert turn.pipes["fma"] - sum(i.opcode == "IMAD" for i in code.blocks[loop.header].instructions) == 4
     assert (turn.pipes["mufu"], turn.pipes["global"]) == (0, 2)
