@@ -1,81 +1,125 @@
 // The kernels, and their launches for one type of tensors.
 #pragma once
+#include <algorithm>
+
 #include "direct.cuh"
-#include "fast.cuh"
+#include "even.cuh"
 
 namespace kaf {
 
-// The groups of points of the fast path: fewer and wider ones where y is rounded to half precision anyway.
-template <class T> using ForwardGroups = Groups<sizeof(T) == 2 ? 5 : 2>;
-using BackwardGroups = Groups<2>;
-
-template <class T> constexpr bool kHasFastPath = std::is_same_v<typename Arithmetic<T>::type, float>;
-
-// Both paths, for the channels that each is right for: which one a channel takes does not depend on its neighbours.
+template <class T> constexpr bool kHasTables = std::is_same_v<typename Arithmetic<T>::type, float>;
+static_assert(kWindow<float> == kEvenWindow, "calls with and without tables divide the points into the same windows");
 
 // y = f(x)
-template <class T, bool kVector> __global__ void __launch_bounds__(kThreads, 4) forward_kernel(const Call call) {
+template <class T, bool kVector>
+__global__ void __launch_bounds__(kForwardThreads, kVector ? 3 : 2) forward_kernel(const Call call) {
   KAF_DYNAMIC_SHARED(memory);
-  Tile<T, kVector> tile(call.tiling, blockIdx.x);
-  if constexpr (kHasFastPath<T>) {
-    if (call.fast) {
-      const uint32_t all = tile.active;
-      const FastShared<ForwardGroups<T>> shared(memory, tile.t.columns_at_once, call.size);
-      tile.active = prepare_fast(tile, call, 0, shared);
-      if (tile.active) {
-        const Fast<T, kVector, ForwardGroups<T>> fast(tile, call, shared);
-        const T* x = tile.column_of(static_cast<const T*>(call.x));
-        T* y = tile.column_of(static_cast<T*>(call.y));
-        fast.windows == 1 ? fast.template forward<true>(x, y) : fast.template forward<false>(x, y);
-      }
-      tile.active ^= all;
-      if (!tile.active) return;
-      __syncthreads();
+  constexpr int V = Tile<T, kVector, 8>::kElements;
+  const Tile<T, kVector, 8> tile(call.tiling, blockIdx.x);
+  stage_tables(tile, call, reinterpret_cast<float*>(memory));
+  const Curves curves(tile, call, reinterpret_cast<float*>(memory));
+  const T* x = tile.column_of(static_cast<const T*>(call.x));
+  T* y = tile.column_of(static_cast<T*>(call.y));
+  for (int i = 0; i < tile.tiles; ++i) {
+    const auto place = tile.place(i);
+    float at[V], out[V] = {};
+    tile.load(x, place, at);
+    if (curves.cells.count > 0) {
+#pragma unroll
+      for (int v = 0; v < V; ++v) out[v] = curves.polynomial(curves.find(at[v]));
+    } else {
+      curves.at_points(at, 0, call.size, [&](int v, float, float K, const Point& p) { out[v] += p.alpha * K; });
     }
+    tile.store(y, place, out);
   }
-  direct<kForward>(tile, call, 0, memory);
 }
 
-// dx = g f′(x), and partial sums of the gradients of α, δ and γ; blockIdx.y is the window of points whose sums it forms.
-template <class T, bool kVector> __global__ void __launch_bounds__(kThreads, 3) backward_kernel(const Call call) {
+enum Sums { kNoSums, kOfAlpha, kOfAlphaAndDictionary };  // over elements, for each point of a window
+
+// dx = g f′(x), and partial sums of the gradients of α, δ and γ.
+template <class T, bool kVector, Sums kSums>
+__global__ void __launch_bounds__(kBackwardThreads, kSums == kOfAlphaAndDictionary ? 2 : 3) backward_kernel(const Call call) {
   KAF_DYNAMIC_SHARED(memory);
-  Tile<T, kVector> tile(call.tiling, blockIdx.x);
-  const int window = blockIdx.y;
-  if constexpr (kHasFastPath<T>) {
-    if (call.fast) {
-      const uint32_t all = tile.active;
-      const int columns = tile.t.columns_at_once;
-      const FastShared<BackwardGroups> shared(memory, columns, call.size);
-      tile.active = prepare_fast(tile, call, window, shared);
-      if (tile.active) {
-        const Fast<T, kVector, BackwardGroups> fast(tile, call, shared);
-        const T* x = tile.column_of(static_cast<const T*>(call.x));
-        const T* grad = tile.column_of(static_cast<const T*>(call.grad));
-        T* dx = window == 0 ? tile.column_of(static_cast<T*>(call.dx)) : nullptr;
-        if (call.alpha_slot < 0) {
-          fast.template backward<false, false>(x, grad, dx, 0);
-        } else {
-          if (fast.windows == 1) fast.template backward<true, true>(x, grad, dx, 0);
-          else fast.template backward<false, true>(x, grad, dx, window);
-          sum_over_threads(shared.sums, BackwardGroups::kPoints, tile, [&](int w, int column, float total) {
-            const int k = window * BackwardGroups::kPoints + w;
-            if (k < call.size)
-              put_partial<float>(tile, call, call.alpha_slot + k, column, total * shared.point_scales[w * columns + column]);
-          });
-        }
-      }
-      tile.active ^= all;
-      if (!tile.active) return;
-      __syncthreads();
+  constexpr int V = Tile<T, kVector>::kElements, kWithPoint = kSums == kOfAlphaAndDictionary ? kEvenWindow : 1;
+  float* const shared = reinterpret_cast<float*>(memory);
+  const int window = static_cast<int>(blockIdx.x % call.windows), begin = window * kEvenWindow;
+  const Tile<T, kVector> tile(call.tiling, blockIdx.x / call.windows);
+  if (window == 0) stage_tables(tile, call, shared);
+  const Curves curves(tile, call, shared);
+  const EvenSums even(call, curves.cells.gamma, window);
+  const T* x = tile.column_of(static_cast<const T*>(call.x));
+  const T* grad = tile.column_of(static_cast<const T*>(call.grad));
+  T* dx = window == 0 ? tile.column_of(static_cast<T*>(call.dx)) : nullptr;
+  const bool want_gamma = window == 0 && call.gamma_slot >= 0;
+  const int of_gamma = call.tables.capacity * kCoefficients * 32;  // the second curve
+  float of_alpha[kEvenWindow] = {}, of_point[kWithPoint] = {}, gamma_sum = 0;
+  for (int i = 0; i < tile.tiles; ++i) {
+    const auto place = tile.place(i);
+    float at[V], g[V], out[V] = {};
+    tile.load(x, place, at);
+    tile.load(grad, place, g);
+    if (kSums == kOfAlpha && curves.cells.even) {
+#pragma unroll
+      for (int v = 0; v < V; ++v) even.add(at[v], g[v], of_alpha);
+    } else if (kSums != kNoSums) {
+#pragma unroll
+      for (int k = 0; k < kEvenWindow; ++k)
+        curves.at_points(at, begin + k, begin + k + 1, [&](int v, float d, float K, const Point&) {
+          of_alpha[k] = fmaf(g[v], K, of_alpha[k]);
+          if constexpr (kSums == kOfAlphaAndDictionary) of_point[k] = fmaf(g[v] * K, d, of_point[k]);
+        });
     }
+    if (!dx && !want_gamma) continue;
+    if (curves.cells.count > 0) {
+#pragma unroll
+      for (int v = 0; v < V; ++v) {
+        const Curves::Place in_table = curves.find(at[v]);
+        if (want_gamma) gamma_sum = fmaf(g[v], curves.polynomial(in_table, of_gamma), gamma_sum);
+        if (dx) out[v] = g[v] * curves.polynomial(in_table);
+      }
+    } else {
+      curves.at_points(at, 0, call.size, [&](int v, float d, float K, const Point& p) {
+        const float term = g[v] * (p.alpha * K) * d;
+        out[v] += term;
+        gamma_sum -= term * d;
+      });
+#pragma unroll
+      for (int v = 0; v < V; ++v) out[v] *= -2 * curves.cells.gamma;
+    }
+    if (dx) tile.store(dx, place, out);
   }
-  direct<kBackward>(tile, call, window, memory);
+  // Sums come to lie where the tables were.
+  const auto put = [&](const auto& sums, int count, auto use) {
+    __syncthreads();
+#pragma unroll
+    for (int k = 0; k < static_cast<int>(sizeof(sums) / sizeof(float)); ++k) shared[k * kBackwardThreads + threadIdx.x] = sums[k];
+    sum_over_threads(shared, count, tile, use);
+  };
+  const int count = min(kEvenWindow, call.size - begin);
+  if (kSums != kNoSums && call.alpha_slot >= 0)
+    put(of_alpha, count, [&](int k, int column, float total) {
+      const Cells& cells = call.tables.cells[tile.channel_of(column)];
+      const float scale = kSums == kOfAlpha && cells.even ? point_scale(call, cells.gamma, window, k) : 1;
+      put_partial(tile, call, call.alpha_slot + begin + k, column, total * scale);
+    });
+  if constexpr (kSums == kOfAlphaAndDictionary)
+    put(of_point, count, [&](int k, int column, float total) {
+      const int64_t channel = tile.channel_of(column);
+      const float factor = 2 * call.tables.cells[channel].gamma * call.tables.points[channel * call.tables.padded + begin + k].alpha;
+      put_partial(tile, call, call.dictionary_slot + begin + k, column, factor * total);
+    });
+  if (want_gamma) {
+    const float sums[1] = {gamma_sum};
+    put(sums, 1, [&](int, int column, float total) { put_partial(tile, call, call.gamma_slot, column, total); });
+  }
 }
 
-// dgrad = v_x f′(x) + q(x), dx = v_x g f″(x) + g q′(x), and partial sums as in backward.
-template <class T, bool kVector> __global__ void __launch_bounds__(kThreads, 4) double_backward_kernel(const Call call) {
+// Forward, backward and double backward, dgrad = v_x f′(x) + q(x) and dx = v_x g f″(x) + g q′(x), without tables.
+template <Order order, class T, bool kVector>
+__global__ void __launch_bounds__(kThreads, order == kBackward ? 3 : 4) direct_kernel(const Call call) {
   KAF_DYNAMIC_SHARED(memory);
-  direct<kDoubleBackward>(Tile<T, kVector>(call.tiling, blockIdx.x), call, blockIdx.y, memory);
+  const Tile<T, kVector> tile(call.tiling, blockIdx.x / call.windows);
+  direct<order>(tile, call, static_cast<int>(blockIdx.x % call.windows), memory);
 }
 
 // One warp to an output: the sum of its partial sums over blocks, over the columns of its channel, and over channels
@@ -99,34 +143,27 @@ template <class A> __global__ void __launch_bounds__(kThreads) reduce_kernel(con
   else static_cast<float*>(g.data)[output] = static_cast<float>(total);
 }
 
-// The shared memory and the windows of a call.
 template <class T, Order order> size_t shared_bytes(const Call& call) {
-  const size_t direct = DirectShared<typename Arithmetic<T>::type, order>::bytes(call);
-  if (order == kDoubleBackward || !kHasFastPath<T> || !call.fast) return direct;
-  using G = std::conditional_t<order == kForward, ForwardGroups<T>, BackwardGroups>;
-  const size_t fast = FastShared<G>::bytes(call.tiling.columns_at_once, call.size, call.alpha_slot >= 0);
-  return fast > direct ? fast : direct;
+  const Tables& t = call.tables;
+  if (!t.cells) return DirectShared<typename Arithmetic<T>::type, order>::bytes(call);
+  const size_t tables = t.count * t.capacity * kCellBytes, sums = sizeof(float) * kEvenWindow * call.tiling.threads;
+  return order == kBackward ? std::max(tables, sums) : tables;
 }
-template <class T> unsigned windows(const Call& call) {
-  constexpr int size = kWindow<typename Arithmetic<T>::type>;
-  static_assert(!kHasFastPath<T> || size == BackwardGroups::kPoints, "both paths divide the points into the same windows");
-  return call.alpha_slot >= 0 || call.dictionary_slot >= 0 ? (call.size + size - 1) / size : 1;
+template <class T, bool kVector> auto* backward_kernel_of(const Call& call) {
+  return call.dictionary_slot >= 0 ? backward_kernel<T, kVector, kOfAlphaAndDictionary>
+         : call.alpha_slot >= 0    ? backward_kernel<T, kVector, kOfAlpha>
+                                   : backward_kernel<T, kVector, kNoSums>;
 }
 
-template <class T> int forward_of(const Call& call, Stream stream) {
-  const dim3 grid(static_cast<unsigned>(blocks_of(call.tiling)));
-  return launch(call.tiling.vectors ? forward_kernel<T, true> : forward_kernel<T, false>, grid,
-                shared_bytes<T, kForward>(call), stream, call);
-}
-template <class T> int backward_of(const Call& call, Stream stream) {
-  const dim3 grid(static_cast<unsigned>(blocks_of(call.tiling)), windows<T>(call));
-  return launch(call.tiling.vectors ? backward_kernel<T, true> : backward_kernel<T, false>, grid,
-                shared_bytes<T, kBackward>(call), stream, call);
-}
-template <class T> int double_backward_of(const Call& call, Stream stream) {
-  const dim3 grid(static_cast<unsigned>(blocks_of(call.tiling)), windows<T>(call));
-  return launch(call.tiling.vectors ? double_backward_kernel<T, true> : double_backward_kernel<T, false>, grid,
-                shared_bytes<T, kDoubleBackward>(call), stream, call);
+template <class T, Order order> int launch_of(const Call& call, Stream stream) {
+  const bool vectors = call.tiling.vectors;
+  auto* kernel = vectors ? direct_kernel<order, T, true> : direct_kernel<order, T, false>;
+  if constexpr (kHasTables<T> && order == kForward)
+    if (call.tables.cells) kernel = vectors ? forward_kernel<T, true> : forward_kernel<T, false>;
+  if constexpr (kHasTables<T> && order == kBackward)
+    if (call.tables.cells) kernel = vectors ? backward_kernel_of<T, true>(call) : backward_kernel_of<T, false>(call);
+  const dim3 grid(static_cast<unsigned>(blocks_of(call.tiling) * call.windows));
+  return launch(kernel, grid, call.tiling.threads, shared_bytes<T, order>(call), stream, call);
 }
 
 }  // namespace kaf

@@ -24,14 +24,21 @@ template <class A> __device__ __forceinline__ A read(const Parameter& p, int64_t
                      : static_cast<A>(static_cast<const float*>(p.data)[i]);
 }
 
+// δ of point k, to twice the precision.
+template <class A> __device__ __forceinline__ Split<A> point(const Call& call, int64_t channel, int k) {
+  if (call.dictionary.data) return split<A>(read<double>(call.dictionary, channel, k));
+  return split<A>(call.size > 1 ? call.boundary * (2.0 * k / (call.size - 1) - 1) : 0.0);
+}
+
 template <class T> struct alignas(16) Vector16 {
   static constexpr int kSize = 16 / sizeof(T);
   T v[kSize];
 };
 
-// The elements of one thread: tiles of kElements, which are side by side (kVector) or a thread group apart.
-template <class T, bool kVector> struct Tile {
-  static constexpr int kElements = kVector ? Vector16<T>::kSize : sizeof(T) == 8 ? 2 : 4;
+// The elements of one thread: tiles of kElements, which are side by side (kVector) or, kApart of them, a group of threads
+// apart.
+template <class T, bool kVector, int kApart = sizeof(T) == 8 ? 2 : 4> struct Tile {
+  static constexpr int kElements = kVector ? Vector16<T>::kSize : kApart;
   static constexpr int kAccesses = kVector ? 1 : kElements;  // to memory, for one tile
   using A = typename Arithmetic<T>::type;
 
@@ -47,7 +54,7 @@ template <class T, bool kVector> struct Tile {
   __device__ __forceinline__ Tile(const Tiling& tiling, int64_t block) : t(tiling) {
     column = threadIdx.x & (t.columns_at_once - 1);
     lane = threadIdx.x / t.columns_at_once;
-    group = kThreads / t.columns_at_once;
+    group = t.threads / t.columns_at_once;
     const int64_t chunks = chunks_of(t);
     chunk = block % chunks;
     j = block / chunks * t.columns_at_once + column;
@@ -117,17 +124,16 @@ template <class T, bool kVector> struct Tile {
   }
 };
 
-// Sums over the threads of a column, one number for each of `count` sums: sums [count][kThreads] in shared memory, as
+// Sums over the threads of a column, one number for each of `count` sums: sums [count][threads] in shared memory, as
 // the threads left them. use(i, column, total) is called once for each active column, by some thread. The order is fixed.
 template <class A, class Tile, class Use>
 __device__ __forceinline__ void sum_over_threads(const A* sums, int count, const Tile& tile, Use use) {
   const int columns_at_once = tile.t.columns_at_once;
   __syncthreads();
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  for (int i = warp; i < count; i += kThreads / 32) {
+  for (int i = warp; i < count; i += tile.t.threads / 32) {
     A total = 0;
-#pragma unroll
-    for (int w = 0; w < kThreads; w += 32) total += sums[i * kThreads + w + lane];
+    for (int w = 0; w < tile.t.threads; w += 32) total += sums[i * tile.t.threads + w + lane];
     for (int offset = 16; offset >= columns_at_once; offset /= 2) total += __shfl_xor_sync(0xffffffffu, total, offset);
     if (lane < columns_at_once && tile.is_active(lane)) use(i, lane, total);
   }
