@@ -10,7 +10,7 @@ namespace kaf {
 // Threads of a block: where curves are evaluated on cells, forward and backward, and elsewhere.
 constexpr int kForwardThreads = 512, kBackwardThreads = 256, kThreads = 128;
 constexpr int kTablePoints = 512;  // D; larger dictionaries have no tables
-constexpr int kMaxCurves = 4;      // of a call
+constexpr int kMaxCurves = 6;      // of a call
 template <class A> constexpr int kWindow = 80 / sizeof(A);  // points whose sums one block forms
 
 enum class Type : uint8_t { f32, f64, bf16, f16 };
@@ -57,19 +57,19 @@ struct alignas(16) Point {
 
 constexpr int kCoefficients = 8;  // of a polynomial
 
-// f; f′; ∂f/∂γ; f″; and q, the derivative of f along v, and q′ (see kaf_math.h).
-enum Curve : int { kValue, kSlope, kByGamma, kCurvature, kAlong, kAlongSlope };
+// f; f′ and f″; q, the derivative of f along v, and q′ (see kaf_math.h); and by γ f, f′ and q.
+enum Curve : int { kValue, kSlope, kCurvature, kAlong, kAlongSlope, kByGamma, kSlopeByGamma, kAlongByGamma };
 
 struct Tables {
   Cells* cells;   // [channels]; nullptr where a call makes no tables
-  Point* points;  // [channels][padded], those beyond D of no consequence
+  Point* points;  // [channels][D]
   float* rows;    // [channels][count][capacity][kCoefficients]
   int64_t channels;
-  int padded, capacity, count;  // capacity: the cells that there is room for
+  int capacity, count;  // cells that there is room for, and curves
   Curve curves[kMaxCurves];
 };
-KAF_FN int64_t bytes_of(const Tables& t) {
-  return sizeof(Cells) + sizeof(Point) * t.padded + sizeof(float) * t.count * t.capacity * kCoefficients;  // of a channel
+KAF_FN int64_t bytes_of(const Tables& t, int size) {  // of a channel
+  return sizeof(Cells) + sizeof(Point) * size + sizeof(float) * t.count * t.capacity * kCoefficients;
 }
 
 // A uniform dictionary, all that does not depend on the channel.

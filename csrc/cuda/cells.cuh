@@ -44,43 +44,50 @@ struct Curves {
   Cells cells;
   const float* table;   // of the first curve, in the thread's bank
   const Point* points;  // of the channel
+  int capacity;
 
   template <class Tile>
   __device__ __forceinline__ Curves(const Tile& tile, const Call& call, const float* shared)
       : cells(call.tables.cells[tile.channel()]), table(shared + threadIdx.x % 32),
-        points(call.tables.points + tile.channel() * call.tables.padded) {}
+        points(call.tables.points + tile.channel() * call.size), capacity(call.tables.capacity) {}
 
   struct Place {
     float v;           // in the cell, from −1 to 1
     const float* row;  // of the first curve
   };
-  // The cell of x. NaN stays in v; its cell is some other.
+  // x no farther from the points than where all is 0. NaN stays.
+  __device__ __forceinline__ float clamped(float x) const { return clamp(x, cells.low, cells.high); }
+
+  // The cell of such an x. NaN stays in v; its cell is some other.
   __device__ __forceinline__ Place find(float x) const {
-    x = clamp(x, cells.low, cells.high);
     const float m = fmaf(x, cells.inverse, kMagic), number = m - kMagic;
     const uint32_t cell = __float_as_uint(m) - 0x4b400000u - static_cast<uint32_t>(cells.first);
     return {fmaf(-number, cells.width, x) * cells.scale, table + min(cell, static_cast<uint32_t>(cells.count - 1)) * (kCoefficients * 32)};
   }
-  // A curve there, `step` floats from the first.
-  static __device__ __forceinline__ float polynomial(const Place& p, int step = 0) {
-    const float* row = p.row + step;
+  // The curve there that is so many from the first.
+  __device__ __forceinline__ float polynomial(const Place& p, int curve) const {
+    const float* row = p.row + curve * capacity * (kCoefficients * 32);
     float y = row[(kCoefficients - 1) * 32];
 #pragma unroll
     for (int m = kCoefficients - 2; m >= 0; --m) y = fmaf(y, p.v, row[m * 32]);
     return y;
   }
 
-  // use(v, d, K, point) for elements x of a channel without cells and points [begin, end).
+  // use(v, d, K, point) for each of the elements x and of the points [begin, end).
   template <int V, class Use>
   __device__ __forceinline__ void at_points(const float (&x)[V], int begin, int end, Use use) const {
+    constexpr int kTogether = V < 4 ? V : 4;
     const float scale = gaussian_scale(cells.gamma);
-#pragma unroll 1
-    for (int k = begin; k < end; ++k) {
-      const Point p = points[k];
 #pragma unroll
-      for (int v = 0; v < V; ++v) {
-        const float d = (clamp(x[v], -1e18f, 1e18f) - p.high) - p.low, K = gaussian(d, scale);
-        use(v, K == 0 ? 0 : d, K, p);  // no infinite distance times 0
+    for (int from = 0; from < V; from += kTogether) {
+#pragma unroll 1
+      for (int k = begin; k < end; ++k) {
+        const Point p = points[k];
+#pragma unroll
+        for (int v = from; v < from + kTogether; ++v) {
+          const float d = (x[v] - p.high) - p.low, K = gaussian(d, scale);
+          use(v, K == 0 ? 0 : d, K, p);  // no infinite distance times 0
+        }
       }
     }
   }

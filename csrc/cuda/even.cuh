@@ -5,9 +5,9 @@
 //     exp(−γ (x − δ)²) = E r^j e^(−t j² − 2 t a j),    E = exp(−t e²),    j = −2 … 2 the point's place in its group,
 //
 // a the anchor in steps from c: so that ∂α_j = e^(−t j² − 2 t a j) Σ_n g E r^j, where the sum costs a multiply-add for each
-// element and point. c is near the middle of the window of twenty points, so that no power overflows: x is clamped to
-// where every E of the window is 0, and t ≤ 0.51, as place_cells sees to. Rounding the exponent of E, e^(−4t) where K = 1,
-// costs about 4t roundings of K.
+// element and point. c is near the middle of the window of twenty points, so that no power overflows where an E is not 0:
+// r is within 2^±34 there, for t ≤ 0.51, as place_cells sees to, and kept within 2^±60 elsewhere. Rounding the exponent of
+// E, e^(−4t) where K = 1, costs about 4t roundings of K.
 //
 // Napkin: 49 instructions an element, by hand; memory leaves 120 of float32's backward, 60 of half precision's.
 #pragma once
@@ -28,26 +28,22 @@ struct EvenSums {
   float kappa;                      // 2γΔ log2 e; rounded, it stands for a γ that all of this is exact for
   float centre;                     // κ c, an integer
   float exponent, first_anchor;     // −t log2 e; in steps from the middle of the dictionary
-  float low, high;                  // x is clamped to these
 
   __device__ __forceinline__ EvenSums(const Call& call, float gamma, int window) {
     const Uniform& u = call.uniform;
     inverse_high = u.inverse_step.high, inverse_low = u.inverse_step.low;
     kappa = gamma * u.kappa_by_gamma;
     exponent = -0.5f * kappa * u.step.high;
-    const float begin = window * kEvenWindow - 0.5f * (call.size - 1), reach = kGroupReach / sqrtf(gamma);
+    const float begin = window * kEvenWindow - 0.5f * (call.size - 1);
     first_anchor = begin + kGroup / 2;
     centre = rintf((begin + 0.5f * (kEvenWindow - 1)) * u.step.high * kappa);
-    low = begin * u.step.high - reach;
-    high = (begin + kEvenWindow - 1) * u.step.high + reach;
   }
 
-  // Adds g E r^j to the sum of each point.
+  // Adds g E r^j to the sum of each point, for an x as Curves::clamped has it.
   __device__ __forceinline__ void add(float x, float g, float (&sums)[kEvenWindow]) const {
-    x = clamp(x, low, high);
     // r = 2^(κ x − centre) to a rounding or two: the product's own rounding error comes back as a factor.
     const float p = __fmul_rn(x, kappa), error = fmaf(x, kappa, -p);
-    float r = exp2_approx(p - centre);
+    float r = exp2_approx(clamp(p - centre, -60.0f, 60.0f));
     r = fmaf(r * error, 0.69314718f, r);
     const float s = reciprocal_approx(r), rr = r * r, ss = s * s;
 #pragma unroll

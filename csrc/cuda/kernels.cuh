@@ -24,9 +24,11 @@ __global__ void __launch_bounds__(kForwardThreads, kVector ? 3 : 2) forward_kern
     const auto place = tile.place(i);
     float at[V], out[V] = {};
     tile.load(x, place, at);
+#pragma unroll
+    for (float& a : at) a = curves.clamped(a);
     if (curves.cells.count > 0) {
 #pragma unroll
-      for (int v = 0; v < V; ++v) out[v] = curves.polynomial(curves.find(at[v]));
+      for (int v = 0; v < V; ++v) out[v] = curves.polynomial(curves.find(at[v]), 0);
     } else {
       curves.at_points(at, 0, call.size, [&](int v, float, float K, const Point& p) { out[v] += p.alpha * K; });
     }
@@ -36,11 +38,21 @@ __global__ void __launch_bounds__(kForwardThreads, kVector ? 3 : 2) forward_kern
 
 enum Sums { kNoSums, kOfAlpha, kOfAlphaAndDictionary };  // over elements, for each point of a window
 
+// Sums over the threads of each column, use(k, column, total) for the first `count` of them. They come to lie where the
+// tables were.
+template <int N, class Tile, class Use>
+__device__ __forceinline__ void put_sums(const float (&sums)[N], int count, const Tile& tile, float* shared, Use use) {
+  __syncthreads();
+#pragma unroll
+  for (int k = 0; k < N; ++k) shared[k * kBackwardThreads + threadIdx.x] = sums[k];
+  sum_over_threads(shared, count, tile, use);
+}
+
 // dx = g f′(x), and partial sums of the gradients of α, δ and γ.
 template <class T, bool kVector, Sums kSums>
 __global__ void __launch_bounds__(kBackwardThreads, kSums == kOfAlphaAndDictionary ? 2 : 3) backward_kernel(const Call call) {
   KAF_DYNAMIC_SHARED(memory);
-  constexpr int V = Tile<T, kVector>::kElements, kWithPoint = kSums == kOfAlphaAndDictionary ? kEvenWindow : 1;
+  constexpr int V = Tile<T, kVector>::kElements, kOfPoint = kSums == kOfAlphaAndDictionary ? kEvenWindow : 1;
   float* const shared = reinterpret_cast<float*>(memory);
   const int window = static_cast<int>(blockIdx.x % call.windows), begin = window * kEvenWindow;
   const Tile<T, kVector> tile(call.tiling, blockIdx.x / call.windows);
@@ -51,12 +63,13 @@ __global__ void __launch_bounds__(kBackwardThreads, kSums == kOfAlphaAndDictiona
   const T* grad = tile.column_of(static_cast<const T*>(call.grad));
   T* dx = window == 0 ? tile.column_of(static_cast<T*>(call.dx)) : nullptr;
   const bool want_gamma = window == 0 && call.gamma_slot >= 0;
-  const int of_gamma = call.tables.capacity * kCoefficients * 32;  // the second curve
-  float of_alpha[kEvenWindow] = {}, of_point[kWithPoint] = {}, gamma_sum = 0;
+  float of_alpha[kEvenWindow] = {}, of_point[kOfPoint] = {}, of_gamma[1] = {};
   for (int i = 0; i < tile.tiles; ++i) {
     const auto place = tile.place(i);
     float at[V], g[V], out[V] = {};
     tile.load(x, place, at);
+#pragma unroll
+    for (float& a : at) a = curves.clamped(a);
     tile.load(grad, place, g);
     if (kSums == kOfAlpha && curves.cells.even) {
 #pragma unroll
@@ -64,7 +77,7 @@ __global__ void __launch_bounds__(kBackwardThreads, kSums == kOfAlphaAndDictiona
     } else if (kSums != kNoSums) {
 #pragma unroll
       for (int k = 0; k < kEvenWindow; ++k)
-        curves.at_points(at, begin + k, begin + k + 1, [&](int v, float d, float K, const Point&) {
+        curves.at_points(at, begin + k, min(begin + k + 1, call.size), [&](int v, float d, float K, const Point&) {
           of_alpha[k] = fmaf(g[v], K, of_alpha[k]);
           if constexpr (kSums == kOfAlphaAndDictionary) of_point[k] = fmaf(g[v] * K, d, of_point[k]);
         });
@@ -74,47 +87,117 @@ __global__ void __launch_bounds__(kBackwardThreads, kSums == kOfAlphaAndDictiona
 #pragma unroll
       for (int v = 0; v < V; ++v) {
         const Curves::Place in_table = curves.find(at[v]);
-        if (want_gamma) gamma_sum = fmaf(g[v], curves.polynomial(in_table, of_gamma), gamma_sum);
-        if (dx) out[v] = g[v] * curves.polynomial(in_table);
+        if (want_gamma) of_gamma[0] = fmaf(g[v], curves.polynomial(in_table, 1), of_gamma[0]);
+        if (dx) out[v] = g[v] * curves.polynomial(in_table, 0);
       }
     } else {
       curves.at_points(at, 0, call.size, [&](int v, float d, float K, const Point& p) {
         const float term = g[v] * (p.alpha * K) * d;
         out[v] += term;
-        gamma_sum -= term * d;
+        of_gamma[0] -= term * d;
       });
 #pragma unroll
       for (int v = 0; v < V; ++v) out[v] *= -2 * curves.cells.gamma;
     }
     if (dx) tile.store(dx, place, out);
   }
-  // Sums come to lie where the tables were.
-  const auto put = [&](const auto& sums, int count, auto use) {
-    __syncthreads();
-#pragma unroll
-    for (int k = 0; k < static_cast<int>(sizeof(sums) / sizeof(float)); ++k) shared[k * kBackwardThreads + threadIdx.x] = sums[k];
-    sum_over_threads(shared, count, tile, use);
-  };
   const int count = min(kEvenWindow, call.size - begin);
   if (kSums != kNoSums && call.alpha_slot >= 0)
-    put(of_alpha, count, [&](int k, int column, float total) {
+    put_sums(of_alpha, count, tile, shared, [&](int k, int column, float total) {
       const Cells& cells = call.tables.cells[tile.channel_of(column)];
       const float scale = kSums == kOfAlpha && cells.even ? point_scale(call, cells.gamma, window, k) : 1;
       put_partial(tile, call, call.alpha_slot + begin + k, column, total * scale);
     });
   if constexpr (kSums == kOfAlphaAndDictionary)
-    put(of_point, count, [&](int k, int column, float total) {
+    put_sums(of_point, count, tile, shared, [&](int k, int column, float total) {
       const int64_t channel = tile.channel_of(column);
-      const float factor = 2 * call.tables.cells[channel].gamma * call.tables.points[channel * call.tables.padded + begin + k].alpha;
+      const float factor = 2 * call.tables.cells[channel].gamma * call.tables.points[channel * call.size + begin + k].alpha;
       put_partial(tile, call, call.dictionary_slot + begin + k, column, factor * total);
     });
-  if (want_gamma) {
-    const float sums[1] = {gamma_sum};
-    put(sums, 1, [&](int, int column, float total) { put_partial(tile, call, call.gamma_slot, column, total); });
-  }
+  if (want_gamma)
+    put_sums(of_gamma, 1, tile, shared, [&](int, int column, float total) { put_partial(tile, call, call.gamma_slot, column, total); });
 }
 
-// Forward, backward and double backward, dgrad = v_x f′(x) + q(x) and dx = v_x g f″(x) + g q′(x), without tables.
+// dgrad = v_x f′(x) + q(x), dx = v_x g f″(x) + g q′(x), and partial sums as in backward. Without kAlong q is 0, as in a
+// gradient penalty.
+template <class T, bool kVector, Sums kSums, bool kWithAlong>
+__global__ void __launch_bounds__(kBackwardThreads, kSums == kOfAlphaAndDictionary ? 1 : 2) double_backward_kernel(const Call call) {
+  KAF_DYNAMIC_SHARED(memory);
+  constexpr int V = Tile<T, kVector>::kElements, kOfPoint = kSums == kOfAlphaAndDictionary ? kEvenWindow : 1;
+  float* const shared = reinterpret_cast<float*>(memory);
+  const int window = static_cast<int>(blockIdx.x % call.windows), begin = window * kEvenWindow;
+  const Tile<T, kVector> tile(call.tiling, blockIdx.x / call.windows);
+  if (window == 0) stage_tables(tile, call, shared);
+  const Curves curves(tile, call, shared);
+  const int64_t channel = tile.channel();
+  const float gamma = curves.cells.gamma, v_gamma = kWithAlong ? read<float>(call.v_gamma, channel, 0) : 0;
+  const T* x = tile.column_of(static_cast<const T*>(call.x));
+  const T* grad = tile.column_of(static_cast<const T*>(call.grad));
+  const T* v_x = tile.column_of(static_cast<const T*>(call.v_x));
+  T* dx = window == 0 ? tile.column_of(static_cast<T*>(call.dx)) : nullptr;
+  T* dgrad = window == 0 ? tile.column_of(static_cast<T*>(call.dgrad)) : nullptr;
+  const bool want_gamma = window == 0 && call.gamma_slot >= 0;
+  const auto terms = [&](int k, float d, float K, const Point& p) {
+    return second_order(d, K, gamma, p.alpha, kWithAlong ? read<float>(call.v_alpha, channel, k) : 0.0f, v_gamma,
+                        kWithAlong ? read<float>(call.v_dictionary, channel, k) : 0.0f);
+  };
+  float of_alpha[kEvenWindow] = {}, of_point[kOfPoint] = {}, of_gamma[1] = {};
+  for (int i = 0; i < tile.tiles; ++i) {
+    const auto place = tile.place(i);
+    float at[V], g[V], v[V] = {}, out[V] = {}, out_grad[V] = {};
+    tile.load(x, place, at);
+#pragma unroll
+    for (float& a : at) a = curves.clamped(a);
+    tile.load(grad, place, g);
+    if (v_x) tile.load(v_x, place, v);
+    if (kSums != kNoSums) {
+#pragma unroll
+      for (int k = 0; k < kEvenWindow; ++k)
+        curves.at_points(at, begin + k, min(begin + k + 1, call.size), [&](int e, float d, float K, const Point& p) {
+          const SecondOrder<float> s = terms(begin + k, d, K, p);
+          of_alpha[k] += v[e] * g[e] * s.alpha_x;
+          if constexpr (kWithAlong) of_alpha[k] += g[e] * s.alpha_v;
+          if constexpr (kSums == kOfAlphaAndDictionary) of_point[k] -= v[e] * g[e] * s.curvature;
+          if constexpr (kSums == kOfAlphaAndDictionary && kWithAlong) of_point[k] -= g[e] * s.along_slope;
+        });
+    }
+    if (!dx && !dgrad && !want_gamma) continue;
+    if (curves.cells.count > 0) {
+#pragma unroll
+      for (int e = 0; e < V; ++e) {
+        const Curves::Place p = curves.find(at[e]);
+        const float vg = v[e] * g[e];
+        out_grad[e] = v[e] * curves.polynomial(p, 0);
+        out[e] = vg * curves.polynomial(p, 1);
+        if constexpr (kWithAlong) out_grad[e] += curves.polynomial(p, 2), out[e] += g[e] * curves.polynomial(p, 3);
+        if (!want_gamma) continue;
+        of_gamma[0] += vg * curves.polynomial(p, kWithAlong ? 4 : 2);
+        if constexpr (kWithAlong) of_gamma[0] += g[e] * curves.polynomial(p, 5);
+      }
+    } else {
+      for (int k = 0; k < call.size; ++k)
+        curves.at_points(at, k, k + 1, [&](int e, float d, float K, const Point& p) {
+          const SecondOrder<float> s = terms(k, d, K, p);
+          const float vg = v[e] * g[e];
+          out_grad[e] += v[e] * s.slope;
+          out[e] += vg * s.curvature;
+          of_gamma[0] += vg * s.gamma_x;
+          if constexpr (kWithAlong) out_grad[e] += s.along, out[e] += g[e] * s.along_slope, of_gamma[0] += g[e] * s.gamma_v;
+        });
+    }
+    if (dx) tile.store(dx, place, out);
+    if (dgrad) tile.store(dgrad, place, out_grad);
+  }
+  const int count = min(kEvenWindow, call.size - begin);
+  const auto put = [&](const auto& sums, int n, int slot) {
+    put_sums(sums, n, tile, shared, [&](int k, int column, float total) { put_partial(tile, call, slot + k, column, total); });
+  };
+  if (kSums != kNoSums && call.alpha_slot >= 0) put(of_alpha, count, call.alpha_slot + begin);
+  if constexpr (kSums == kOfAlphaAndDictionary) put(of_point, count, call.dictionary_slot + begin);
+  if (want_gamma) put(of_gamma, 1, call.gamma_slot);
+}
+
+// All of these, without tables.
 template <Order order, class T, bool kVector>
 __global__ void __launch_bounds__(kThreads, order == kBackward ? 3 : 4) direct_kernel(const Call call) {
   KAF_DYNAMIC_SHARED(memory);
@@ -147,21 +230,28 @@ template <class T, Order order> size_t shared_bytes(const Call& call) {
   const Tables& t = call.tables;
   if (!t.cells) return DirectShared<typename Arithmetic<T>::type, order>::bytes(call);
   const size_t tables = t.count * t.capacity * kCellBytes, sums = sizeof(float) * kEvenWindow * call.tiling.threads;
-  return order == kBackward ? std::max(tables, sums) : tables;
+  return order == kForward ? tables : std::max(tables, sums);
 }
-template <class T, bool kVector> auto* backward_kernel_of(const Call& call) {
-  return call.dictionary_slot >= 0 ? backward_kernel<T, kVector, kOfAlphaAndDictionary>
-         : call.alpha_slot >= 0    ? backward_kernel<T, kVector, kOfAlpha>
-                                   : backward_kernel<T, kVector, kNoSums>;
+using Kernel = void (*)(Call);
+template <Order order, class T, bool kVector> Kernel kernel_of(const Call& call) {
+  if constexpr (kHasTables<T>)
+    if (call.tables.cells) {
+      const auto with = [&](auto sums) -> Kernel {
+        if constexpr (order == kForward) return forward_kernel<T, kVector>;
+        if constexpr (order == kBackward) return backward_kernel<T, kVector, sums()>;
+        const bool along = call.v_alpha.data || call.v_gamma.data || call.v_dictionary.data;
+        if constexpr (order == kDoubleBackward)
+          return along ? double_backward_kernel<T, kVector, sums(), true> : double_backward_kernel<T, kVector, sums(), false>;
+      };
+      if (call.dictionary_slot >= 0) return with(std::integral_constant<Sums, kOfAlphaAndDictionary>());
+      if (call.alpha_slot >= 0) return with(std::integral_constant<Sums, kOfAlpha>());
+      return with(std::integral_constant<Sums, kNoSums>());
+    }
+  return direct_kernel<order, T, kVector>;
 }
 
 template <class T, Order order> int launch_of(const Call& call, Stream stream) {
-  const bool vectors = call.tiling.vectors;
-  auto* kernel = vectors ? direct_kernel<order, T, true> : direct_kernel<order, T, false>;
-  if constexpr (kHasTables<T> && order == kForward)
-    if (call.tables.cells) kernel = vectors ? forward_kernel<T, true> : forward_kernel<T, false>;
-  if constexpr (kHasTables<T> && order == kBackward)
-    if (call.tables.cells) kernel = vectors ? backward_kernel_of<T, true>(call) : backward_kernel_of<T, false>(call);
+  const Kernel kernel = call.tiling.vectors ? kernel_of<order, T, true>(call) : kernel_of<order, T, false>(call);
   const dim3 grid(static_cast<unsigned>(blocks_of(call.tiling) * call.windows));
   return launch(kernel, grid, call.tiling.threads, shared_bytes<T, order>(call), stream, call);
 }

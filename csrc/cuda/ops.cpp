@@ -165,16 +165,15 @@ struct Arguments {
     if (type == Type::f64 || call.size > kTablePoints) return {};
     Tables& t = call.tables;
     t.channels = channels;
-    t.padded = (call.size + kWindow<float> - 1) / kWindow<float> * kWindow<float>;
     t.count = static_cast<int>(curves.size());
     t.capacity = static_cast<int>(std::min<size_t>(cells_for(call.size), most_shared(x) / kCellBytes / t.count));
     std::copy(curves.begin(), curves.end(), t.curves);
-    const int64_t bytes = channels * bytes_of(t);
+    const int64_t bytes = channels * bytes_of(t, call.size);
     if (!may_take(bytes, x.numel() * (type == Type::f32 ? 4 : 2))) return {};
     Tensor workspace = torch::stable::new_empty(x, {bytes / 4}, ScalarType::Float);
     t.cells = static_cast<Cells*>(workspace.data_ptr());
     t.points = reinterpret_cast<Point*>(t.cells + channels);
-    t.rows = reinterpret_cast<float*>(t.points + channels * t.padded);
+    t.rows = reinterpret_cast<float*>(t.points + channels * call.size);
     call.uniform = uniform(call.boundary, call.size);
     check(launch_tables(call, stream));
     return workspace;
@@ -308,7 +307,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> double_backward(
   if (v_x) a.call.v_x = a.data(*v_x, "v_x", layout);
   if (needs & kNeedX) a.call.dx = dx.data_ptr();
   if (needs & kNeedGrad) a.call.dgrad = dgrad.data_ptr();
-  a.set_tiling(layout, kThreads);
+  const bool along = v_alpha || v_gamma || v_dictionary, by_gamma = needs & kNeedGamma;
+  const Stream stream = stream_of(x);
+  const Tensor workspace =
+      along ? by_gamma ? a.make_tables({kSlope, kCurvature, kAlong, kAlongSlope, kSlopeByGamma, kAlongByGamma}, stream)
+                       : a.make_tables({kSlope, kCurvature, kAlong, kAlongSlope}, stream)
+            : by_gamma ? a.make_tables({kSlope, kCurvature, kSlopeByGamma}, stream) : a.make_tables({kSlope, kCurvature}, stream);
+  a.set_tiling(layout, kBackwardThreads);
   const Tensor partial = a.partial();
   check(launch_double_backward(a.call, a.type, stream_of(x)));
   a.reduce(dalpha, dgamma, ddictionary, stream_of(x));

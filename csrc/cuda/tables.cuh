@@ -33,6 +33,7 @@ KAF_FN double step_of(const Call& call) { return call.size > 1 ? 2 * call.bounda
 // Cells for points from `first` to `last`, where `capacity` of them are enough; and whether sums may be formed by powers.
 __device__ __forceinline__ Cells place_cells(const Call& call, double first, double last, double gamma) {
   Cells c{};
+  c.low = -1e18f, c.high = 1e18f;
   c.gamma = static_cast<float>(gamma);
   const double root = sqrt(gamma), span = last - first, reach = 4.4721360 / root;  // e^-20: 2e-9
   const double low = first - reach, high = last + reach;
@@ -63,10 +64,12 @@ __device__ __forceinline__ float term_of(Curve curve, float d, float k, float ga
   switch (curve) {
     case kValue: return alpha * k;
     case kSlope: return s.slope;
-    case kByGamma: return -d * d * (alpha * k);
     case kCurvature: return s.curvature;
     case kAlong: return s.along;
-    default: return s.along_slope;
+    case kAlongSlope: return s.along_slope;
+    case kByGamma: return -d * d * (alpha * k);
+    case kSlopeByGamma: return s.gamma_x;
+    default: return s.gamma_v;
   }
 }
 
@@ -86,22 +89,17 @@ static __global__ void __launch_bounds__(kTableThreads) table_kernel(const Call 
     alpha[k] = read<float>(call.alpha, channel, k);
     v_alpha[k] = read<float>(call.v_alpha, channel, k);
     v_dictionary[k] = read<float>(call.v_dictionary, channel, k);
+    if (which == 0) t.points[channel * call.size + k] = {high[k], low[k], alpha[k], 0};
     bad |= (delta.high + alpha[k] + v_alpha[k] + v_dictionary[k] + v_gamma) * 0 != 0;
   }
   bad = __syncthreads_or(bad);
-  for (int k = threadIdx.x; which == 0 && k < t.padded; k += kTableThreads) {
-    const bool exists = k < call.size;
-    t.points[channel * t.padded + k] = {exists ? high[k] : 0, exists ? low[k] : 0, exists ? alpha[k] : 0, 0};
-  }
   float first = INFINITY, last = -INFINITY;
   for (int k = lane; k < call.size; k += 32) first = min(first, high[k]), last = max(last, high[k]);
   for (int offset = 16; offset > 0; offset /= 2) {
     first = min(first, __shfl_xor_sync(0xffffffffu, first, offset));
     last = max(last, __shfl_xor_sync(0xffffffffu, last, offset));
   }
-  Cells cells{};
-  cells.gamma = gamma;
-  if (!bad) cells = place_cells(call, first, last, read<double>(call.gamma, channel, 0));
+  const Cells cells = place_cells(call, bad ? NAN : first, last, read<double>(call.gamma, channel, 0));
   if (threadIdx.x == 0 && which == 0) t.cells[channel] = cells;
 
   const float half = cells.width / 2, scale = gaussian_scale(gamma), reach = 4.4721360f / sqrtf(gamma) + half;
@@ -114,7 +112,7 @@ static __global__ void __launch_bounds__(kTableThreads) table_kernel(const Call 
       const float from_centre = (centre - high[k]) - low[k];
       if (fabsf(from_centre) > reach) continue;
       const float d = fmaf(kInterpolation.points[i], half, from_centre);
-      value += term_of(curve, d, gaussian(d, scale), gamma, alpha[k], v_alpha[k], v_gamma, v_dictionary[k]);
+      value += term_of(curve, d, exp2_exact(scale * d * d, 0), gamma, alpha[k], v_alpha[k], v_gamma, v_dictionary[k]);
     }
     double coefficient = 0;
     for (int j = 0; j < kCoefficients; ++j)
