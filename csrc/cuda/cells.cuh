@@ -20,16 +20,15 @@ namespace kaf {
 constexpr float kMagic = 0x1.8p23f;   // adding it rounds to an integer, left in the low bits
 constexpr float kGroupReach = 9.4868f;  // exp(−reach²) is below the smallest float32
 
-// Copies tables [curves][capacity][kCoefficients][32] to shared memory.
-template <class Tile> __device__ __forceinline__ void stage_tables(const Tile& tile, const Call& call, float* shared) {
+// Copies tables [curves][capacity][kCoefficients][32] to shared memory, each lane that of its channel.
+__device__ __forceinline__ void stage_tables(const Call& call, int64_t channel, float* shared) {
   const Tables& t = call.tables;
-  const int lane = threadIdx.x % 32, column = lane & (tile.t.columns_at_once - 1);
-  const int64_t channel = tile.channel_of(tile.is_active(column) ? column : 0);
+  const int lane = threadIdx.x % 32;
   constexpr int kVectors = kCoefficients / 4;
   const int vectors = t.cells[channel].count * kVectors;
   for (int c = 0; c < t.count; ++c) {
     const auto* rows = reinterpret_cast<const Vector16<float>*>(t.rows) + (channel * t.count + c) * t.capacity * kVectors;
-    for (int i = threadIdx.x / 32; i < vectors; i += tile.t.threads / 32) {
+    for (int i = threadIdx.x / 32; i < vectors; i += call.tiling.threads / 32) {
       const Vector16<float> row = rows[i];
       float* to = shared + (c * t.capacity * kVectors + i) * 4 * 32 + lane;
 #pragma unroll
@@ -46,10 +45,9 @@ struct Curves {
   const Point* points;  // of the channel
   int capacity;
 
-  template <class Tile>
-  __device__ __forceinline__ Curves(const Tile& tile, const Call& call, const float* shared)
-      : cells(call.tables.cells[tile.channel()]), table(shared + threadIdx.x % 32),
-        points(call.tables.points + tile.channel() * call.size), capacity(call.tables.capacity) {}
+  __device__ __forceinline__ Curves(const Call& call, int64_t channel, const float* shared)
+      : cells(call.tables.cells[channel]), table(shared + threadIdx.x % 32), points(call.tables.points + channel * call.size),
+        capacity(call.tables.capacity) {}
 
   struct Place {
     float v;           // in the cell, from −1 to 1

@@ -16,23 +16,32 @@ __global__ void __launch_bounds__(kForwardThreads, kVector ? 3 : 2) forward_kern
   KAF_DYNAMIC_SHARED(memory);
   constexpr int V = Tile<T, kVector, 8>::kElements;
   const Tile<T, kVector, 8> tile(call.tiling, blockIdx.x);
-  stage_tables(tile, call, reinterpret_cast<float*>(memory));
-  const Curves curves(tile, call, reinterpret_cast<float*>(memory));
+  float* const shared = reinterpret_cast<float*>(memory);
+  const int64_t channel = tile.channel();
+  stage_tables(call, channel, shared);
+  const Curves curves(call, channel, shared);
   const T* x = tile.column_of(static_cast<const T*>(call.x));
   T* y = tile.column_of(static_cast<T*>(call.y));
-  for (int i = 0; i < tile.tiles; ++i) {
-    const auto place = tile.place(i);
-    float at[V], out[V] = {};
-    tile.load(x, place, at);
+  const auto each = [&](auto evaluate) {  // loops of their own have the registers for themselves
+    for (int i = 0; i < tile.tiles; ++i) {
+      const auto place = tile.place(i);
+      float at[V], out[V] = {};
+      tile.load(x, place, at);
 #pragma unroll
-    for (float& a : at) a = curves.clamped(a);
-    if (curves.cells.count > 0) {
+      for (float& a : at) a = curves.clamped(a);
+      evaluate(at, out);
+      tile.store(y, place, out);
+    }
+  };
+  if (curves.cells.count > 0) {
+    each([&](const float (&at)[V], float (&out)[V]) {
 #pragma unroll
       for (int v = 0; v < V; ++v) out[v] = curves.polynomial(curves.find(at[v]), 0);
-    } else {
+    });
+  } else {
+    each([&](const float (&at)[V], float (&out)[V]) {
       curves.at_points(at, 0, call.size, [&](int v, float, float K, const Point& p) { out[v] += p.alpha * K; });
-    }
-    tile.store(y, place, out);
+    });
   }
 }
 
@@ -54,43 +63,58 @@ __global__ void __launch_bounds__(kBackwardThreads, kSums == kOfAlphaAndDictiona
   KAF_DYNAMIC_SHARED(memory);
   constexpr int V = Tile<T, kVector>::kElements, kOfPoint = kSums == kOfAlphaAndDictionary ? kEvenWindow : 1;
   float* const shared = reinterpret_cast<float*>(memory);
-  const int window = static_cast<int>(blockIdx.x % call.windows), begin = window * kEvenWindow;
-  const Tile<T, kVector> tile(call.tiling, blockIdx.x / call.windows);
-  if (window == 0) stage_tables(tile, call, shared);
-  const Curves curves(tile, call, shared);
+  const int window = static_cast<int>(blockIdx.x % static_cast<unsigned>(call.windows)), begin = window * kEvenWindow;
+  const Tile<T, kVector> tile(call.tiling, blockIdx.x / static_cast<unsigned>(call.windows));
+  const int64_t channel = tile.channel();
+  if (window == 0) stage_tables(call, channel, shared);
+  const Curves curves(call, channel, shared);
   const EvenSums even(call, curves.cells.gamma, window);
   const T* x = tile.column_of(static_cast<const T*>(call.x));
   const T* grad = tile.column_of(static_cast<const T*>(call.grad));
   T* dx = window == 0 ? tile.column_of(static_cast<T*>(call.dx)) : nullptr;
   const bool want_gamma = window == 0 && call.gamma_slot >= 0;
   float of_alpha[kEvenWindow] = {}, of_point[kOfPoint] = {}, of_gamma[1] = {};
-  for (int i = 0; i < tile.tiles; ++i) {
-    const auto place = tile.place(i);
-    float at[V], g[V], out[V] = {};
-    tile.load(x, place, at);
+  const auto each = [&](auto evaluate) {
+    for (int i = 0; i < tile.tiles; ++i) {
+      const auto place = tile.place(i);
+      float at[V], g[V], out[V] = {};
+      tile.load(x, place, at);
+      tile.load(grad, place, g);
 #pragma unroll
-    for (float& a : at) a = curves.clamped(a);
-    tile.load(grad, place, g);
-    if (kSums == kOfAlpha && curves.cells.even) {
-#pragma unroll
-      for (int v = 0; v < V; ++v) even.add(at[v], g[v], of_alpha);
-    } else if (kSums != kNoSums) {
-#pragma unroll
-      for (int k = 0; k < kEvenWindow; ++k)
-        curves.at_points(at, begin + k, min(begin + k + 1, call.size), [&](int v, float d, float K, const Point&) {
-          of_alpha[k] = fmaf(g[v], K, of_alpha[k]);
-          if constexpr (kSums == kOfAlphaAndDictionary) of_point[k] = fmaf(g[v] * K, d, of_point[k]);
-        });
+      for (float& a : at) a = curves.clamped(a);
+      evaluate(at, g, out);
+      if (dx) tile.store(dx, place, out);
     }
-    if (!dx && !want_gamma) continue;
-    if (curves.cells.count > 0) {
+  };
+  const auto look_up = [&](const float (&at)[V], const float (&g)[V], float (&out)[V]) {
+    if (!dx && !want_gamma) return;
 #pragma unroll
-      for (int v = 0; v < V; ++v) {
-        const Curves::Place in_table = curves.find(at[v]);
-        if (want_gamma) of_gamma[0] = fmaf(g[v], curves.polynomial(in_table, 1), of_gamma[0]);
-        if (dx) out[v] = g[v] * curves.polynomial(in_table, 0);
+    for (int v = 0; v < V; ++v) {
+      const Curves::Place in_table = curves.find(at[v]);
+      if (want_gamma) of_gamma[0] = fmaf(g[v], curves.polynomial(in_table, 1), of_gamma[0]);
+      if (dx) out[v] = g[v] * curves.polynomial(in_table, 0);
+    }
+  };
+  if (curves.cells.count > 0 && (kSums == kNoSums || (kSums == kOfAlpha && curves.cells.even))) {
+    each([&](const float (&at)[V], const float (&g)[V], float (&out)[V]) {
+      if constexpr (kSums == kOfAlpha) {
+#pragma unroll
+        for (int v = 0; v < V; ++v) even.add(at[v], g[v], of_alpha);
       }
-    } else {
+      look_up(at, g, out);
+    });
+  } else {
+    each([&](const float (&at)[V], const float (&g)[V], float (&out)[V]) {
+      if constexpr (kSums != kNoSums) {
+#pragma unroll
+        for (int k = 0; k < kEvenWindow; ++k)
+          curves.at_points(at, begin + k, min(begin + k + 1, call.size), [&](int v, float d, float K, const Point&) {
+            of_alpha[k] = fmaf(g[v], K, of_alpha[k]);
+            if constexpr (kSums == kOfAlphaAndDictionary) of_point[k] = fmaf(g[v] * K, d, of_point[k]);
+          });
+      }
+      if (curves.cells.count > 0) return look_up(at, g, out);
+      if (!dx && !want_gamma) return;
       curves.at_points(at, 0, call.size, [&](int v, float d, float K, const Point& p) {
         const float term = g[v] * (p.alpha * K) * d;
         out[v] += term;
@@ -98,8 +122,7 @@ __global__ void __launch_bounds__(kBackwardThreads, kSums == kOfAlphaAndDictiona
       });
 #pragma unroll
       for (int v = 0; v < V; ++v) out[v] *= -2 * curves.cells.gamma;
-    }
-    if (dx) tile.store(dx, place, out);
+    });
   }
   const int count = min(kEvenWindow, call.size - begin);
   if (kSums != kNoSums && call.alpha_slot >= 0)
@@ -125,11 +148,11 @@ __global__ void __launch_bounds__(kBackwardThreads, kSums == kOfAlphaAndDictiona
   KAF_DYNAMIC_SHARED(memory);
   constexpr int V = Tile<T, kVector>::kElements, kOfPoint = kSums == kOfAlphaAndDictionary ? kEvenWindow : 1;
   float* const shared = reinterpret_cast<float*>(memory);
-  const int window = static_cast<int>(blockIdx.x % call.windows), begin = window * kEvenWindow;
-  const Tile<T, kVector> tile(call.tiling, blockIdx.x / call.windows);
-  if (window == 0) stage_tables(tile, call, shared);
-  const Curves curves(tile, call, shared);
+  const int window = static_cast<int>(blockIdx.x % static_cast<unsigned>(call.windows)), begin = window * kEvenWindow;
+  const Tile<T, kVector> tile(call.tiling, blockIdx.x / static_cast<unsigned>(call.windows));
   const int64_t channel = tile.channel();
+  if (window == 0) stage_tables(call, channel, shared);
+  const Curves curves(call, channel, shared);
   const float gamma = curves.cells.gamma, v_gamma = kWithAlong ? read<float>(call.v_gamma, channel, 0) : 0;
   const T* x = tile.column_of(static_cast<const T*>(call.x));
   const T* grad = tile.column_of(static_cast<const T*>(call.grad));

@@ -130,13 +130,13 @@ struct Arguments {
     const int64_t most_columns = call.tables.cells ? 32 : 8;
     t.columns_at_once = runs ? 1 : static_cast<int>(std::min<int64_t>(std::bit_ceil(static_cast<uint64_t>(t.columns)), most_columns));
 
-    // Elements of a thread: one tile at least, at most 64, so that float32 sums lose nothing; and so many blocks that no
-    // multiprocessor lacks any.
+    // Elements of a thread: one tile at least, at most 64, so that float32 sums lose nothing, or 128 where a block copies
+    // the tables of 32 channels; and fewer where there would be fewer threads than a large GPU holds.
     t.threads = call.tables.cells ? threads : kThreads;
     const int64_t elements = t.vectors ? 16 / bytes : bytes == 8 ? 2 : 4, tile = t.threads / t.columns_at_once * elements;
     const int64_t column_blocks = (t.columns + t.columns_at_once - 1) / t.columns_at_once;
     const int64_t tiles = (t.rows * t.inner + tile - 1) / tile;
-    const int64_t positions = tile * std::clamp<int64_t>(tiles * column_blocks * t.threads / (256 * 1024), 1, 64 / elements);
+    const int64_t positions = tile * std::clamp<int64_t>(tiles * column_blocks * t.threads / (256 * 1024), 1, (runs ? 64 : 128) / elements);
     if (t.inner >= positions) {
       const int64_t parts = (t.inner + positions - 1) / positions;
       const int64_t run = ((t.inner + parts - 1) / parts + tile - 1) / tile * tile;

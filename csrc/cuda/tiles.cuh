@@ -51,16 +51,19 @@ template <class T, bool kVector, int kApart = sizeof(T) == 8 ? 2 : 4> struct Til
   int64_t chunk;      // which partial sums are this block's
   int64_t base;       // offset of the thread's column in the block's first row
 
-  __device__ __forceinline__ Tile(const Tiling& tiling, int64_t block) : t(tiling) {
+  __device__ __forceinline__ Tile(const Tiling& tiling, uint32_t block) : t(tiling) {
     column = threadIdx.x & (t.columns_at_once - 1);
     lane = threadIdx.x / t.columns_at_once;
     group = t.threads / t.columns_at_once;
-    const int64_t chunks = chunks_of(t);
-    chunk = block % chunks;
-    j = block / chunks * t.columns_at_once + column;
+    // Blocks are fewer than 2^31, and divided as such: a division of 64 bits is a call, and costs registers.
+    const uint32_t chunks = static_cast<uint32_t>(chunks_of(t)), block_of_columns = block / chunks;
+    const uint32_t own_chunk = block - block_of_columns * chunks;
+    const uint32_t run_blocks = static_cast<uint32_t>(t.run_blocks), row_block = own_chunk / run_blocks;
+    chunk = own_chunk;
+    j = int64_t{block_of_columns} * t.columns_at_once + column;
     const int64_t rest = t.columns - (j - column);
     active = 0xffffffffu >> (32 - (rest < t.columns_at_once ? static_cast<int>(rest) : t.columns_at_once));
-    const int64_t row = chunk / t.run_blocks * t.rows_per_block, start = chunk % t.run_blocks * t.run;
+    const int64_t row = int64_t{row_block} * t.rows_per_block, start = int64_t{own_chunk - row_block * run_blocks} * t.run;
     const int64_t rows = t.rows - row, run = t.inner - start;
     count = (rows < t.rows_per_block ? static_cast<int>(rows) : t.rows_per_block) *
             (run < t.run ? static_cast<int>(run) : t.run);
@@ -69,7 +72,10 @@ template <class T, bool kVector, int kApart = sizeof(T) == 8 ? 2 : 4> struct Til
   }
 
   __device__ __forceinline__ bool is_active(int i) const { return active >> i & 1; }
-  __device__ __forceinline__ int64_t channel_of(int i) const { return (j - column + i) / t.columns_per_channel; }
+  __device__ __forceinline__ int64_t channel_of(int i) const {
+    const int64_t of = j - column + i;
+    return t.columns_per_channel == 1 ? of : of / t.columns_per_channel;
+  }
   // The channel of the thread; some other where there is none.
   __device__ __forceinline__ int64_t channel() const { return channel_of(is_active(column) ? column : 0); }
 
