@@ -74,8 +74,7 @@ KAF_FN int64_t bytes_of(const Tables& t, int size) {  // of a channel
 
 // A uniform dictionary, all that does not depend on the channel.
 struct Uniform {
-  Split<float> step, inverse_step;  // Δ, 1 / Δ
-  float kappa_by_gamma;             // 2Δ log2 e
+  Split<float> step, inverse_step, kappa_by_gamma;  // Δ, 1 / Δ, 2Δ log2 e
 };
 
 struct Call {

@@ -23,6 +23,9 @@ KAF_FN Split<float> times(float a, Split<float> b) {
   return {high, fmaf(a, b.low, fmaf(a, b.high, -high))};
 }
 
+// Such a product rounded once. Rounding γ shifts sums of many elements one way, where other errors average out.
+KAF_FN float rounded(Split<float> product) { return product.high + product.low; }
+
 struct EvenSums {
   float inverse_high, inverse_low;  // 1 / Δ
   float kappa;                      // 2γΔ log2 e; rounded, it stands for a γ that all of this is exact for
@@ -32,8 +35,8 @@ struct EvenSums {
   __device__ __forceinline__ EvenSums(const Call& call, float gamma, int window) {
     const Uniform& u = call.uniform;
     inverse_high = u.inverse_step.high, inverse_low = u.inverse_step.low;
-    kappa = gamma * u.kappa_by_gamma;
-    exponent = -0.5f * kappa * u.step.high;
+    kappa = rounded(times(gamma, u.kappa_by_gamma));
+    exponent = -0.5f * rounded(times(kappa, u.step));
     const float begin = window * kEvenWindow - 0.5f * (call.size - 1);
     first_anchor = begin + kGroup / 2;
     centre = rintf((begin + 0.5f * (kEvenWindow - 1)) * u.step.high * kappa);

@@ -124,21 +124,23 @@ __global__ void __launch_bounds__(kBackwardThreads, kSums == kOfAlphaAndDictiona
       for (int v = 0; v < V; ++v) out[v] *= -2 * curves.cells.gamma;
     });
   }
-  const int count = min(kEvenWindow, call.size - begin);
+  const Tile<T, kVector> own(call.tiling, again(blockIdx.x) / static_cast<unsigned>(call.windows));
+  const int own_window = static_cast<int>(again(blockIdx.x) % static_cast<unsigned>(call.windows));
+  const int first = own_window * kEvenWindow, count = min(kEvenWindow, call.size - first);
   if (kSums != kNoSums && call.alpha_slot >= 0)
-    put_sums(of_alpha, count, tile, shared, [&](int k, int column, float total) {
-      const Cells& cells = call.tables.cells[tile.channel_of(column)];
-      const float scale = kSums == kOfAlpha && cells.even ? point_scale(call, cells.gamma, window, k) : 1;
-      put_partial(tile, call, call.alpha_slot + begin + k, column, total * scale);
+    put_sums(of_alpha, count, own, shared, [&](int k, int column, float total) {
+      const Cells& cells = call.tables.cells[own.channel_of(column)];
+      const float scale = kSums == kOfAlpha && cells.even ? point_scale(call, cells.gamma, own_window, k) : 1;
+      put_partial(own, call, call.alpha_slot + first + k, column, total * scale);
     });
   if constexpr (kSums == kOfAlphaAndDictionary)
-    put_sums(of_point, count, tile, shared, [&](int k, int column, float total) {
-      const int64_t channel = tile.channel_of(column);
-      const float factor = 2 * call.tables.cells[channel].gamma * call.tables.points[channel * call.size + begin + k].alpha;
-      put_partial(tile, call, call.dictionary_slot + begin + k, column, factor * total);
+    put_sums(of_point, count, own, shared, [&](int k, int column, float total) {
+      const int64_t channel = own.channel_of(column);
+      const float factor = 2 * call.tables.cells[channel].gamma * call.tables.points[channel * call.size + first + k].alpha;
+      put_partial(own, call, call.dictionary_slot + first + k, column, factor * total);
     });
-  if (want_gamma)
-    put_sums(of_gamma, 1, tile, shared, [&](int, int column, float total) { put_partial(tile, call, call.gamma_slot, column, total); });
+  if (own_window == 0 && call.gamma_slot >= 0)
+    put_sums(of_gamma, 1, own, shared, [&](int, int column, float total) { put_partial(own, call, call.gamma_slot, column, total); });
 }
 
 // dgrad = v_x f′(x) + q(x), dx = v_x g f″(x) + g q′(x), and partial sums as in backward. Without kAlong q is 0, as in a
@@ -211,13 +213,15 @@ __global__ void __launch_bounds__(kBackwardThreads, kSums == kOfAlphaAndDictiona
     if (dx) tile.store(dx, place, out);
     if (dgrad) tile.store(dgrad, place, out_grad);
   }
-  const int count = min(kEvenWindow, call.size - begin);
+  const Tile<T, kVector> own(call.tiling, again(blockIdx.x) / static_cast<unsigned>(call.windows));
+  const int own_window = static_cast<int>(again(blockIdx.x) % static_cast<unsigned>(call.windows));
+  const int first = own_window * kEvenWindow, count = min(kEvenWindow, call.size - first);
   const auto put = [&](const auto& sums, int n, int slot) {
-    put_sums(sums, n, tile, shared, [&](int k, int column, float total) { put_partial(tile, call, slot + k, column, total); });
+    put_sums(sums, n, own, shared, [&](int k, int column, float total) { put_partial(own, call, slot + k, column, total); });
   };
-  if (kSums != kNoSums && call.alpha_slot >= 0) put(of_alpha, count, call.alpha_slot + begin);
-  if constexpr (kSums == kOfAlphaAndDictionary) put(of_point, count, call.dictionary_slot + begin);
-  if (want_gamma) put(of_gamma, 1, call.gamma_slot);
+  if (kSums != kNoSums && call.alpha_slot >= 0) put(of_alpha, count, call.alpha_slot + first);
+  if constexpr (kSums == kOfAlphaAndDictionary) put(of_point, count, call.dictionary_slot + first);
+  if (own_window == 0 && call.gamma_slot >= 0) put(of_gamma, 1, call.gamma_slot);
 }
 
 // All of these, without tables.

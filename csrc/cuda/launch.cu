@@ -46,7 +46,7 @@ int launch_reduction(const Reduction& r, Stream stream) {
 
 Uniform uniform(double boundary, int64_t size) {
   const double step = size > 1 ? 2 * boundary / (size - 1) : 1;
-  return {split<float>(step), split<float>(1 / step), static_cast<float>(2 * step * 1.4426950408889634)};
+  return {split<float>(step), split<float>(1 / step), split<float>(2 * step * 1.4426950408889634)};
 }
 
 }  // namespace kaf
