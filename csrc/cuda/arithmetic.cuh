@@ -60,6 +60,13 @@ KAF_FN double gaussian_scale(double gamma) { return -gamma; }
 __device__ __forceinline__ float gaussian(float d, float scale) { return exp2_approx(scale * d * d); }
 __device__ __forceinline__ double gaussian(double d, double scale) { return exp_double(scale * d * d); }
 
+// v, which the compiler takes for another: so that what is computed of it before a loop and after it is computed twice, and
+// has no registers in the loop.
+KAF_FN uint32_t again(uint32_t v) {
+  asm volatile("" : "+r"(v));
+  return v;
+}
+
 template <class A> KAF_FN Split<A> split(double v) {
   const A high = static_cast<A>(v);
   return {high, high - high == 0 ? static_cast<A>(v - high) : A(0)};  // an infinite v has no low part

@@ -2,8 +2,8 @@
 
 namespace kaf {
 
-template int forward_of<bfloat16>(const Call&, Stream);
-template int backward_of<bfloat16>(const Call&, Stream);
-template int double_backward_of<bfloat16>(const Call&, Stream);
+template int launch_of<bfloat16, kForward>(const Call&, Stream);
+template int launch_of<bfloat16, kBackward>(const Call&, Stream);
+template int launch_of<bfloat16, kDoubleBackward>(const Call&, Stream);
 
 }  // namespace kaf

@@ -7,13 +7,17 @@
 
 namespace kaf {
 
-constexpr int kThreads = 128;  // of every block
-constexpr int kMaxFastSize = 160;  // D; larger dictionaries take the direct path
+// Threads of a block: where curves are evaluated on cells, forward and backward, and elsewhere.
+constexpr int kForwardThreads = 512, kBackwardThreads = 256, kThreads = 128;
+constexpr int kTablePoints = 512;  // D; larger dictionaries have no tables
+constexpr int kMaxCurves = 6;      // of a call
+template <class A> constexpr int kWindow = 80 / sizeof(A);  // points whose sums one block forms
 
 enum class Type : uint8_t { f32, f64, bf16, f16 };
 
 // Who computes which elements: see tiles.cuh.
 struct Tiling {
+  int threads;
   int64_t rows, pitch, inner, columns, columns_per_channel;
   int64_t row_blocks, run_blocks;  // blocks along the rows and along a run, for each set of columns
   int rows_per_block;              // more than 1 only where a block takes whole runs
@@ -38,12 +42,39 @@ template <class A> struct Split {
   A high, low;
 };
 
+// What the kernels know of one channel. Its curves are polynomials on cells of the x axis: cell i is centred at i · width,
+// of 12 significant bits, so that i · width is exact and x − i · width too.
+struct alignas(16) Cells {
+  float width, inverse, scale;  // and 1 / width, 2 / width
+  float low, high;              // x is clamped to these, far outside
+  int first, count;             // the last cell's polynomial is 0, and serves for every x without a cell; count 0: no cells
+  int even;                     // whether sums over the even dictionary may be formed by powers: see even.cuh
+  float gamma, unused[3];
+};
+struct alignas(16) Point {
+  float high, low, alpha, unused;  // δ = high + low
+};
+
+constexpr int kCoefficients = 8;  // of a polynomial
+
+// f; f′ and f″; q, the derivative of f along v, and q′ (see kaf_math.h); and by γ f, f′ and q.
+enum Curve : int { kValue, kSlope, kCurvature, kAlong, kAlongSlope, kByGamma, kSlopeByGamma, kAlongByGamma };
+
+struct Tables {
+  Cells* cells;   // [channels]; nullptr where a call makes no tables
+  Point* points;  // [channels][D]
+  float* rows;    // [channels][count][capacity][kCoefficients]
+  int64_t channels;
+  int capacity, count;  // cells that there is room for, and curves
+  Curve curves[kMaxCurves];
+};
+KAF_FN int64_t bytes_of(const Tables& t, int size) {  // of a channel
+  return sizeof(Cells) + sizeof(Point) * size + sizeof(float) * t.count * t.capacity * kCoefficients;
+}
+
 // A uniform dictionary, all that does not depend on the channel.
 struct Uniform {
-  float step;                   // Δ
-  Split<float> inverse_step;    // 1 / Δ
-  Split<float> kappa_by_gamma;  // 2Δ log2 e
-  Split<float> t_by_gamma;      // Δ² log2 e
+  Split<float> step, inverse_step, kappa_by_gamma;  // Δ, 1 / Δ, 2Δ log2 e
 };
 
 struct Call {
@@ -52,7 +83,8 @@ struct Call {
   int size;              // D
   double boundary;       // of the uniform dictionary, where there is no other
   Uniform uniform;
-  bool fast;             // whether the fast path may be taken
+  Tables tables;
+  int windows;           // of points, of which a block forms the sums
   const void *x, *grad, *v_x;
   void *y, *dx, *dgrad;  // nullptr: not wanted
   void* partial;         // [chunks, columns, slots] in the arithmetic's type
@@ -83,9 +115,14 @@ KAF_FN int64_t blocks_of(const Tiling& t) {
 
 using Stream = void*;
 
+// The cells that D points need whose bandwidth is at most γΔ² = 0.51 in the mean.
+KAF_FN int cells_for(int size) { return static_cast<int>((0.714 * (size - 1) + 8.95) / (0.52 * 1.12)) + 4; }
+constexpr size_t kCellBytes = 32 * kCoefficients * sizeof(float);  // in shared memory, with a copy for each lane
+
 Uniform uniform(double boundary, int64_t size);
 
 // Each returns CUDA's error code.
+int launch_tables(const Call&, Stream);
 int launch_forward(const Call&, Type, Stream);
 int launch_backward(const Call&, Type, Stream);
 int launch_double_backward(const Call&, Type, Stream);

@@ -25,6 +25,17 @@ inline Stream stream_of(const torch::stable::Tensor& x) {
   return stream;
 }
 
+// Bytes of shared memory that a block may have.
+inline size_t most_shared(const torch::stable::Tensor& x) {
+  int bytes = 0;
+  STD_CUDA_CHECK(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, x.get_device_index()));
+  return bytes;
+}
+
+// Whether a call may take so many bytes for tables beside an x of so many: only where a channel has the elements that are
+// worth the operations too, as a table costs those of a few hundred elements.
+inline bool may_take(int64_t tables, int64_t x) { return tables <= x / 4; }
+
 // Raises what CUDA's error code stands for, if it is one.
 inline void check(int code) { STD_CUDA_CHECK(static_cast<cudaError_t>(code)); }
 

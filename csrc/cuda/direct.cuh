@@ -19,30 +19,23 @@ namespace kaf {
 enum Order { kForward, kBackward, kDoubleBackward };
 
 template <class A> constexpr int kStaged = 1024 / sizeof(A);  // points times columns that are staged at once
-template <class A> constexpr int kWindow = 80 / sizeof(A);    // points whose sums one block forms
-
-// δ of point k, to twice the precision.
-template <class A> __device__ __forceinline__ Split<A> point(const Call& call, int64_t channel, int k) {
-  if (call.dictionary.data) return split<A>(read<double>(call.dictionary, channel, k));
-  return split<A>(call.size > 1 ? call.boundary * (2.0 * k / (call.size - 1) - 1) : 0.0);
-}
 
 template <class A, Order order> struct DirectShared {
   static constexpr int kFields = order == kDoubleBackward ? 5 : 3;  // δ high, δ low, α, then v_α, v_δ
-  A *points, *sums;                                                 // [kFields][kStaged], [α and δ][kWindow][kThreads]
+  A *points, *sums;                                                 // [kFields][kStaged], [α and δ][kWindow][threads]
 
   __device__ __forceinline__ explicit DirectShared(unsigned char* memory)
       : points(reinterpret_cast<A*>(memory)), sums(points + kFields * kStaged<A>) {}
   static size_t bytes(const Call& call) {
     const int kinds = (call.alpha_slot >= 0) + (call.dictionary_slot >= 0), single = call.gamma_slot >= 0;
-    return sizeof(A) * (kFields * kStaged<A> + (kinds * kWindow<A> + single) * kThreads);
+    return sizeof(A) * (kFields * kStaged<A> + (kinds * kWindow<A> + single) * call.tiling.threads);
   }
 };
 
 template <Order order, class A, class Tile>
 __device__ __forceinline__ void stage(const Tile& tile, const Call& call, int begin, int count, A* points) {
   const int columns = tile.t.columns_at_once;
-  for (int i = threadIdx.x; i < count * columns; i += kThreads) {
+  for (int i = threadIdx.x; i < count * columns; i += tile.t.threads) {
     const int column = i & (columns - 1), k = begin + i / columns;
     if (!tile.is_active(column)) continue;
     const int64_t channel = tile.channel_of(column);
@@ -58,12 +51,12 @@ __device__ __forceinline__ void stage(const Tile& tile, const Call& call, int be
 }
 
 // `window` says which points' sums this block forms; the first also writes what is not a sum over elements.
-template <Order order, class T, bool kVector>
-__device__ __forceinline__ void direct(const Tile<T, kVector>& tile, const Call& call, int window, unsigned char* memory) {
+template <Order order, class T, bool kVector, int kApart>
+__device__ __forceinline__ void direct(const Tile<T, kVector, kApart>& tile, const Call& call, int window, unsigned char* memory) {
   using A = typename Arithmetic<T>::type;
-  constexpr int V = Tile<T, kVector>::kElements;
+  constexpr int V = Tile<T, kVector, kApart>::kElements;
   const DirectShared<A, order> shared(memory);
-  const int columns = tile.t.columns_at_once, at_once = kStaged<A> / columns;
+  const int columns = tile.t.columns_at_once, at_once = kStaged<A> / columns, threads = tile.t.threads;
   const A gamma = read<A>(call.gamma, tile.channel(), 0), scale = gaussian_scale(gamma);
   const A v_gamma = order == kDoubleBackward ? read<A>(call.v_gamma, tile.channel(), 0) : A(0);
   const T* x = tile.column_of(static_cast<const T*>(call.x));
@@ -75,11 +68,11 @@ __device__ __forceinline__ void direct(const Tile<T, kVector>& tile, const Call&
   const bool writes = window == 0, want_alpha = call.alpha_slot >= 0, want_dictionary = call.dictionary_slot >= 0;
   const bool want_gamma = writes && call.gamma_slot >= 0, want_sums = want_alpha || want_dictionary;
   const int window_begin = window * kWindow<A>, window_end = min(window_begin + kWindow<A>, call.size);
-  A *const alpha_sums = shared.sums + threadIdx.x, *const dictionary_sums = alpha_sums + (want_alpha ? kWindow<A> * kThreads : 0);
+  A *const alpha_sums = shared.sums + threadIdx.x, *const dictionary_sums = alpha_sums + (want_alpha ? kWindow<A> * threads : 0);
   if (want_sums)
     for (int i = 0; i < kWindow<A>; ++i) {
-      if (want_alpha) alpha_sums[i * kThreads] = 0;
-      if (want_dictionary) dictionary_sums[i * kThreads] = 0;
+      if (want_alpha) alpha_sums[i * threads] = 0;
+      if (want_dictionary) dictionary_sums[i * threads] = 0;
     }
   A gamma_sum = 0;
 
@@ -104,6 +97,7 @@ __device__ __forceinline__ void direct(const Tile<T, kVector>& tile, const Call&
         stage<order>(tile, call, staged, count, shared.points);
         __syncthreads();
       }
+#pragma unroll 1
       for (int k = 0; k < count; ++k) {
         const A* p = shared.points + k * columns + tile.column;
         const A high = p[0], low = p[kStaged<A>], alpha = p[2 * kStaged<A>];
@@ -136,8 +130,8 @@ __device__ __forceinline__ void direct(const Tile<T, kVector>& tile, const Call&
         }
         const int w = staged + k - window_begin;
         if (want_sums && w >= 0 && w < kWindow<A>) {
-          if (want_alpha) alpha_sums[w * kThreads] += alpha_sum;
-          if (want_dictionary) dictionary_sums[w * kThreads] += x_sum;
+          if (want_alpha) alpha_sums[w * threads] += alpha_sum;
+          if (want_dictionary) dictionary_sums[w * threads] += x_sum;
         }
       }
     }
@@ -161,7 +155,7 @@ __device__ __forceinline__ void direct(const Tile<T, kVector>& tile, const Call&
       put_partial(tile, call, call.dictionary_slot + window_begin + w, column, factor * total);
     });
   if (want_gamma) {
-    A* const sums = dictionary_sums - threadIdx.x + (want_dictionary ? kWindow<A> * kThreads : 0);
+    A* const sums = dictionary_sums - threadIdx.x + (want_dictionary ? kWindow<A> * threads : 0);
     sums[threadIdx.x] = order == kBackward ? -gamma_sum : gamma_sum;
     sum_over_threads(sums, 1, tile, [&](int, int column, A total) { put_partial(tile, call, call.gamma_slot, column, total); });
   }

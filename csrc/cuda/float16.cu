@@ -2,8 +2,8 @@
 
 namespace kaf {
 
-template int forward_of<float16>(const Call&, Stream);
-template int backward_of<float16>(const Call&, Stream);
-template int double_backward_of<float16>(const Call&, Stream);
+template int launch_of<float16, kForward>(const Call&, Stream);
+template int launch_of<float16, kBackward>(const Call&, Stream);
+template int launch_of<float16, kDoubleBackward>(const Call&, Stream);
 
 }  // namespace kaf

@@ -2,8 +2,8 @@
 
 namespace kaf {
 
-template int forward_of<float>(const Call&, Stream);
-template int backward_of<float>(const Call&, Stream);
-template int double_backward_of<float>(const Call&, Stream);
+template int launch_of<float, kForward>(const Call&, Stream);
+template int launch_of<float, kBackward>(const Call&, Stream);
+template int launch_of<float, kDoubleBackward>(const Call&, Stream);
 
 }  // namespace kaf

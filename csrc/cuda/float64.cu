@@ -2,8 +2,8 @@
 
 namespace kaf {
 
-template int forward_of<double>(const Call&, Stream);
-template int backward_of<double>(const Call&, Stream);
-template int double_backward_of<double>(const Call&, Stream);
+template int launch_of<double, kForward>(const Call&, Stream);
+template int launch_of<double, kBackward>(const Call&, Stream);
+template int launch_of<double, kDoubleBackward>(const Call&, Stream);
 
 }  // namespace kaf

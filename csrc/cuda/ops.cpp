@@ -85,6 +85,7 @@ struct Arguments {
     if (dictionary) call.dictionary = parameter(*dictionary, "dictionary", 2, dictionary->size(0), d, x);
     call.size = static_cast<int>(d);
     call.boundary = boundary;
+    call.windows = 1;
     call.alpha_slot = call.dictionary_slot = call.gamma_slot = -1;
   }
 
@@ -108,7 +109,7 @@ struct Arguments {
 
   // Divides memory, which is [rows, columns, inner] in the order of `output`, among blocks. Every pointer of the call is
   // set before.
-  void set_tiling(const Tensor& output, bool direct_only) {
+  void set_tiling(const Tensor& output, int threads) {
     int64_t outside = 1, inside = channels == 1 ? output.numel() : 1;
     for (int64_t i = 0; channels > 1 && i < output.dim(); ++i)
       if (i != 1) (output.stride(i) > output.stride(1) ? outside : inside) *= output.size(i);
@@ -126,14 +127,16 @@ struct Arguments {
                           static_cast<const void*>(call.dgrad)})
       t.vectors = t.vectors && reinterpret_cast<uintptr_t>(p) % 16 == 0;
     // The direct path stages points for each column, so it takes fewer at once.
-    const int64_t most_columns = direct_only ? 8 : 32;
+    const int64_t most_columns = call.tables.cells ? 32 : 8;
     t.columns_at_once = runs ? 1 : static_cast<int>(std::min<int64_t>(std::bit_ceil(static_cast<uint64_t>(t.columns)), most_columns));
 
-    // Elements of a thread: one tile at least, at most 64, so that float32 sums lose nothing; and a thousand blocks.
-    const int64_t elements = t.vectors ? 16 / bytes : bytes == 8 ? 2 : 4, tile = kThreads / t.columns_at_once * elements;
+    // Elements of a thread: one tile at least, at most 64, so that float32 sums lose nothing, or 128 where a block copies
+    // the tables of 32 channels; and fewer where there would be fewer threads than a large GPU holds.
+    t.threads = call.tables.cells ? threads : kThreads;
+    const int64_t elements = t.vectors ? 16 / bytes : bytes == 8 ? 2 : 4, tile = t.threads / t.columns_at_once * elements;
     const int64_t column_blocks = (t.columns + t.columns_at_once - 1) / t.columns_at_once;
     const int64_t tiles = (t.rows * t.inner + tile - 1) / tile;
-    const int64_t positions = tile * std::clamp<int64_t>(tiles * column_blocks / 1024, 1, 64 / elements);
+    const int64_t positions = tile * std::clamp<int64_t>(tiles * column_blocks * t.threads / (256 * 1024), 1, (runs ? 64 : 128) / elements);
     if (t.inner >= positions) {
       const int64_t parts = (t.inner + positions - 1) / positions;
       const int64_t run = ((t.inner + parts - 1) / parts + tile - 1) / tile * tile;
@@ -153,12 +156,27 @@ struct Arguments {
       t.run_magic = static_cast<uint32_t>(((uint64_t{1} << (31 + s)) + t.run - 1) / t.run);
       t.run_shift = s - 1;
     }
-    STD_TORCH_CHECK(blocks_of(t) < (int64_t{1} << 31), "x has too many elements for one launch");
+    STD_TORCH_CHECK(blocks_of(t) * call.windows < (int64_t{1} << 31), "x has too many elements for one launch");
   }
 
-  void allow_fast(bool gamma_wanted) {
+  // Has tables of these curves made, where a channel has the elements that are worth it. They take at most a quarter of
+  // x's memory.
+  Tensor make_tables(std::initializer_list<Curve> curves, Stream stream) {
+    if (type == Type::f64 || call.size > kTablePoints) return {};
+    Tables& t = call.tables;
+    t.channels = channels;
+    t.count = static_cast<int>(curves.size());
+    t.capacity = static_cast<int>(std::min<size_t>(cells_for(call.size), most_shared(x) / kCellBytes / t.count));
+    std::copy(curves.begin(), curves.end(), t.curves);
+    const int64_t bytes = channels * bytes_of(t, call.size);
+    if (!may_take(bytes, x.numel() * (type == Type::f32 ? 4 : 2))) return {};
+    Tensor workspace = torch::stable::new_empty(x, {bytes / 4}, ScalarType::Float);
+    t.cells = static_cast<Cells*>(workspace.data_ptr());
+    t.points = reinterpret_cast<Point*>(t.cells + channels);
+    t.rows = reinterpret_cast<float*>(t.points + channels * call.size);
     call.uniform = uniform(call.boundary, call.size);
-    call.fast = !dictionary && call.size > 1 && call.size <= kMaxFastSize && !gamma_wanted && type != Type::f64;
+    check(launch_tables(call, stream));
+    return workspace;
   }
 
   // Says which sums are wanted; the partial sums are allocated once the tiling is known.
@@ -166,6 +184,8 @@ struct Arguments {
     if (of_alpha) call.alpha_slot = std::exchange(call.slots, call.slots + call.size);
     if (of_dictionary) call.dictionary_slot = std::exchange(call.slots, call.slots + call.size);
     if (of_gamma) call.gamma_slot = call.slots++;
+    const int window = type == Type::f64 ? kWindow<double> : kWindow<float>;
+    if (of_alpha || of_dictionary) call.windows = (call.size + window - 1) / window;
   }
 
   Tensor partial() {
@@ -225,8 +245,8 @@ Tensor forward(Tensor x, Tensor alpha, Tensor gamma, std::optional<Tensor> dicti
   if (x.numel() == 0) return y;
   a.call.x = a.data(x, "x", y);
   a.call.y = y.data_ptr();
-  a.allow_fast(false);
-  a.set_tiling(y, !a.call.fast);
+  const Tensor workspace = a.make_tables({kValue}, stream_of(x));
+  a.set_tiling(y, kForwardThreads);
   check(launch_forward(a.call, a.type, stream_of(x)));
   return y;
 }
@@ -249,8 +269,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(Tensor grad, Tensor x, Tenso
   a.call.x = a.data(x, "x", layout);
   a.call.grad = a.data(grad, "grad", layout);
   if (needs & kNeedX) a.call.dx = dx.data_ptr();
-  a.allow_fast(needs & kNeedGamma);
-  a.set_tiling(layout, !a.call.fast);
+  const Tensor workspace = needs & kNeedGamma ? a.make_tables({kSlope, kByGamma}, stream_of(x)) : a.make_tables({kSlope}, stream_of(x));
+  a.set_tiling(layout, kBackwardThreads);
   const Tensor partial = a.partial();
   check(launch_backward(a.call, a.type, stream_of(x)));
   a.reduce(dalpha, dgamma, ddictionary, stream_of(x));
@@ -287,7 +307,13 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> double_backward(
   if (v_x) a.call.v_x = a.data(*v_x, "v_x", layout);
   if (needs & kNeedX) a.call.dx = dx.data_ptr();
   if (needs & kNeedGrad) a.call.dgrad = dgrad.data_ptr();
-  a.set_tiling(layout, true);
+  const bool along = v_alpha || v_gamma || v_dictionary, by_gamma = needs & kNeedGamma;
+  const Stream stream = stream_of(x);
+  const Tensor workspace =
+      along ? by_gamma ? a.make_tables({kSlope, kCurvature, kAlong, kAlongSlope, kSlopeByGamma, kAlongByGamma}, stream)
+                       : a.make_tables({kSlope, kCurvature, kAlong, kAlongSlope}, stream)
+            : by_gamma ? a.make_tables({kSlope, kCurvature, kSlopeByGamma}, stream) : a.make_tables({kSlope, kCurvature}, stream);
+  a.set_tiling(layout, kBackwardThreads);
   const Tensor partial = a.partial();
   check(launch_double_backward(a.call, a.type, stream_of(x)));
   a.reduce(dalpha, dgamma, ddictionary, stream_of(x));

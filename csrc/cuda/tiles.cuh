@@ -24,14 +24,21 @@ template <class A> __device__ __forceinline__ A read(const Parameter& p, int64_t
                      : static_cast<A>(static_cast<const float*>(p.data)[i]);
 }
 
+// δ of point k, to twice the precision.
+template <class A> __device__ __forceinline__ Split<A> point(const Call& call, int64_t channel, int k) {
+  if (call.dictionary.data) return split<A>(read<double>(call.dictionary, channel, k));
+  return split<A>(call.size > 1 ? call.boundary * (2.0 * k / (call.size - 1) - 1) : 0.0);
+}
+
 template <class T> struct alignas(16) Vector16 {
   static constexpr int kSize = 16 / sizeof(T);
   T v[kSize];
 };
 
-// The elements of one thread: tiles of kElements, which are side by side (kVector) or a thread group apart.
-template <class T, bool kVector> struct Tile {
-  static constexpr int kElements = kVector ? Vector16<T>::kSize : sizeof(T) == 8 ? 2 : 4;
+// The elements of one thread: tiles of kElements, which are side by side (kVector) or, kApart of them, a group of threads
+// apart.
+template <class T, bool kVector, int kApart = sizeof(T) == 8 ? 2 : 4> struct Tile {
+  static constexpr int kElements = kVector ? Vector16<T>::kSize : kApart;
   static constexpr int kAccesses = kVector ? 1 : kElements;  // to memory, for one tile
   using A = typename Arithmetic<T>::type;
 
@@ -44,16 +51,19 @@ template <class T, bool kVector> struct Tile {
   int64_t chunk;      // which partial sums are this block's
   int64_t base;       // offset of the thread's column in the block's first row
 
-  __device__ __forceinline__ Tile(const Tiling& tiling, int64_t block) : t(tiling) {
+  __device__ __forceinline__ Tile(const Tiling& tiling, uint32_t block) : t(tiling) {
     column = threadIdx.x & (t.columns_at_once - 1);
     lane = threadIdx.x / t.columns_at_once;
-    group = kThreads / t.columns_at_once;
-    const int64_t chunks = chunks_of(t);
-    chunk = block % chunks;
-    j = block / chunks * t.columns_at_once + column;
+    group = t.threads / t.columns_at_once;
+    // Blocks are fewer than 2^31, and divided as such: a division of 64 bits is a call, and costs registers.
+    const uint32_t chunks = static_cast<uint32_t>(chunks_of(t)), block_of_columns = block / chunks;
+    const uint32_t own_chunk = block - block_of_columns * chunks;
+    const uint32_t run_blocks = static_cast<uint32_t>(t.run_blocks), row_block = own_chunk / run_blocks;
+    chunk = own_chunk;
+    j = int64_t{block_of_columns} * t.columns_at_once + column;
     const int64_t rest = t.columns - (j - column);
     active = 0xffffffffu >> (32 - (rest < t.columns_at_once ? static_cast<int>(rest) : t.columns_at_once));
-    const int64_t row = chunk / t.run_blocks * t.rows_per_block, start = chunk % t.run_blocks * t.run;
+    const int64_t row = int64_t{row_block} * t.rows_per_block, start = int64_t{own_chunk - row_block * run_blocks} * t.run;
     const int64_t rows = t.rows - row, run = t.inner - start;
     count = (rows < t.rows_per_block ? static_cast<int>(rows) : t.rows_per_block) *
             (run < t.run ? static_cast<int>(run) : t.run);
@@ -62,7 +72,10 @@ template <class T, bool kVector> struct Tile {
   }
 
   __device__ __forceinline__ bool is_active(int i) const { return active >> i & 1; }
-  __device__ __forceinline__ int64_t channel_of(int i) const { return (j - column + i) / t.columns_per_channel; }
+  __device__ __forceinline__ int64_t channel_of(int i) const {
+    const int64_t of = j - column + i;
+    return t.columns_per_channel == 1 ? of : of / t.columns_per_channel;
+  }
   // The channel of the thread; some other where there is none.
   __device__ __forceinline__ int64_t channel() const { return channel_of(is_active(column) ? column : 0); }
 
@@ -117,17 +130,16 @@ template <class T, bool kVector> struct Tile {
   }
 };
 
-// Sums over the threads of a column, one number for each of `count` sums: sums [count][kThreads] in shared memory, as
+// Sums over the threads of a column, one number for each of `count` sums: sums [count][threads] in shared memory, as
 // the threads left them. use(i, column, total) is called once for each active column, by some thread. The order is fixed.
 template <class A, class Tile, class Use>
 __device__ __forceinline__ void sum_over_threads(const A* sums, int count, const Tile& tile, Use use) {
   const int columns_at_once = tile.t.columns_at_once;
   __syncthreads();
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  for (int i = warp; i < count; i += kThreads / 32) {
+  for (int i = warp; i < count; i += tile.t.threads / 32) {
     A total = 0;
-#pragma unroll
-    for (int w = 0; w < kThreads; w += 32) total += sums[i * kThreads + w + lane];
+    for (int w = 0; w < tile.t.threads; w += 32) total += sums[i * tile.t.threads + w + lane];
     for (int offset = 16; offset >= columns_at_once; offset /= 2) total += __shfl_xor_sync(0xffffffffu, total, offset);
     if (lane < columns_at_once && tile.is_active(lane)) use(i, lane, total);
   }

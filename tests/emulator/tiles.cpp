@@ -25,8 +25,9 @@ std::vector<uint32_t> active_columns(int64_t columns, int columns_at_once) {
   t.rows_per_block = t.run = 1;
   t.pitch = t.columns = columns;
   t.columns_at_once = columns_at_once;
+  t.threads = kaf::kThreads;
   std::vector<uint32_t> active(kaf::blocks_of(t));
-  kaf::launch(tell_active, dim3(static_cast<unsigned>(active.size())), 0, nullptr, Blocks{t, active.data()});
+  kaf::launch(tell_active, dim3(static_cast<unsigned>(active.size())), t.threads, 0, nullptr, Blocks{t, active.data()});
   return active;
 }
 

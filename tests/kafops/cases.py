@@ -99,6 +99,7 @@ class Case:
         shared: which of "alpha", "gamma", "dictionary" have one row for all channels.
         varied: whether gamma differs between channels.
         pruned: whether alpha is 0 in the first row.
+        tiny: whether it is about 1e-30 in the last row.
     """
 
     shape: tuple[int, ...] = (300, 3)
@@ -113,6 +114,7 @@ class Case:
     shared: frozenset[str] = field(default_factory=frozenset)
     varied: bool = False
     pruned: bool = False
+    tiny: bool = False
 
     def __str__(self) -> str:
         """Name what differs from the defaults."""
@@ -124,6 +126,7 @@ class Case:
                 text = f"{value:.3g}" if isinstance(value, float) else str(value).removeprefix("torch.")
                 parts.append(text if name in ("layout", "dtype") else f"{name}={text}")
         parts += ["free"] * self.free + ["varied"] * self.varied + ["pruned"] * self.pruned
+        parts += ["tiny"] * self.tiny
         if self.shared:
             parts.append("shared=" + "+".join(sorted(self.shared)))
         return "-".join(parts)
@@ -157,6 +160,8 @@ class Case:
         alpha = parameter(0.8 * randn(rows("alpha"), self.size))
         if self.pruned:
             alpha[0] = 0
+        if self.tiny:
+            alpha[-1] *= 1e-30
         gamma = torch.full((rows("gamma"),), self.gamma, dtype=F64)
         if self.varied:
             gamma *= torch.linspace(1, 1.5, len(gamma), dtype=F64)
@@ -239,6 +244,11 @@ def _cases() -> list[Case]:
           for d, t, dtype in ((34, 1 / 2, BF16), (67, 1 / 2, F32), (91, 1 / 2, F32), (141, 1 / 4, F32),
                               (111, 1 / 6, BF16), (111, 1 / 6, F16))),
         Case(pruned=True, free=True),
+        # Zeros and tiny numbers, with so many elements that GPUs make tables of the curves, and with few.
+        *(Case(shape=s, dtype=dtype, free=f, layout=name, pruned=True, tiny=True)
+          for s, name in (((300, 3), "contiguous"), ((4, 3, 40, 40), "contiguous"), ((4, 3, 40, 40), "channels_last"))
+          for dtype in (F32, BF16) for f in (False, True)),
+        Case(size=64, spacing=1 / 2, shape=(4, 2, 70, 70), pruned=True, tiny=True),
         Case(size=20, spacing=1e-4),
         Case(size=20, spacing=1e4),
         Case(size=20, spacing=1e7, dtype=F64, parameter_dtype=F64),

@@ -53,10 +53,13 @@ def runs() -> dict[str, Run]:
     found = {}
     if emulator_build.compiler() is not None:
         found["cuda"] = Run("emulated_cuda", EVERYTHING, 700, {"KAFOPS_EMULATOR_ORDER": "forward"})
+        # The same with tables of curves wherever the cases are too small to be worth them.
+        always = {"KAFOPS_EMULATOR_TABLES": "1"}
+        found["cuda, tables"] = Run("emulated_cuda", EVERYTHING, 700, always)
         for order in ("reverse", "1"):
-            found[f"cuda, threads {order}"] = Run("emulated_cuda", TABLE, 400, {"KAFOPS_EMULATOR_ORDER": order})
+            found[f"cuda, threads {order}"] = Run("emulated_cuda", TABLE, 400, always | {"KAFOPS_EMULATOR_ORDER": order})
         # Red zones of 2 KB around every tensor are its guard bands.
-        sanitized = emulator_build.sanitizer_environment() | {"KAFOPS_TEST_SANITIZE": "1"}
+        sanitized = emulator_build.sanitizer_environment() | always | {"KAFOPS_TEST_SANITIZE": "1"}
         sanitized["ASAN_OPTIONS"] += ":redzone=2048:max_redzone=2048:quarantine_size_mb=16"
         found["cuda, sanitizers"] = Run("emulated_cuda", TABLE, 400, sanitized)
     if triton.load_error is None:
@@ -81,6 +84,7 @@ def results(request):
     "name",
     [
         "cuda",
+        "cuda, tables",
         "cuda, threads reverse",
         "cuda, threads 1",
         "cuda, sanitizers",

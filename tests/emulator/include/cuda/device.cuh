@@ -26,8 +26,8 @@ inline float exp2_approx(float v) { return kaf_emulator::ex2_approx(v); }
 inline float reciprocal_approx(float v) { return kaf_emulator::rcp_approx(v); }
 
 template <class Kernel, class Argument>
-int launch(Kernel kernel, dim3 grid, size_t shared, Stream, const Argument& argument) {
-  kaf_emulator::launch(kernel, grid, dim3(kThreads), shared, argument);
+int launch(Kernel kernel, dim3 grid, int threads, size_t shared, Stream, const Argument& argument) {
+  kaf_emulator::launch(kernel, grid, dim3(threads), shared, argument);
   return 0;
 }
 
