@@ -19,6 +19,7 @@ from bench.sass import Code, Loop
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 MEASURED = Path(__file__).parent / "prototypes" / "measured.json"
 SLACK = 1.1
+TABLE = 35 * 1024  # bytes that a block of the product holds: 8 coefficients on 35 cells, a copy for each lane
 
 
 @dataclass(frozen=True)
@@ -98,13 +99,13 @@ def works() -> Iterator[Work]:
     prototypes = [m.work.title for m in measured() if m.source.startswith("bench/")]
     for dtype, name in {"float32": "float", "bfloat16": "kaf::bfloat16", "float16": "kaf::float16"}.items():
         for layout, vectors in (("", "true"), (", channels_last", "false")):
-            for title, operation, loads, shared in (
-                ("forward", "forward", 1, 6144),
-                ("backward of x and alpha", "backward", 2, 16384),
+            for title, kernel, loads, elements in (
+                ("forward", rf"\bkaf::forward_kernel<{name}, {vectors}>\(", 1, 32768),
+                ("backward of x and alpha", rf"\bkaf::backward_kernel<{name}, {vectors}, \(kaf::Sums\)1>\(", 2, 16384),
             ):
-                what, kernel = f"{title}{layout}, {dtype}", rf"\bkaf::{operation}_kernel<{name}, {vectors}>\("
+                what = f"{title}{layout}, {dtype}"
                 like = tuple(t for t in prototypes if t.startswith(f"{what},"))
-                yield Work(what, kernel, dtype, loads, 1, 8192, shared, wide=not layout, like=like)
+                yield Work(what, kernel, dtype, loads, 1, elements, TABLE, TABLE, 8, wide=not layout, like=like)
 
 
 def measured(path: Path = MEASURED) -> list[Measured]:

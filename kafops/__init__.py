@@ -9,6 +9,7 @@ from kafops.compiled import library
 from kafops.convert import replace_activations
 from kafops.functional import kaf, kaf_free
 from kafops.modules import KAF, KAF1d, KAF2d, KAF3d, LazyKAF, LazyKAF1d, LazyKAF2d, LazyKAF3d
+from kafops.optimizers import curve_parameters, param_groups
 from kafops.replacements import Replacement, ReplacementReport
 
 __version__ = "0.1.0"
@@ -28,11 +29,18 @@ __all__ = [
     "backends",
     "bases",
     "bounds",
+    "curve_parameters",
     "init",
     "kaf",
     "kaf_free",
     "kernels",
     "library",
+    "param_groups",
     "reference",
     "replace_activations",
 ]
+
+
+def __dir__() -> list[str]:
+    """Return what is public, without the modules that it is made of."""
+    return [*__all__, *(name for name in globals() if name.startswith("__"))]

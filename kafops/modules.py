@@ -197,18 +197,50 @@ class KAF(nn.Module):
         points = self.boundary if self.dictionary is None else self.dictionary
         return certified.curve_bounds(self.alpha, self.bandwidths(), points, lower, upper, self.kernel, base=self.base)
 
+    def curves(self, grid: Tensor) -> Tensor:  # [n, C]
+        """Return each channel's curve at the places of a grid, whatever rank the layer wants of its input.
+
+        Args:
+            grid: places [n], or [n, C] for a grid of each channel's own, floating.
+
+        Returns:
+            Tensor [n, C], [n, 1] where the curve is shared, with the dtype of grid, differentiable.
+
+        Raises:
+            TypeError, ValueError: grid is no floating tensor of such a shape.
+            RuntimeError: the layer is lazy and was not called yet.
+
+        Example:
+            >>> grid = torch.linspace(-4, 4, 400)
+            >>> plt.plot(grid, layer.curves(grid).detach())
+        """
+        if is_lazy(self.alpha):
+            raise RuntimeError(f"{type(self).__name__} has no curves before its first call")
+        channels = self.alpha.shape[0]
+        wanted = f"grid must be a floating tensor [n] or [n, C] = [n, {channels}]"
+        if not isinstance(grid, Tensor) or not grid.is_floating_point():
+            raise TypeError(f"{wanted}, got {grid.dtype if isinstance(grid, Tensor) else type(grid).__name__}")
+        if grid.dim() == 1:
+            grid = grid[:, None].expand(-1, channels)
+        if grid.dim() != 2 or grid.shape[1] != channels:
+            raise ValueError(f"{wanted}, got shape {list(grid.shape)}")
+        return self._apply_curves(grid, 1)
+
     def forward(self, x: Tensor) -> Tensor:  # as x
         """Apply each channel's curve; shape, dtype and memory format are those of x."""
         if self._ranks:
             self._check_rank(x)
+        return self._apply_curves(x, self.channel_dim)
+
+    def _apply_curves(self, x: Tensor, channel_dim: int) -> Tensor:
         held, fixed = self._parameters.get("alpha"), self._buffers.get("gamma")  # which spares three lookups by name
         alpha = self.alpha if held is None else held
         gamma = self.bandwidths() if fixed is None else fixed
         base = self.base if self.old is None else None
         if self.dictionary is not None:
-            y = kaf_free(x, alpha, gamma, self.dictionary, self.kernel, base, self.channel_dim)
+            y = kaf_free(x, alpha, gamma, self.dictionary, self.kernel, base, channel_dim)
         else:
-            y = kaf(x, alpha, gamma, self.boundary, self.kernel, base, self.channel_dim)
+            y = kaf(x, alpha, gamma, self.boundary, self.kernel, base, channel_dim)
         return y if self.old is None else self.old(x) + y
 
     def extra_repr(self) -> str:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import kafops
-from kafops import check, ops
+from kafops import backends, check, ops
 from kafops.backends import cpu
 
 STAGES = ("forward", "backward", "double backward")
@@ -116,3 +116,11 @@ def test_from_the_command_line():
     assert done.returncode == 0, done.stdout + done.stderr
     assert "instruction set portable" in done.stdout
     assert not done.stderr
+
+
+def test_the_package_says_what_computes_here():
+    done = subprocess.run([sys.executable, "-m", "kafops"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert f"kafops {kafops.__version__}, torch {torch.__version__}" in done.stdout
+    assert f"cpu: {backends.explain('cpu')}" in done.stdout
+    assert "python -m kafops.check" in done.stdout

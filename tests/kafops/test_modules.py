@@ -529,3 +529,42 @@ def test_reset_restores_all_of_the_state_after_to_empty():
     layer.to_empty(device="cpu").reset_parameters()
     assert layer.curve.tolist() == [1.1, 0, 3]
     assert torch.equal(layer.gamma, KAF(3, boundary=1.1).gamma)
+
+
+@pytest.mark.parametrize(
+    ("layer", "x"),
+    [
+        (lambda: kafops.KAF(3), lambda g: g),
+        (lambda: kafops.KAF2d(3, base="silu"), lambda g: g[:, :, None, None]),
+        (lambda: kafops.KAF3d(3, learn_dictionary=True), lambda g: g[:, :, None, None, None]),
+        (lambda: kafops.KAF(3, channel_dim=-1), lambda g: g),
+        (lambda: kafops.KAF(3, base="same", old=nn.Hardswish), lambda g: g),
+    ],
+)
+def test_curves_are_what_the_layer_computes(layer, x):
+    torch.manual_seed(0)
+    layer, grid = layer(), torch.linspace(-4, 4, 9)
+    nn.init.normal_(layer.alpha)
+    points = grid[:, None].repeat(1, 3)
+    assert torch.equal(layer.curves(grid), layer(x(points)).reshape(9, 3))
+    assert torch.equal(layer.curves(points), layer.curves(grid))
+    layer.curves(grid).sum().backward()
+    assert layer.alpha.grad.abs().sum() > 0
+
+
+def test_curves_of_a_shared_layer_and_wrong_grids():
+    assert kafops.KAF(1).curves(torch.zeros(4)).shape == (4, 1)
+    with pytest.raises(TypeError, match=r"grid must be a floating tensor \[n\] or \[n, C\] = \[n, 3\], got list"):
+        kafops.KAF(3).curves([0.0])
+    with pytest.raises(TypeError, match=r"got torch\.int64"):
+        kafops.KAF(3).curves(torch.arange(3))
+    with pytest.raises(ValueError, match=r"got shape \[4, 2\]"):
+        kafops.KAF(3).curves(torch.zeros(4, 2))
+    with pytest.raises(RuntimeError, match="LazyKAF has no curves before its first call"):
+        kafops.LazyKAF().curves(torch.zeros(3))
+
+
+def test_the_package_shows_what_is_public():
+    shown = [name for name in dir(kafops) if not name.startswith("__")]
+    assert sorted(shown) == sorted(kafops.__all__)
+    assert all(hasattr(kafops, name) for name in shown)
