@@ -51,7 +51,7 @@ import torch
 torch.ops.load_library(sys.argv[1])
 x, alpha, gamma = torch.tensor([[0.0], [1.0]]), torch.tensor([[3.0]]), torch.tensor([1.0])
 print(torch.ops.kafops_emulated.kaf(x, alpha, gamma, None, 1.0).tolist())
-for more in ({"kernel": 1}, {"base": 1}, {"n": 1}, {"m": 1}):
+for more in ({"kappa": 1}, {"base": 1}, {"n": 1}, {"m": 1}):
     try:
         torch.ops.kafops_emulated.kaf(x, alpha, gamma, None, 1.0, **more)
     except RuntimeError as error:

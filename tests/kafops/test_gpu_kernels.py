@@ -57,7 +57,9 @@ def runs() -> dict[str, Run]:
         always = {"KAFOPS_EMULATOR_TABLES": "1"}
         found["cuda, tables"] = Run("emulated_cuda", EVERYTHING, 700, always)
         for order in ("reverse", "1"):
-            found[f"cuda, threads {order}"] = Run("emulated_cuda", TABLE, 400, always | {"KAFOPS_EMULATOR_ORDER": order})
+            found[f"cuda, threads {order}"] = Run(
+                "emulated_cuda", TABLE, 400, always | {"KAFOPS_EMULATOR_ORDER": order}
+            )
         # Red zones of 2 KB around every tensor are its guard bands.
         sanitized = emulator_build.sanitizer_environment() | always | {"KAFOPS_TEST_SANITIZE": "1"}
         sanitized["ASAN_OPTIONS"] += ":redzone=2048:max_redzone=2048:quarantine_size_mb=16"
