@@ -148,9 +148,9 @@ __global__ void __launch_bounds__(kBackwardThreads, kSums == kOfAlphaAndDictiona
 }
 
 // dgrad = v_x f′(x) + q(x), dx = v_x g f″(x) + g q′(x), and partial sums as in backward. Without kAlong q is 0, as in a
-// gradient penalty.
+// gradient penalty; with it four tables of 42 KB leave room for one block.
 template <class T, bool kVector, Sums kSums, bool kWithAlong>
-__global__ void __launch_bounds__(kBackwardThreads, kSums == kOfAlphaAndDictionary ? 1 : 2)
+__global__ void __launch_bounds__(kBackwardThreads, kWithAlong || kSums == kOfAlphaAndDictionary ? 1 : 2)
     double_backward_kernel(const Call call) {
   KAF_DYNAMIC_SHARED(memory);
   constexpr int V = Tile<T, kVector>::kElements, kOfPoint = kSums == kOfAlphaAndDictionary ? kEvenWindow : 1;
