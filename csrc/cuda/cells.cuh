@@ -46,8 +46,8 @@ struct Curves {
   int capacity;
 
   __device__ __forceinline__ Curves(const Call& call, int64_t channel, const float* shared)
-      : cells(call.tables.cells[channel]), table(shared + threadIdx.x % 32), points(call.tables.points + channel * call.size),
-        capacity(call.tables.capacity) {}
+      : cells(call.tables.cells[channel]), table(shared + threadIdx.x % 32),
+        points(call.tables.points + channel * call.size), capacity(call.tables.capacity) {}
 
   struct Place {
     float v;           // in the cell, from −1 to 1
@@ -59,8 +59,9 @@ struct Curves {
   // The cell of such an x. NaN stays in v; its cell is some other.
   __device__ __forceinline__ Place find(float x) const {
     const float m = fmaf(x, cells.inverse, kMagic), number = m - kMagic;
-    const uint32_t cell = __float_as_uint(m) - 0x4b400000u - static_cast<uint32_t>(cells.first);
-    return {fmaf(-number, cells.width, x) * cells.scale, table + min(cell, static_cast<uint32_t>(cells.count - 1)) * (kCoefficients * 32)};
+    const uint32_t cell = __float_as_uint(m) - __float_as_uint(kMagic) - static_cast<uint32_t>(cells.first);
+    const uint32_t row = min(cell, static_cast<uint32_t>(cells.count - 1));
+    return {fmaf(-number, cells.width, x) * cells.scale, table + row * (kCoefficients * 32)};
   }
   // The curve there that is so many from the first.
   __device__ __forceinline__ float polynomial(const Place& p, int curve) const {

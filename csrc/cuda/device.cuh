@@ -30,9 +30,10 @@ __device__ __forceinline__ float reciprocal_approx(float v) {
 // Starts a kernel, and returns CUDA's error code.
 template <class Kernel, class Argument>
 int launch(Kernel kernel, dim3 grid, int threads, size_t shared, Stream stream, const Argument& argument) {
-  if (shared > 48 << 10)
-    if (const auto error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(shared)))
-      return error;
+  if (shared > 48 << 10) {
+    const int bytes = static_cast<int>(shared);
+    if (const auto error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes)) return error;
+  }
   kernel<<<grid, threads, shared, static_cast<cudaStream_t>(stream)>>>(argument);
   return cudaGetLastError();
 }

@@ -59,7 +59,8 @@ __device__ __forceinline__ void put_sums(const float (&sums)[N], int count, cons
 
 // dx = g f′(x), and partial sums of the gradients of α, δ and γ.
 template <class T, bool kVector, Sums kSums>
-__global__ void __launch_bounds__(kBackwardThreads, kSums == kOfAlphaAndDictionary ? 2 : 3) backward_kernel(const Call call) {
+__global__ void __launch_bounds__(kBackwardThreads, kSums == kOfAlphaAndDictionary ? 2 : 3)
+    backward_kernel(const Call call) {
   KAF_DYNAMIC_SHARED(memory);
   constexpr int V = Tile<T, kVector>::kElements, kOfPoint = kSums == kOfAlphaAndDictionary ? kEvenWindow : 1;
   float* const shared = reinterpret_cast<float*>(memory);
@@ -136,17 +137,21 @@ __global__ void __launch_bounds__(kBackwardThreads, kSums == kOfAlphaAndDictiona
   if constexpr (kSums == kOfAlphaAndDictionary)
     put_sums(of_point, count, own, shared, [&](int k, int column, float total) {
       const int64_t channel = own.channel_of(column);
-      const float factor = 2 * call.tables.cells[channel].gamma * call.tables.points[channel * call.size + first + k].alpha;
+      const Point& point = call.tables.points[channel * call.size + first + k];
+      const float factor = 2 * call.tables.cells[channel].gamma * point.alpha;
       put_partial(own, call, call.dictionary_slot + first + k, column, factor * total);
     });
   if (own_window == 0 && call.gamma_slot >= 0)
-    put_sums(of_gamma, 1, own, shared, [&](int, int column, float total) { put_partial(own, call, call.gamma_slot, column, total); });
+    put_sums(of_gamma, 1, own, shared, [&](int, int column, float total) {
+      put_partial(own, call, call.gamma_slot, column, total);
+    });
 }
 
 // dgrad = v_x f′(x) + q(x), dx = v_x g f″(x) + g q′(x), and partial sums as in backward. Without kAlong q is 0, as in a
-// gradient penalty.
+// gradient penalty; with it four tables of 42 KB leave room for one block.
 template <class T, bool kVector, Sums kSums, bool kWithAlong>
-__global__ void __launch_bounds__(kBackwardThreads, kSums == kOfAlphaAndDictionary ? 1 : 2) double_backward_kernel(const Call call) {
+__global__ void __launch_bounds__(kBackwardThreads, kWithAlong || kSums == kOfAlphaAndDictionary ? 1 : 2)
+    double_backward_kernel(const Call call) {
   KAF_DYNAMIC_SHARED(memory);
   constexpr int V = Tile<T, kVector>::kElements, kOfPoint = kSums == kOfAlphaAndDictionary ? kEvenWindow : 1;
   float* const shared = reinterpret_cast<float*>(memory);
@@ -207,7 +212,10 @@ __global__ void __launch_bounds__(kBackwardThreads, kSums == kOfAlphaAndDictiona
           out_grad[e] += v[e] * s.slope;
           out[e] += vg * s.curvature;
           of_gamma[0] += vg * s.gamma_x;
-          if constexpr (kWithAlong) out_grad[e] += s.along, out[e] += g[e] * s.along_slope, of_gamma[0] += g[e] * s.gamma_v;
+          if constexpr (!kWithAlong) return;
+          out_grad[e] += s.along;
+          out[e] += g[e] * s.along_slope;
+          of_gamma[0] += g[e] * s.gamma_v;
         });
     }
     if (dx) tile.store(dx, place, out);
@@ -217,7 +225,9 @@ __global__ void __launch_bounds__(kBackwardThreads, kSums == kOfAlphaAndDictiona
   const int own_window = static_cast<int>(again(blockIdx.x) % static_cast<unsigned>(call.windows));
   const int first = own_window * kEvenWindow, count = min(kEvenWindow, call.size - first);
   const auto put = [&](const auto& sums, int n, int slot) {
-    put_sums(sums, n, own, shared, [&](int k, int column, float total) { put_partial(own, call, slot + k, column, total); });
+    put_sums(sums, n, own, shared, [&](int k, int column, float total) {
+      put_partial(own, call, slot + k, column, total);
+    });
   };
   if (kSums != kNoSums && call.alpha_slot >= 0) put(of_alpha, count, call.alpha_slot + first);
   if constexpr (kSums == kOfAlphaAndDictionary) put(of_point, count, call.dictionary_slot + first);
@@ -268,7 +278,8 @@ template <Order order, class T, bool kVector> Kernel kernel_of(const Call& call)
         if constexpr (order == kBackward) return backward_kernel<T, kVector, sums()>;
         const bool along = call.v_alpha.data || call.v_gamma.data || call.v_dictionary.data;
         if constexpr (order == kDoubleBackward)
-          return along ? double_backward_kernel<T, kVector, sums(), true> : double_backward_kernel<T, kVector, sums(), false>;
+          return along ? double_backward_kernel<T, kVector, sums(), true>
+                       : double_backward_kernel<T, kVector, sums(), false>;
       };
       if (call.dictionary_slot >= 0) return with(std::integral_constant<Sums, kOfAlphaAndDictionary>());
       if (call.alpha_slot >= 0) return with(std::integral_constant<Sums, kOfAlpha>());

@@ -128,7 +128,8 @@ struct Arguments {
       t.vectors = t.vectors && reinterpret_cast<uintptr_t>(p) % 16 == 0;
     // The direct path stages points for each column, so it takes fewer at once.
     const int64_t most_columns = call.tables.cells ? 32 : 8;
-    t.columns_at_once = runs ? 1 : static_cast<int>(std::min<int64_t>(std::bit_ceil(static_cast<uint64_t>(t.columns)), most_columns));
+    const int64_t columns = std::bit_ceil(static_cast<uint64_t>(t.columns));
+    t.columns_at_once = runs ? 1 : static_cast<int>(std::min(columns, most_columns));
 
     // Elements of a thread: one tile at least, at most 64, so that float32 sums lose nothing, or 128 where a block copies
     // the tables of 32 channels; and fewer where there would be fewer threads than a large GPU holds.
@@ -136,7 +137,8 @@ struct Arguments {
     const int64_t elements = t.vectors ? 16 / bytes : bytes == 8 ? 2 : 4, tile = t.threads / t.columns_at_once * elements;
     const int64_t column_blocks = (t.columns + t.columns_at_once - 1) / t.columns_at_once;
     const int64_t tiles = (t.rows * t.inner + tile - 1) / tile;
-    const int64_t positions = tile * std::clamp<int64_t>(tiles * column_blocks * t.threads / (256 * 1024), 1, (runs ? 64 : 128) / elements);
+    const int64_t most = (runs ? 64 : 128) / elements;
+    const int64_t positions = tile * std::clamp<int64_t>(tiles * column_blocks * t.threads / (256 * 1024), 1, most);
     if (t.inner >= positions) {
       const int64_t parts = (t.inner + positions - 1) / positions;
       const int64_t run = ((t.inner + parts - 1) / parts + tile - 1) / tile * tile;
@@ -269,7 +271,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(Tensor grad, Tensor x, Tenso
   a.call.x = a.data(x, "x", layout);
   a.call.grad = a.data(grad, "grad", layout);
   if (needs & kNeedX) a.call.dx = dx.data_ptr();
-  const Tensor workspace = needs & kNeedGamma ? a.make_tables({kSlope, kByGamma}, stream_of(x)) : a.make_tables({kSlope}, stream_of(x));
+  const Stream stream = stream_of(x);
+  const Tensor workspace = needs & kNeedGamma ? a.make_tables({kSlope, kByGamma}, stream) : a.make_tables({kSlope}, stream);
   a.set_tiling(layout, kBackwardThreads);
   const Tensor partial = a.partial();
   check(launch_backward(a.call, a.type, stream_of(x)));

@@ -10,7 +10,8 @@ constexpr int kTableThreads = 256;
 // rounded; as the polynomials are made for the rounded ones, nothing is lost.
 struct Interpolation {
   static constexpr int P = kCoefficients;
-  float points[P] = {-0.98078528f, -0.83146961f, -0.55557023f, -0.19509032f, 0.19509032f, 0.55557023f, 0.83146961f, 0.98078528f};
+  float points[P] = {-0.98078528f, -0.83146961f, -0.55557023f, -0.19509032f,
+                     0.19509032f,  0.55557023f,  0.83146961f,  0.98078528f};
   double coefficients[P][P] = {};  // [m][i]: of v^m, in the polynomial that is 1 at point i and 0 at the others
 
   constexpr Interpolation() {
@@ -30,7 +31,7 @@ static __device__ const Interpolation kInterpolation;
 // The step of an even dictionary.
 KAF_FN double step_of(const Call& call) { return call.size > 1 ? 2 * call.boundary / (call.size - 1) : 1; }
 
-// Cells for points from `first` to `last`, where `capacity` of them are enough; and whether sums may be formed by powers.
+// Cells for points from `first` to `last`, where there is room for them; and whether sums may be formed by powers.
 __device__ __forceinline__ Cells place_cells(const Call& call, double first, double last, double gamma) {
   Cells c{};
   c.low = -1e18f, c.high = 1e18f;
@@ -75,7 +76,8 @@ __device__ __forceinline__ float term_of(Curve curve, float d, float k, float ga
 
 // One block to a table: eight lanes to a cell, first one to each of its points, then to each coefficient.
 static __global__ void __launch_bounds__(kTableThreads) table_kernel(const Call call) {
-  __shared__ float high[kTablePoints], low[kTablePoints], alpha[kTablePoints], v_alpha[kTablePoints], v_dictionary[kTablePoints];
+  __shared__ float high[kTablePoints], low[kTablePoints], alpha[kTablePoints];
+  __shared__ float v_alpha[kTablePoints], v_dictionary[kTablePoints];
   const Tables& t = call.tables;
   const int64_t channel = blockIdx.x / t.count;
   const int which = static_cast<int>(blockIdx.x % t.count), lane = threadIdx.x % 32, i = lane % kCoefficients;
@@ -116,7 +118,7 @@ static __global__ void __launch_bounds__(kTableThreads) table_kernel(const Call 
     }
     double coefficient = 0;
     for (int j = 0; j < kCoefficients; ++j)
-      coefficient += kInterpolation.coefficients[i][j] * __shfl_sync(0xffffffffu, value, (lane & ~(kCoefficients - 1)) + j);
+      coefficient += kInterpolation.coefficients[i][j] * __shfl_sync(0xffffffffu, value, lane - i + j);
     if (cell < cells.count) rows[n] = static_cast<float>(coefficient);
   }
 }

@@ -267,7 +267,7 @@ def test_mask_of_a_block_smaller_than_a_warp(faults, order):
         ((1, 1, 1), (1025, 1, 1), 0, "a block has"),
         ((1, 1, 1), (64, 32, 1), 0, "a block has"),
         ((1, 1, 1), (1, 1, 65), 0, "a block has"),
-        ((1, 1, 1), (32, 1, 1), 49153, "at most 49152 bytes of shared memory; got .* 49153 bytes"),
+        ((1, 1, 1), (32, 1, 1), 232449, "at most 232448 bytes of shared memory; got .* 232449 bytes"),
     ],
 )
 def test_impossible_configuration(faults, grid, block, shared, reason):
