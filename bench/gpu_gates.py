@@ -19,7 +19,8 @@ from bench.sass import Code, Loop
 BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 MEASURED = Path(__file__).parent / "prototypes" / "measured.json"
 SLACK = 1.1
-TABLE = 35 * 1024  # bytes that a block of the product holds: 8 coefficients on 35 cells, a copy for each lane
+CELL = 8 * 32 * 4  # bytes of a cell in a block of the product: 8 coefficients, a copy for each lane
+TABLE, ROOM = 35 * CELL, 42 * CELL  # of a table for D = 20, and what its launch asks for
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,7 @@ def works() -> Iterator[Work]:
             ):
                 what = f"{title}{layout}, {dtype}"
                 like = tuple(t for t in prototypes if t.startswith(f"{what},"))
-                yield Work(what, kernel, dtype, loads, 1, elements, TABLE, TABLE, 8, wide=not layout, like=like)
+                yield Work(what, kernel, dtype, loads, 1, elements, ROOM, TABLE, 8, wide=not layout, like=like)
 
 
 def measured(path: Path = MEASURED) -> list[Measured]:
