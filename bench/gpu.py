@@ -70,7 +70,8 @@ def tests(backends: Sequence[str], quick: bool) -> Iterator[tuple[dict[str, str]
     check = ["-m", "kafops.check", "--device", "cuda"]
     yield first, check
     if not quick:
-        yield first | {"KAFOPS_TEST_DEVICE": "cuda"}, ["-m", "pytest", "-q", "-x", "-m", "not slow", *_KERNEL_TESTS]
+        chosen = ["-m", "not slow and not cpu_kernels", *_KERNEL_TESTS]
+        yield first | {"KAFOPS_TEST_DEVICE": "cuda"}, ["-m", "pytest", "-q", "-x", *chosen]
         yield {}, ["-m", "pytest", "-q", "-x", "tests/gpu"]
     for other in others:
         yield other, check

@@ -18,9 +18,10 @@ from kafops.accuracy import Problem, bounds, values
 from kafops.backends import cpu
 from kafops.ops import Needs
 
-pytestmark = pytest.mark.skipif(
-    DEVICE == "cpu" and cpu.load_error is not None, reason=f"no compiled kernels: {cpu.load_error}"
-)
+pytestmark = [
+    pytest.mark.skipif(DEVICE == "cpu" and cpu.load_error is not None, reason=f"no compiled kernels: {cpu.load_error}"),
+    pytest.mark.usefixtures("one_thread"),  # what threads change is tested where it is named
+]
 
 NAMES = tuple(bases.BASES)
 SMOOTH = ("silu", "gelu")
@@ -55,14 +56,6 @@ CASES = (
 )  # fmt: skip
 
 tensor = functools.partial(torch.tensor, device=DEVICE)
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def compute(p: Problem, base: str | None) -> dict[str, Tensor]:

@@ -42,7 +42,8 @@ class Run:
     environment: dict[str, str] = field(default_factory=dict)
 
     def __call__(self) -> subprocess.CompletedProcess:
-        command = [sys.executable, "-m", "pytest", "-q", "-p", self.plugin, "-p", "no:cacheprovider", "-m", "not slow"]
+        command = [sys.executable, "-m", "pytest", "-q", "-p", self.plugin, "-p", "no:cacheprovider"]
+        command += ["-m", "not slow and not cpu_kernels"]
         command += ["-k", self.chosen, "tests/kafops/test_kernels.py", "tests/kafops/test_gpu_operators.py"]
         paths = os.pathsep.join([str(Path(__file__).parent), os.environ.get("PYTHONPATH", "")])
         environment = {"PYTHONPATH": paths, "KAFOPS_TEST_GPU_KERNELS": "1", "OMP_NUM_THREADS": "1"} | self.environment

@@ -22,9 +22,10 @@ from kafops.accuracy import Problem, conditioning, excess, values
 from kafops.backends import cpu
 from kafops.ops import Needs
 
-pytestmark = pytest.mark.skipif(
-    DEVICE == "cpu" and cpu.load_error is not None, reason=f"no compiled kernels: {cpu.load_error}"
-)
+pytestmark = [
+    pytest.mark.skipif(DEVICE == "cpu" and cpu.load_error is not None, reason=f"no compiled kernels: {cpu.load_error}"),
+    pytest.mark.usefixtures("one_thread"),  # what threads change is tested where it is named
+]
 
 tensor = functools.partial(torch.tensor, device=DEVICE)
 
@@ -39,15 +40,6 @@ FLAGS = {
     "gamma": Needs.GAMMA,
     "dictionary": Needs.DICTIONARY,
 }
-
-
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Inputs are small: more threads cost time. What threads change is tested where it is named."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def call(p: Problem, function: str = "kaf", module=kafops) -> Tensor:
@@ -85,10 +77,7 @@ def test_values(case):
     assert all(torch.equal(a, b) for a, b in zip(before, (*p.arguments.values(), p.grad), strict=True))
 
 
-ON_CPU_KERNELS = pytest.mark.skipif(GPU_KERNELS, reason="what the CPU kernels do")
-
-
-@ON_CPU_KERNELS
+@pytest.mark.cpu_kernels
 @pytest.mark.parametrize("layout", ["channels_last", "cropped_channels_last", "transposed", "every_other_channel_last"])
 @pytest.mark.parametrize("channels", [4, 8, 20, 40])
 @pytest.mark.parametrize("varied", [False, True], ids=["equal", "varied"])
@@ -100,7 +89,7 @@ def test_an_element_is_the_same_in_every_layout(varied, channels, layout):
     assert torch.equal(got, wanted)
 
 
-@ON_CPU_KERNELS
+@pytest.mark.cpu_kernels
 @pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
 def test_half_precision_is_rounded_to_nearest_even(dtype):
     """At its only point a curve is alpha, exactly: on ties, at the ends of the range, below normal numbers."""
