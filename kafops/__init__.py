@@ -5,6 +5,7 @@ from kafops import ops as ops  # defines the schemas before any backend register
 # isort: split
 from kafops import backends, bases, bounds, init, kernels, reference
 from kafops.backends import backend
+from kafops.calibration import Calibration, CalibrationReport, calibrate
 from kafops.compiled import library
 from kafops.convert import replace_activations
 from kafops.functional import kaf, kaf_free
@@ -19,6 +20,8 @@ __all__ = [
     "KAF1d",
     "KAF2d",
     "KAF3d",
+    "Calibration",
+    "CalibrationReport",
     "LazyKAF",
     "LazyKAF1d",
     "LazyKAF2d",
@@ -29,6 +32,7 @@ __all__ = [
     "backends",
     "bases",
     "bounds",
+    "calibrate",
     "curve_parameters",
     "init",
     "kaf",

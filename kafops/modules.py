@@ -140,8 +140,11 @@ class KAF(nn.Module):
         fused = None if self.old is not None else base
         bases.named(fused)
         start = initial.default(base) if init is None else init
-        self._init = initial.resolve(start, self._grid(), self.kernel, fused)
+        target = same.checked(old, "init") if start == "same" else start
+        self._init = initial.resolve(target, self._grid(), self.kernel, fused)
         self._init_name = start if isinstance(start, str) else getattr(start, "__name__", None) or repr(start)
+        if start == "same":
+            self._init_name += f", old={same.name_of(old)}"
 
         def empty(*columns: int) -> Any:
             if lazy:
@@ -236,12 +239,16 @@ class KAF(nn.Module):
         held, fixed = self._parameters.get("alpha"), self._buffers.get("gamma")  # which spares three lookups by name
         alpha = self.alpha if held is None else held
         gamma = self.bandwidths() if fixed is None else fixed
-        base = self.base if self.old is None else None
         if self.dictionary is not None:
-            y = kaf_free(x, alpha, gamma, self.dictionary, self.kernel, base, channel_dim)
+            y = kaf_free(x, alpha, gamma, self.dictionary, self.kernel, self._fused_base, channel_dim)
         else:
-            y = kaf(x, alpha, gamma, self.boundary, self.kernel, base, channel_dim)
+            y = kaf(x, alpha, gamma, self.boundary, self.kernel, self._fused_base, channel_dim)
         return y if self.old is None else self.old(x) + y
+
+    @property
+    def _fused_base(self) -> str | None:
+        """The base that is computed with the curves: None where an old activation is the base."""
+        return self.base if self.old is None else None
 
     def extra_repr(self) -> str:
         """Return the arguments that the layer was built with; of gamma, not what it was trained to."""
@@ -337,14 +344,26 @@ class KAF(nn.Module):
         return self._init(self._grid(), gamma), gamma
 
     @torch.no_grad()
-    def _fill(self, alpha: Tensor, gamma: Tensor) -> None:
+    def _fill(self, alpha: Tensor, gamma: Tensor, points: Tensor | None = None) -> None:
         self.alpha.copy_(alpha)
         if self.gamma is not None:
             self.gamma.copy_(gamma)
         if self.log_gamma is not None:
             self.log_gamma.copy_(gamma.log())
         if self.dictionary is not None:
-            self.dictionary.copy_(self._grid())
+            self.dictionary.copy_(self._grid() if points is None else points)
+        self.curve.copy_(self._curve())
+
+    @torch.no_grad()
+    def _move_boundary(self, boundary: float) -> None:
+        """Put the dictionary that the layer starts from on another range, with γΔ² as it was.
+
+        Parameters are left to be fitted to it, or loaded.
+        """
+        before = self._grid()
+        self._start_gamma = self._start_gamma * (self.boundary / boundary) ** 2
+        self.boundary = boundary
+        self._init = self._init.for_dictionary(self._grid(), before)
         self.curve.copy_(self._curve())
 
     def _grid(self) -> Tensor:  # [D], float64
