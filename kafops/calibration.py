@@ -117,7 +117,7 @@ def calibrate(model: nn.Module, inputs: Any, quantile: float = 0.999) -> Calibra
             raise ValueError(f"alpha of {name} is pruned or parametrized, and cannot be set; remove that first")
     functions = {layer: function for layer in layers.values() if (function := _fitted_function(layer))}
     seen = look(model, inputs, functions)
-    reached = {name: of for name, of in seen.items() if of.total.any()}
+    reached = {name: of for name, of in seen.items() if of.called}
     plans = {name: _plan(of, quantile, functions.get(of.layer)) for name, of in reached.items()}
     report = {name: _report(reached[name], plan) for name, plan in plans.items()}
     for plan in plans.values():
@@ -166,11 +166,13 @@ def _plan(of: LayerInputs, quantile: float, function: Target | None) -> _Plan:
     if boundary == edges()[1][len(edges()[1]) // 2]:  # all are next to 0, which is no range
         boundary = layer.boundary
     alpha, gamma, points = (t.detach().to(**_F64) for t in (layer.alpha, layer.bandwidths(), layer.points()))
+    if function is not None:  # as they were before they were rounded
+        gamma, points = layer._start_gamma.expand(len(alpha)), layer._grid()[None]
     reach = torch.full((1,), layer.boundary, **_F64)
     if layer.dictionary is not None:
         reach = torch.where(points.any(1), points.abs().amax(1), reach)
     stretch = boundary / reach
-    new_gamma, new_points = (gamma / stretch**2), points * stretch[:, None]
+    new_gamma, new_points = gamma / stretch**2, points / reach[:, None] * boundary
 
     x, share = _samples(of, max(layer.boundary, boundary, reach.max().item()))
     parts = []

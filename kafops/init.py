@@ -256,7 +256,7 @@ class Ridge(Initializer):
 
     Args:
         target: a name of `FUNCTIONS`, a module or module class, or a callable Tensor → Tensor.
-        eps: strength of the regularisation, default 1e-6 (1e-4 and 1e-5 are also in use elsewhere, `CONVENTIONS`).
+        eps: strength of the regularisation, default 1e-6 (1e-4 and 1e-5 are in use elsewhere: `kafops.CONVENTIONS`).
 
     Raises:
         TypeError, ValueError: eps is not a finite number ≥ 0; from `resolve`, target is none of these.
@@ -361,9 +361,7 @@ def default(base: str | None) -> InitName:
     return "elu" if base is None else "zeros"
 
 
-def resolve(
-    init: Init, dictionary: Tensor, kernel: str = "gaussian", base: str | None = None
-) -> Initializer:
+def resolve(init: Init, dictionary: Tensor, kernel: str = "gaussian", base: str | None = None) -> Initializer:
     """Turn a layer's `init` argument into an `Initializer` for a dictionary [D], a kernel and a base.
 
     With a base a target is fitted by target − base.
@@ -372,14 +370,13 @@ def resolve(
         TypeError: init is neither name nor callable, or a target returns no floating tensor.
         ValueError: unknown name, or a target's values have the wrong shape or are not finite.
     """
-    eps = _RIDGE_EPS
-    if isinstance(init, Ridge):
-        init, eps = init.target, init.eps
-    if isinstance(init, str):
-        init = _named(init, base)
-    if isinstance(init, Initializer):
-        return init.for_layer(kernel, base)
-    target = _function(init)
+    eps = init.eps if isinstance(init, Ridge) else _RIDGE_EPS
+    given: Any = init.target if isinstance(init, Ridge) else init
+    if isinstance(given, str):
+        given = _named(given, base)
+    if isinstance(given, Initializer):
+        return given.for_layer(kernel, base)
+    target = _function(given)
     return _Fit(tuple(_sample(target, dictionary, base).tolist()), kernel, eps, base, target)
 
 

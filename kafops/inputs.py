@@ -52,6 +52,11 @@ class LayerInputs:
         return cls(name, layer, counts, *torch.zeros(2, rows, dtype=torch.int64, device=device))
 
     @property
+    def called(self) -> bool:
+        """Whether there were any."""
+        return bool(self.total.any())
+
+    @property
     def share_outside(self) -> Tensor:  # [C]
         """The share of each channel's inputs that is not within the dictionary; 0 of none."""
         return self.outside.cpu() / self.total.cpu().clamp(min=1).double()
@@ -119,7 +124,7 @@ def kaf_layers(model: nn.Module) -> dict[str, KAF]:
         raise ValueError(
             f"{type(model).__name__} has no KAF layer; kafops.replace_activations puts them into a model that is there"
         )
-    lazy = [name for name, layer in layers.items() if is_lazy(layer._parameters.get("alpha"))]
+    lazy = [name for name, layer in layers.items() if is_lazy(layer.alpha)]
     if lazy:
         raise ValueError(f"{lazy[0]} has no size yet; run the model once on an input before")
     return layers

@@ -3,7 +3,7 @@
 import math
 import numbers
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -94,26 +94,27 @@ class KAF(nn.Module):
     dictionary: Tensor | None
     curve: Tensor
     # Of layers that were pickled when there was nothing else.
-    kernel: str = "gaussian"
-    base: str | None = None
+    kernel: kernels.KernelName = "gaussian"
+    base: bases.BaseName | Literal["same"] | None = None
     channel_dim: int = 1
     old: Callable[[Tensor], Tensor] | None = None
     fit_error: float | None = None
+    _takes_boundary: bool = False  # from a state_dict
 
     def __init__(
         self,
         num_parameters: int,
         dictionary_size: int = 20,
         boundary: float = 3.0,
-        init: str | initial.Initializer | Callable[[Tensor], Tensor] | None = None,
+        init: initial.Init | None = None,
         gamma: float | Tensor | None = None,
         learn_gamma: bool = False,
         learn_dictionary: bool = False,
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
-        kernel: str = "gaussian",
+        kernel: kernels.KernelName = "gaussian",
         *,
-        base: str | None = None,
+        base: bases.BaseName | Literal["same"] | None = None,
         channel_dim: int = 1,
         old: nn.Module | type[nn.Module] | Callable[[Tensor], Tensor] | None = None,
         fit: bool = False,
@@ -246,9 +247,9 @@ class KAF(nn.Module):
         return y if self.old is None else self.old(x) + y
 
     @property
-    def _fused_base(self) -> str | None:
+    def _fused_base(self) -> bases.BaseName | None:
         """The base that is computed with the curves: None where an old activation is the base."""
-        return self.base if self.old is None else None
+        return None if self.base == "same" else self.base
 
     def extra_repr(self) -> str:
         """Return the arguments that the layer was built with; of gamma, not what it was trained to."""
@@ -298,10 +299,13 @@ class KAF(nn.Module):
                 )
         # Whoever casts or averages whole state_dicts rounds it.
         close = math.isclose(boundary, self.boundary, rel_tol=4 * torch.finfo(saved.dtype).eps)
-        if self.dictionary is None and not close:
+        if not close and self._takes_boundary:
+            self._move_boundary(_positive_number("boundary in the state_dict", boundary))
+        elif self.dictionary is None and not close:
             raise ValueError(
                 f"boundary in the state_dict is {boundary:g} but this layer was built with "
-                f"boundary={self.boundary:g}; build it with boundary={boundary:g}"
+                f"boundary={self.boundary:g}; build it with boundary={boundary:g}, or load the state by "
+                "kafops.load_state_dict, which takes it over"
             )
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -325,7 +329,7 @@ class KAF(nn.Module):
                 child._apply(fn)
         return self
 
-    def _take_place_of(self, old: Any, init: Any, fit: bool) -> tuple[str, Any]:
+    def _take_place_of(self, old: Any, init: Any, fit: bool) -> tuple[Any, Any]:
         """Return the base and the init with which the layer is the old activation, keeping that where it is no base."""
         function = same.function_of(old)
         base = same.base_of(function)
@@ -455,15 +459,15 @@ class _LazyKAF(LazyModuleMixin, KAF):
         self,
         dictionary_size: int = 20,
         boundary: float = 3.0,
-        init: str | initial.Initializer | Callable[[Tensor], Tensor] | None = None,
+        init: initial.Init | None = None,
         gamma: float | Tensor | None = None,
         learn_gamma: bool = False,
         learn_dictionary: bool = False,
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
-        kernel: str = "gaussian",
+        kernel: kernels.KernelName = "gaussian",
         *,
-        base: str | None = None,
+        base: bases.BaseName | Literal["same"] | None = None,
         channel_dim: int = 1,
         old: nn.Module | type[nn.Module] | Callable[[Tensor], Tensor] | None = None,
         fit: bool = False,
