@@ -8,6 +8,7 @@ of neighbours, with the 20th and 80th percentile.
 import argparse
 import time
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -52,7 +53,7 @@ def passes(f: Callable[[], Tensor], leaves: tuple[Tensor, ...], grad: Tensor) ->
     return forward, lambda: torch.autograd.grad(f(), leaves, grad)
 
 
-def row(kernel: str, rounds: int) -> str:
+def row(kernel: Any, rounds: int) -> str:
     """Return a line of the table."""
     torch.manual_seed(0)
     x = torch.randn(SHAPE, requires_grad=True)

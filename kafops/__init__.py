@@ -5,17 +5,23 @@ from kafops import ops as ops  # defines the schemas before any backend register
 # isort: split
 from kafops import backends, bases, bounds, init, kernels, reference
 from kafops.backends import backend
+from kafops.calibration import Calibration, CalibrationReport, calibrate
 from kafops.compiled import library
+from kafops.conventions import CONVENTIONS, convention
 from kafops.convert import replace_activations
 from kafops.functional import kaf, kaf_free
 from kafops.modules import KAF, KAF1d, KAF2d, KAF3d, LazyKAF, LazyKAF1d, LazyKAF2d, LazyKAF3d
 from kafops.optimizers import curve_parameters, param_groups
 from kafops.replacements import Replacement, ReplacementReport
+from kafops.states import Loaded, load_state_dict
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "CONVENTIONS",
     "KAF",
+    "Calibration",
+    "CalibrationReport",
     "KAF1d",
     "KAF2d",
     "KAF3d",
@@ -23,18 +29,22 @@ __all__ = [
     "LazyKAF1d",
     "LazyKAF2d",
     "LazyKAF3d",
+    "Loaded",
     "Replacement",
     "ReplacementReport",
     "backend",
     "backends",
     "bases",
     "bounds",
+    "calibrate",
+    "convention",
     "curve_parameters",
     "init",
     "kaf",
     "kaf_free",
     "kernels",
     "library",
+    "load_state_dict",
     "param_groups",
     "reference",
     "replace_activations",

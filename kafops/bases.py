@@ -14,12 +14,15 @@ import difflib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-__all__ = ["BASES", "Base", "code", "named", "value"]
+__all__ = ["BASES", "Base", "BaseName", "code", "named", "value"]
+
+BaseName = Literal["identity", "relu", "silu", "gelu"]
 
 _FAR = 1e4  # beyond which "silu" and "gelu" are "relu" to the last digit
 
@@ -35,7 +38,7 @@ class Base:
         kinks: the x at which a derivative of some order jumps.
     """
 
-    name: str
+    name: BaseName
     code: int
     derivative: Callable[[Tensor, int], Tensor]
     kinks: tuple[float, ...] = ()

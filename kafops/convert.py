@@ -5,13 +5,16 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
 from kafops import sites_by_example, sites_by_graph
+from kafops.bases import BaseName
+from kafops.inputs import observed
+from kafops.modules import KAF
 from kafops.plans import Site, listed, make_plan
 from kafops.replacements import Moved, Replacement, ReplacementReport
 from kafops.sites import Findings, Place, Targets, qualified_name, unchanged
@@ -62,7 +65,7 @@ def replace_activations(
     *,
     channel_dim: int | Mapping[str, int] | None = None,
     skip: str | Iterable[str] = (),
-    base: str | None = None,
+    base: BaseName | Literal["same"] | None = None,
     fit: bool = False,
 ) -> ReplacementReport:
     """Replace the activations of a model, in place, by modules made for the channels of each.
@@ -144,10 +147,12 @@ def replace_activations(
     plan = make_plan(model, places, wanted, findings.uses, skip, channel_dim)
     replacements = [_make_replacement(factory, site) for site in plan.sites]
     undo = plan.install([r.new for r in replacements])
-    moved = None
+    moved, outside = None, {}
     if example_input is not None:
         try:
-            moved = Moved.between(findings.outputs, sites_by_example.outputs(model, example_input))
+            with observed(_layers_on_values(replacements)) as seen:
+                moved = Moved.between(findings.outputs, sites_by_example.outputs(model, example_input))
+            outside = {name: of.outside.sum().item() / of.total.sum().item() for name, of in seen.items() if of.called}
         except BaseException:
             undo()
             raise
@@ -155,7 +160,7 @@ def replace_activations(
     remarks = plan.remarks
     if findings.not_run_in_training:
         remarks.append(f"not looked at in training mode, in which the example fails: {findings.not_run_in_training}")
-    return ReplacementReport(replacements, left, moved, remarks)
+    return ReplacementReport(replacements, left, moved, remarks, outside)
 
 
 # ------------------------------------------------------------------------------------------------------ the arguments
@@ -353,6 +358,12 @@ def _called(module: nn.Module, x: Tensor) -> Any:
     lazy = any(_is_lazy(m) for m in module.modules())  # takes its size from this very input, which is to stay
     with torch.no_grad(), nullcontext() if lazy else unchanged(module):
         return module(x)
+
+
+def _layers_on_values(replacements: Iterable[Replacement]) -> dict[str, KAF]:
+    """Return the KAF layers among the new modules by name, without those on the meta device or of no size yet."""
+    layers = {r.names[0]: r.new for r in replacements if isinstance(r.new, KAF)}
+    return {name: layer for name, layer in layers.items() if not is_lazy(layer.alpha) and not layer.alpha.is_meta}
 
 
 def _others(model: nn.Module, replaced: set[nn.Module], targets: Targets) -> list[tuple[str, str]]:

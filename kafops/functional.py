@@ -14,7 +14,7 @@ from kafops import autograd, backends, bases, checks, kernels, reference
 
 __all__ = ["kaf", "kaf_free"]
 
-_KERNELS = {k.name: k.code for k in kernels.KERNELS.values()}
+_KERNELS: dict[str, int] = {k.name: k.code for k in kernels.KERNELS.values()}
 _BASES: dict[str | None, int] = {None: 0} | {b.name: b.code for b in bases.BASES.values()}
 _HALF = (torch.bfloat16, torch.float16)
 
@@ -24,8 +24,8 @@ def kaf(
     alpha: Tensor,  # [C, D] or [1, D]
     gamma: Tensor,  # [C] or [1]
     boundary: float = 3.0,
-    kernel: str = "gaussian",
-    base: str | None = None,
+    kernel: kernels.KernelName = "gaussian",
+    base: bases.BaseName | None = None,
     channel_dim: int = 1,
 ) -> Tensor:  # as x
     """Kernel activation function on a uniform dictionary.
@@ -77,8 +77,8 @@ def kaf_free(
     alpha: Tensor,  # [C, D] or [1, D]
     gamma: Tensor,  # [C] or [1]
     dictionary: Tensor,  # [C, D] or [1, D]
-    kernel: str = "gaussian",
-    base: str | None = None,
+    kernel: kernels.KernelName = "gaussian",
+    base: bases.BaseName | None = None,
     channel_dim: int = 1,
 ) -> Tensor:  # as x
     """Kernel activation function on a free dictionary: `kaf` with the points given, and trainable.

@@ -6,6 +6,7 @@ Everything is computed in float64 on the CPU, with the CPU's random generator, s
 dtype and on every device. A layer's `init` argument takes a name, an `Initializer` of this file, or a target callable.
 """
 
+import copy
 import difflib
 import math
 import numbers
@@ -13,17 +14,25 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, TypeAlias
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from kafops import bases, expectations, kernels
 
-__all__ = ["Initializer", "Isometric", "Normal", "Target", "Zeros", "default", "gradient_factor", "resolve", "ridge"]
+__all__ = [
+    "FUNCTIONS", "Init", "InitName", "Initializer", "Isometric", "Normal", "Ridge", "Target", "Zeros", "default",
+    "gradient_factor", "resolve", "ridge",
+]  # fmt: skip
 
 Target = Callable[[Tensor], Tensor]
+InitName = Literal[
+    "normal", "isometric", "zeros", "identity", "relu", "silu", "gelu", "celu", "elu", "hardshrink", "hardsigmoid",
+    "hardswish", "hardtanh", "leaky_relu", "logsigmoid", "mish", "relu6", "selu", "sigmoid", "softplus", "softshrink",
+    "softsign", "tanh", "tanhshrink", "same",
+]  # fmt: skip
 
 _F64: dict[str, Any] = {"dtype": torch.float64, "device": "cpu"}
 _RIDGE_EPS = 1e-6
@@ -57,6 +66,18 @@ class Initializer(ABC):
     def for_layer(self, kernel: str, base: str | None) -> "Initializer":
         """Return the rule for a layer with that kernel and base: `for_kernel`'s, unless it depends on the base."""
         return self.for_kernel(kernel)
+
+    def for_dictionary(self, dictionary: Tensor, before: Tensor) -> "Initializer":  # [D], [D], float64
+        """Return the rule for another dictionary than it had before: itself, unless it holds values on the points."""
+        return self
+
+    def function(self, dictionary: Tensor) -> Target | None:  # [D], float64
+        """Return the function that the curves on its dictionary are the fit to; None where there is none."""
+        return None
+
+
+Init: TypeAlias = InitName | Initializer | Target | nn.Module | type[nn.Module]
+"""What the argument `init` of a layer may be."""
 
 
 @dataclass(frozen=True)
@@ -230,38 +251,117 @@ class Isometric(Initializer):
 
 
 @dataclass(frozen=True)
+class Ridge(Initializer):
+    """Ridge fit to a function, as that function itself is as an `init`, with another regularisation than that.
+
+    Args:
+        target: a name of `FUNCTIONS`, a module or module class, or a callable Tensor → Tensor.
+        eps: strength of the regularisation, default 1e-6 (1e-4 and 1e-5 are in use elsewhere: `kafops.CONVENTIONS`).
+
+    Raises:
+        TypeError, ValueError: eps is not a finite number ≥ 0; from `resolve`, target is none of these.
+
+    Source: Scardapane et al., "Kafnets", 2017, section on initialisation.
+
+    Example:
+        >>> layer = kafops.KAF(64, boundary=4.0, init=kafops.init.Ridge("elu", eps=1e-4))
+    """
+
+    target: Any
+    eps: float = _RIDGE_EPS
+
+    def __post_init__(self) -> None:
+        _check_number("eps", self.eps, at_least=0.0)
+
+    def __call__(self, dictionary: Tensor, gamma: Tensor) -> Tensor:
+        """Return the coefficients [C, D]."""
+        return resolve(self, dictionary)(dictionary, gamma)
+
+
+@dataclass(frozen=True)
 class _Fit(Initializer):
-    """Ridge fit to a target's values on the dictionary; the callable itself, perhaps a lambda, need not be pickled."""
+    """Ridge fit to a target's values, less the base, on the dictionary.
+
+    A pickle holds the target itself only where it is PyTorch's or ours: it may be a lambda.
+    """
 
     values: tuple[float, ...]
     kernel: str = "gaussian"
+    eps: float = _RIDGE_EPS
+    base: str | None = None
+    target: Target | None = field(default=None, repr=False, compare=False)
 
     def for_kernel(self, kernel: str) -> "_Fit":
         return self if kernel == self.kernel else replace(self, kernel=kernel)
 
+    def for_dictionary(self, dictionary: Tensor, before: Tensor) -> "_Fit":
+        values = _sample(self.function(before), dictionary, self.base)
+        return replace(self, values=tuple(values.tolist()))
+
+    def function(self, dictionary: Tensor) -> Target:
+        """Return the target, or where it is lost the straight lines through its values, which go on as they end."""
+        if self.target is not None:
+            return self.target
+        values = torch.tensor(self.values, **_F64) + bases.value(self.base, dictionary)
+        return partial(_straight, dictionary, values)
+
     def __call__(self, dictionary: Tensor, gamma: Tensor) -> Tensor:
-        return _solve_ridge(torch.tensor(self.values, **_F64), dictionary, gamma, _RIDGE_EPS, self.kernel)
+        return _solve_ridge(torch.tensor(self.values, **_F64), dictionary, gamma, self.eps, self.kernel)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | ({} if _lasts(self.target) else {"target": None})
+
+    def __deepcopy__(self, memo: Any) -> "_Fit":
+        return self
 
 
-_NAMED: dict[str, Initializer | Target] = {
-    "normal": Normal(),
-    "isometric": Isometric(),
-    "zeros": Zeros(),
-    "elu": F.elu,
-    "tanh": torch.tanh,
+def _straight(points: Tensor, values: Tensor, x: Tensor) -> Tensor:
+    if len(points) == 1:
+        return values.expand_as(x)
+    i = torch.bucketize(x, points[1:-1])
+    share = (x - points[i]) / (points[i + 1] - points[i])
+    return torch.lerp(values[i], values[i + 1], share)
+
+
+def _lasts(target: Any) -> bool:
+    """Whether a pickle of the target can be read wherever this package is."""
+    while isinstance(target, partial):
+        target = target.func
+    module = getattr(target, "__module__", None) or type(target).__module__
+    return module.partition(".")[0] in ("torch", "kafops")
+
+
+FUNCTIONS: dict[str, Target] = {
     **{base: partial(bases.value, base) for base in bases.BASES},
+    "celu": F.celu,
+    "elu": F.elu,
+    "hardshrink": F.hardshrink,
+    "hardsigmoid": F.hardsigmoid,
+    "hardswish": F.hardswish,
+    "hardtanh": F.hardtanh,
+    "leaky_relu": F.leaky_relu,
+    "logsigmoid": F.logsigmoid,
+    "mish": F.mish,
+    "relu6": F.relu6,
+    "selu": F.selu,
+    "sigmoid": torch.sigmoid,
+    "softplus": F.softplus,
+    "softshrink": F.softshrink,
+    "softsign": F.softsign,
+    "tanh": torch.tanh,
+    "tanhshrink": F.tanhshrink,
 }
-_NAMED_ON_BASE = _NAMED | {"isometric": Isometric(std=1.0)}
+"""The functions that curves are fitted to by name: the bases, and torch.nn.functional's with its defaults."""
+
+_OTHER_NAMES = {"swish": "silu", "linear": "identity", "leakyrelu": "leaky_relu", "hswish": "hardswish"}
 
 
-def default(base: str | None) -> str:
+def default(base: str | None) -> InitName:
     """Return the `init` of a layer that was given none: "elu", or "zeros" on a base."""
     return "elu" if base is None else "zeros"
 
 
-def resolve(
-    init: str | Initializer | Target, dictionary: Tensor, kernel: str = "gaussian", base: str | None = None
-) -> Initializer:
+def resolve(init: Init, dictionary: Tensor, kernel: str = "gaussian", base: str | None = None) -> Initializer:
     """Turn a layer's `init` argument into an `Initializer` for a dictionary [D], a kernel and a base.
 
     With a base a target is fitted by target − base.
@@ -270,17 +370,43 @@ def resolve(
         TypeError: init is neither name nor callable, or a target returns no floating tensor.
         ValueError: unknown name, or a target's values have the wrong shape or are not finite.
     """
-    if isinstance(init, str):
-        if init not in _NAMED:
-            near = difflib.get_close_matches(init.lower(), _NAMED, cutoff=0.5)
-            hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
-            raise ValueError(f"init must be one of {', '.join(map(repr, _NAMED))} or a callable, got {init!r}{hint}")
-        init = (_NAMED if base is None else _NAMED_ON_BASE)[init]
-    if isinstance(init, Initializer):
-        return init.for_layer(kernel, base)
-    if not callable(init):
-        raise TypeError(f"init must be a name, a kafops.init.Initializer or a callable, got {type(init).__name__}")
-    return _Fit(tuple(_sample(init, dictionary, base).tolist()), kernel)
+    eps = init.eps if isinstance(init, Ridge) else _RIDGE_EPS
+    given: Any = init.target if isinstance(init, Ridge) else init
+    if isinstance(given, str):
+        given = _named(given, base)
+    if isinstance(given, Initializer):
+        return given.for_layer(kernel, base)
+    target = _function(given)
+    return _Fit(tuple(_sample(target, dictionary, base).tolist()), kernel, eps, base, target)
+
+
+def _named(name: str, base: str | None) -> Initializer | Target:
+    starts: dict[str, Initializer] = {
+        "normal": Normal(),
+        "isometric": Isometric() if base is None else Isometric(std=1.0),
+        "zeros": Zeros(),
+    }
+    known = starts | FUNCTIONS
+    if name not in known:
+        other = _OTHER_NAMES.get(name.lower())
+        near = [other] if other else difflib.get_close_matches(name.lower(), known, cutoff=0.5)
+        hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
+        raise ValueError(f"init must be one of {', '.join(map(repr, known))} or a callable, got {name!r}{hint}")
+    return known[name]
+
+
+def _function(init: Any) -> Target:
+    """Return a callable as a function of float64 on the CPU: a module class is made, a module copied."""
+    if isinstance(init, type) and issubclass(init, nn.Module):
+        init = init()
+    if not callable(init) or isinstance(init, type):
+        raise TypeError(
+            f"init must be a name, a kafops.init.Initializer or a callable, such as a function, a module or a module "
+            f"class, got {init!r}"
+        )
+    if isinstance(init, nn.Module):
+        init = copy.deepcopy(init).eval().requires_grad_(False).to(**_F64)
+    return init
 
 
 def ridge(

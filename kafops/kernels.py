@@ -18,14 +18,16 @@ import difflib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from kafops.transforms import product
 
-__all__ = ["HIGHEST", "KERNELS", "Kernel", "check_order", "named", "value"]
+__all__ = ["HIGHEST", "KERNELS", "Kernel", "KernelName", "check_order", "named", "value"]
+
+KernelName = Literal["gaussian", "rational_quadratic", "matern32", "bspline"]
 
 HIGHEST = 12  # order n + 2m of n derivatives in x and m in gamma that is offered
 _KNOT = math.sqrt(1.5)  # of the B-spline, in u
@@ -45,7 +47,7 @@ class Kernel:
         smoothness: how many derivatives are offered: all that there are, and of analytic kernels `HIGHEST`.
     """
 
-    name: str
+    name: KernelName
     code: int
     derivative: Callable[[Tensor, int], Tensor]
     t: tuple[int, int] = (1, 6)

@@ -3,7 +3,7 @@
 import math
 import numbers
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -94,26 +94,27 @@ class KAF(nn.Module):
     dictionary: Tensor | None
     curve: Tensor
     # Of layers that were pickled when there was nothing else.
-    kernel: str = "gaussian"
-    base: str | None = None
+    kernel: kernels.KernelName = "gaussian"
+    base: bases.BaseName | Literal["same"] | None = None
     channel_dim: int = 1
     old: Callable[[Tensor], Tensor] | None = None
     fit_error: float | None = None
+    _takes_boundary: bool = False  # from a state_dict
 
     def __init__(
         self,
         num_parameters: int,
         dictionary_size: int = 20,
         boundary: float = 3.0,
-        init: str | initial.Initializer | Callable[[Tensor], Tensor] | None = None,
+        init: initial.Init | None = None,
         gamma: float | Tensor | None = None,
         learn_gamma: bool = False,
         learn_dictionary: bool = False,
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
-        kernel: str = "gaussian",
+        kernel: kernels.KernelName = "gaussian",
         *,
-        base: str | None = None,
+        base: bases.BaseName | Literal["same"] | None = None,
         channel_dim: int = 1,
         old: nn.Module | type[nn.Module] | Callable[[Tensor], Tensor] | None = None,
         fit: bool = False,
@@ -140,8 +141,11 @@ class KAF(nn.Module):
         fused = None if self.old is not None else base
         bases.named(fused)
         start = initial.default(base) if init is None else init
-        self._init = initial.resolve(start, self._grid(), self.kernel, fused)
+        target = same.checked(old, "init") if start == "same" else start
+        self._init = initial.resolve(target, self._grid(), self.kernel, fused)
         self._init_name = start if isinstance(start, str) else getattr(start, "__name__", None) or repr(start)
+        if start == "same":
+            self._init_name += f", old={same.name_of(old)}"
 
         def empty(*columns: int) -> Any:
             if lazy:
@@ -236,12 +240,16 @@ class KAF(nn.Module):
         held, fixed = self._parameters.get("alpha"), self._buffers.get("gamma")  # which spares three lookups by name
         alpha = self.alpha if held is None else held
         gamma = self.bandwidths() if fixed is None else fixed
-        base = self.base if self.old is None else None
         if self.dictionary is not None:
-            y = kaf_free(x, alpha, gamma, self.dictionary, self.kernel, base, channel_dim)
+            y = kaf_free(x, alpha, gamma, self.dictionary, self.kernel, self._fused_base, channel_dim)
         else:
-            y = kaf(x, alpha, gamma, self.boundary, self.kernel, base, channel_dim)
+            y = kaf(x, alpha, gamma, self.boundary, self.kernel, self._fused_base, channel_dim)
         return y if self.old is None else self.old(x) + y
+
+    @property
+    def _fused_base(self) -> bases.BaseName | None:
+        """The base that is computed with the curves: None where an old activation is the base."""
+        return None if self.base == "same" else self.base
 
     def extra_repr(self) -> str:
         """Return the arguments that the layer was built with; of gamma, not what it was trained to."""
@@ -291,10 +299,13 @@ class KAF(nn.Module):
                 )
         # Whoever casts or averages whole state_dicts rounds it.
         close = math.isclose(boundary, self.boundary, rel_tol=4 * torch.finfo(saved.dtype).eps)
-        if self.dictionary is None and not close:
+        if not close and self._takes_boundary:
+            self._move_boundary(_positive_number("boundary in the state_dict", boundary))
+        elif self.dictionary is None and not close:
             raise ValueError(
                 f"boundary in the state_dict is {boundary:g} but this layer was built with "
-                f"boundary={self.boundary:g}; build it with boundary={boundary:g}"
+                f"boundary={self.boundary:g}; build it with boundary={boundary:g}, or load the state by "
+                "kafops.load_state_dict, which takes it over"
             )
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -318,7 +329,7 @@ class KAF(nn.Module):
                 child._apply(fn)
         return self
 
-    def _take_place_of(self, old: Any, init: Any, fit: bool) -> tuple[str, Any]:
+    def _take_place_of(self, old: Any, init: Any, fit: bool) -> tuple[Any, Any]:
         """Return the base and the init with which the layer is the old activation, keeping that where it is no base."""
         function = same.function_of(old)
         base = same.base_of(function)
@@ -337,14 +348,26 @@ class KAF(nn.Module):
         return self._init(self._grid(), gamma), gamma
 
     @torch.no_grad()
-    def _fill(self, alpha: Tensor, gamma: Tensor) -> None:
+    def _fill(self, alpha: Tensor, gamma: Tensor, points: Tensor | None = None) -> None:
         self.alpha.copy_(alpha)
         if self.gamma is not None:
             self.gamma.copy_(gamma)
         if self.log_gamma is not None:
             self.log_gamma.copy_(gamma.log())
         if self.dictionary is not None:
-            self.dictionary.copy_(self._grid())
+            self.dictionary.copy_(self._grid() if points is None else points)
+        self.curve.copy_(self._curve())
+
+    @torch.no_grad()
+    def _move_boundary(self, boundary: float) -> None:
+        """Put the dictionary that the layer starts from on another range, with γΔ² as it was.
+
+        Parameters are left to be fitted to it, or loaded.
+        """
+        before = self._grid()
+        self._start_gamma = self._start_gamma * (self.boundary / boundary) ** 2
+        self.boundary = boundary
+        self._init = self._init.for_dictionary(self._grid(), before)
         self.curve.copy_(self._curve())
 
     def _grid(self) -> Tensor:  # [D], float64
@@ -436,15 +459,15 @@ class _LazyKAF(LazyModuleMixin, KAF):
         self,
         dictionary_size: int = 20,
         boundary: float = 3.0,
-        init: str | initial.Initializer | Callable[[Tensor], Tensor] | None = None,
+        init: initial.Init | None = None,
         gamma: float | Tensor | None = None,
         learn_gamma: bool = False,
         learn_dictionary: bool = False,
         device: torch.device | str | int | None = None,
         dtype: torch.dtype | None = None,
-        kernel: str = "gaussian",
+        kernel: kernels.KernelName = "gaussian",
         *,
-        base: str | None = None,
+        base: bases.BaseName | Literal["same"] | None = None,
         channel_dim: int = 1,
         old: nn.Module | type[nn.Module] | Callable[[Tensor], Tensor] | None = None,
         fit: bool = False,

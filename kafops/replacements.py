@@ -1,7 +1,7 @@
 """What replace_activations() did, as a list and as a table."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from kafops import same
 
 __all__ = ["Moved", "Replacement", "ReplacementReport"]
+
+_LITTLE = 0.01  # share of inputs outside a dictionary that is not worth a line
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,8 @@ class ReplacementReport(list[Replacement]):
         left: qualified name and class name of each other activation module, which stayed as it was.
         moved: how far the outputs on the example moved, in eval mode; None without an example.
         remarks: what else there is to know, a sentence each.
+        outside: share of the inputs on the example that each new KAF layer gets from outside its dictionary, by name;
+            empty without an example. `kafops.calibrate` puts dictionaries where the inputs are.
     """
 
     def __init__(
@@ -73,11 +77,13 @@ class ReplacementReport(list[Replacement]):
         left: Iterable[tuple[str, str]] = (),
         moved: Moved | None = None,
         remarks: Iterable[str] = (),
+        outside: Mapping[str, float] | None = None,
     ) -> None:
         super().__init__(replacements)
         self.left = list(left)
         self.moved = moved
         self.remarks = list(remarks)
+        self.outside = dict(outside or {})
 
     def __str__(self) -> str:
         header: tuple[str, ...] = ("site", "old → new", "channels", "rank", "uses")
@@ -97,6 +103,13 @@ class ReplacementReport(list[Replacement]):
         if self.moved:
             by, of = self.moved
             lines.append(f"outputs on the example moved by {by:.2g}, where the largest is {of:.3g}")
+        if self.outside and max(self.outside.values()) > _LITTLE:
+            site = max(self.outside, key=self.outside.__getitem__)
+            many = sum(share > _LITTLE for share in self.outside.values())
+            lines.append(
+                f"inputs on the example outside the dictionary: over {_LITTLE:.0%} at {many} of {len(self)} sites, "
+                f"{self.outside[site]:.0%} at {site}; kafops.calibrate puts dictionaries where the inputs are"
+            )
         return "\n".join(lines)
 
     __repr__ = __str__

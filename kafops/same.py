@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from kafops import bases, kernels, reference
 from kafops.init import Initializer
 
-__all__ = ["base_of", "function_of", "name_of", "nearest"]
+__all__ = ["base_of", "checked", "function_of", "name_of", "nearest"]
 
 Function = Callable[[Tensor], Tensor]
 
@@ -27,6 +27,20 @@ def name_of(old: Any) -> str:
     return getattr(old, "__name__", None) or str(old)
 
 
+def checked(old: Any, argument: str) -> Any:
+    """Return an old activation, which an argument needs, if it is one.
+
+    Raises:
+        TypeError: it is no module, module class or function.
+    """
+    if not callable(old) or (isinstance(old, type) and not issubclass(old, nn.Module)):
+        raise TypeError(
+            f'{argument}="same" needs old=, the activation that the layer takes the place of: a module, a module class '
+            f"or a function; got {'none' if old is None else repr(old)}"
+        )
+    return old
+
+
 def function_of(old: Any) -> Function:
     """Return an old activation as a function that leaves its input as it is.
 
@@ -37,13 +51,8 @@ def function_of(old: Any) -> Function:
         TypeError: old is none of these.
         ValueError: it has parameters or buffers, which would neither train, move nor be saved.
     """
-    if isinstance(old, type) and issubclass(old, nn.Module):
+    if isinstance(checked(old, "base"), type):
         old = old()
-    if not callable(old) or isinstance(old, type):
-        raise TypeError(
-            'base="same" needs old=, the activation that the layer takes the place of: a module, a module class or a '
-            f"function; got {'none' if old is None else repr(old)}"
-        )
     if isinstance(old, nn.Module):
         if old.state_dict() or list(old.parameters()):
             raise ValueError(f'base="same" has no room for the parameters of {name_of(old)}; choose a base and an init')

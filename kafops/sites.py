@@ -7,7 +7,7 @@ import random
 import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -174,6 +174,11 @@ def describe_caller(name: str) -> str:
             return f"{name} ({os.path.basename(path)}:{frame.f_lineno})"
         frame = frame.f_back  # type: ignore[assignment]
     return name
+
+
+def compiled_functions_in_eager() -> AbstractContextManager[Any]:
+    """Let calls be seen inside functions decorated with torch.compile; where dynamo is not loaded, there are none."""
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
 
 
 @contextmanager

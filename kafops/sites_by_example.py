@@ -1,9 +1,8 @@
 """Find the uses of activations by forward passes on an example."""
 
-import sys
 from collections import defaultdict
 from collections.abc import Callable, Collection, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -12,7 +11,18 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
 from kafops.channels import ChannelDims, tensors
-from kafops.sites import Findings, FunctionCall, Place, Targets, Use, describe_caller, read_call, separate, unchanged
+from kafops.sites import (
+    Findings,
+    FunctionCall,
+    Place,
+    Targets,
+    Use,
+    compiled_functions_in_eager,
+    describe_caller,
+    read_call,
+    separate,
+    unchanged,
+)
 
 
 def find_uses(
@@ -45,13 +55,8 @@ def find_uses(
 def outputs(model: nn.Module, example_input: Any) -> list[Tensor]:
     """Return the tensors that the model makes of the example in eval mode."""
     args, kwargs = _arguments(example_input)
-    with unchanged(model), torch.no_grad(), _compiled_functions_in_eager():
+    with unchanged(model), torch.no_grad(), compiled_functions_in_eager():
         return list(tensors(model(*args, **kwargs)))
-
-
-def _compiled_functions_in_eager() -> AbstractContextManager[Any]:
-    """Let calls be seen inside functions decorated with torch.compile; where dynamo is not loaded, there are none."""
-    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
 
 
 def _arguments(example_input: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
@@ -107,7 +112,7 @@ class _Recorder(TorchFunctionMode):
                 module.inplace = False  # type: ignore[assignment]
                 self._in_place[module] = None
         self._dims.take_inputs((args, kwargs))
-        with torch.no_grad(), _compiled_functions_in_eager(), self._hooks(model), self:
+        with torch.no_grad(), compiled_functions_in_eager(), self._hooks(model), self:
             return list(tensors(model(*args, **kwargs)))
 
     @contextmanager

@@ -1,6 +1,7 @@
 """Activations by name, options in the name: `kwta:ratio=0.1,per=channel`. Each makes modules for one network."""
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import nn
@@ -172,10 +173,10 @@ def _kaf_factory(
     if dictionary_size < 2:
         raise ValueError(f"option 'dictionary_size' of a KAF must be at least 2, got {dictionary_size}")
 
+    names: dict[str, Any] = {"init": init, "kernel": kernel, "base": base}  # which the layer checks
+
     def make(channels: int) -> nn.Module:
-        return kafops.KAF(
-            channels, dictionary_size, boundary, init, learn_gamma=free, learn_dictionary=free, kernel=kernel, base=base
-        )
+        return kafops.KAF(channels, dictionary_size, boundary, learn_gamma=free, learn_dictionary=free, **names)
 
     with torch.random.fork_rng(devices=[]):
         make(1)  # an option out of range is an error now, not at the first layer

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 import kafops
+from kafops.kernels import KernelName
 from models.errors import UserError
 from models.training.curves import kaf_layers
 from models.training.recipe import Recipe
@@ -197,7 +198,7 @@ def _basis(
     size: int,
     boundary: float,
     gamma: float,
-    kernel: str,
+    kernel: KernelName,
     base: str | None,
     dtype: torch.dtype,
     device: torch.device,

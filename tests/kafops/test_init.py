@@ -1,4 +1,5 @@
 import math
+from typing import get_args
 
 import pytest
 import torch
@@ -209,12 +210,13 @@ def test_a_target_that_works_in_place_or_needs_grad_is_fine():
         (
             "rellu",
             ValueError,
-            r"init must be one of 'normal', 'isometric', .*got 'rellu'; did you mean 'relu' or 'elu'",
+            r"init must be one of 'normal', 'isometric', .*got 'rellu'; did you mean 'relu' or ",
         ),
         ("SiLU", ValueError, "did you mean 'silu'"),
         ("zzz", ValueError, r"or a callable, got 'zzz'$"),
-        (3, TypeError, "init must be a name, .* or a callable, got int"),
-        (nn.SiLU, TypeError, r"init must map a tensor \[20\] .* returned SiLU"),
+        (3, TypeError, "init must be a name, .* or a module class, got 3"),
+        (dict, TypeError, "or a module class, got <class 'dict'>"),
+        ("Swish", ValueError, "did you mean 'silu'"),
         (lambda x: x > 0, TypeError, "returned dtype torch.bool"),
         (lambda x: x[:5], ValueError, r"returned shape \[5\]"),
         (torch.log, ValueError, r"finite everywhere, but it returned nan at -3"),
@@ -524,3 +526,29 @@ def test_wrong_bases_are_named(call):
         gradient_factor(torch.ones(1, 3), torch.ones(1), torch.ones(1, 3), base="swish")
     with pytest.raises(ValueError, match="base must be None or one of"):
         ridge(F.relu, grid(5), torch.ones(1), base="swish")
+
+
+@pytest.mark.parametrize("name", sorted(kafops.init.FUNCTIONS))
+def test_names_are_torchs_functions(name):
+    function = {"identity": lambda x: x, "tanh": torch.tanh, "sigmoid": torch.sigmoid}.get(name) or getattr(F, name)
+    layer = kafops.KAF(2, init=name)
+    assert torch.equal(layer.alpha, kafops.KAF(2, init=function).alpha)
+    assert repr(layer) == repr(kafops.KAF(2, init=name))
+    assert name in get_args(kafops.init.InitName)
+
+
+def test_every_name_is_typed():
+    names = {"normal", "isometric", "zeros", "same", *kafops.init.FUNCTIONS}
+    assert set(get_args(kafops.init.InitName)) == names
+    assert set(get_args(kafops.kernels.KernelName)) == set(kafops.kernels.KERNELS)
+    assert set(get_args(kafops.bases.BaseName)) == set(kafops.bases.BASES)
+
+
+def test_modules_and_classes_are_targets():
+    want = kafops.KAF(2, init=F.mish).alpha
+    assert torch.equal(kafops.KAF(2, init=nn.Mish).alpha, want)
+    assert torch.equal(kafops.KAF(2, init=nn.Mish(inplace=True)).alpha, want)
+    prelu = nn.PReLU(init=0.125)
+    assert torch.equal(kafops.KAF(2, init=prelu).alpha, kafops.KAF(2, init=lambda x: F.leaky_relu(x, 0.125)).alpha)
+    assert prelu.weight.requires_grad
+    assert prelu.weight.dtype == torch.float32
