@@ -73,7 +73,7 @@ def network(activation: Callable[[], nn.Module], seed: int = 0) -> nn.Sequential
     return nn.Sequential(*layers, nn.Linear(WIDTH, 1))
 
 
-Call = Callable[[], object]
+Call = Callable[[], tuple[Tensor, ...]]
 Derivatives = Callable[[Callable[[Tensor], Tensor], Tensor], tuple[Tensor, Tensor, Tensor]]
 
 
@@ -88,8 +88,9 @@ def by_autograd(u: Callable[[Tensor], Tensor], points: Tensor) -> tuple[Tensor, 
 def by_func(u: Callable[[Tensor], Tensor], points: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return the same by torch.func, forward over reverse."""
     gradient = grad(lambda p: u(p).sum())
-    along = torch.eye(2, dtype=points.dtype)
-    (du, d_x), (_, d_y) = (jvp(gradient, (points,), (e.expand_as(points),)) for e in along)
+    along_x, along_y = (e.expand_as(points) for e in torch.eye(2, dtype=points.dtype))
+    du, d_x = jvp(gradient, (points,), (along_x,))
+    d_y = jvp(gradient, (points,), (along_y,))[1]
     return du, d_x[:, 0], d_y[:, 1]
 
 
@@ -119,7 +120,8 @@ def points_of(equation: Equation, count: int, generator: torch.Generator) -> tup
 def step(equation: Equation, activation: Callable[[], nn.Module], way: str, compiled: bool, count: int) -> Call:
     """Return the call that makes the gradients of the loss in all parameters."""
     net = network(activation)
-    parameters, inner_and_edge = dict(net.named_parameters()), points_of(equation, count, torch.Generator())
+    parameters: dict[str, Tensor] = dict(net.named_parameters())
+    inner_and_edge = points_of(equation, count, torch.Generator())
     buffers = dict(net.named_buffers())
 
     def loss(parameters: dict[str, Tensor], inner: Tensor, edge: Tensor) -> Tensor:

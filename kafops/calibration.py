@@ -122,7 +122,7 @@ def calibrate(model: nn.Module, inputs: Any, quantile: float = 0.999) -> Calibra
     report = {name: _report(reached[name], plan) for name, plan in plans.items()}
     for plan in plans.values():
         plan.layer._move_boundary(plan.boundary)
-        plan.layer._fill(plan.alpha, plan.gamma, plan.points)
+        plan.layer._fill((plan.alpha, plan.gamma), plan.points)
     return CalibrationReport(report, [name for name in seen if name not in reached])
 
 
@@ -141,9 +141,10 @@ class _Plan(NamedTuple):
 def _fitted_function(layer: KAF) -> Target | None:
     """Return the function that the layer's curves are the fit to, as long as they are as they started."""
     function = layer._init.function(layer._grid())
-    if function is None:
+    start = layer._initial_values(layer.num_parameters)
+    if function is None or start is None:
         return None
-    alpha, gamma = layer._initial_values(layer.num_parameters)
+    alpha, gamma = start
     pairs = [(layer.alpha, alpha), (layer.bandwidths(), gamma)]
     if layer.dictionary is not None:
         pairs.append((layer.dictionary, layer._grid()))

@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import handle_torch_function, has_torch_function
 
-from kafops import autograd, backends, bases, checks, kernels, reference
+from kafops import autograd, backends, bases, checks, kernels, reference, sharding
 
 __all__ = ["kaf", "kaf_free"]
 
@@ -123,9 +124,11 @@ def _call(
         if channel_dim == 1 and type(channel_dim) is int and kernel == "gaussian" and backends.choose(x) != "reference":
             return autograd.apply(x, alpha, gamma, dictionary, boundary, 0, _BASES[base])
     except Exception:
-        _check(x, alpha, gamma, dictionary, kernel, base, channel_dim)
-        if not any(p is not None and p.dtype in _HALF for p in (alpha, gamma, dictionary)):
-            raise
+        if not _stand_ins(x, alpha, gamma, dictionary):
+            _check(x, alpha, gamma, dictionary, kernel, base, channel_dim)
+            half = any(p is not None and p.dtype in _HALF for p in (alpha, gamma, dictionary))
+            if not half and not sharding.register():
+                raise
     return _checked(x, alpha, gamma, dictionary, boundary, kernel, base, channel_dim)
 
 
@@ -140,6 +143,12 @@ def _checked(
     channel_dim: int,
 ) -> Tensor:
     """Compute a curve, all arguments checked first."""
+    if stand_ins := _stand_ins(x, alpha, gamma, dictionary):
+        rest: tuple[Any, ...] = (boundary, kernel, base, channel_dim)
+        if dictionary is None:
+            return handle_torch_function(kaf, stand_ins, x, alpha, gamma, *rest)
+        return handle_torch_function(kaf_free, stand_ins, x, alpha, gamma, dictionary, *rest[1:])
+    sharding.register()
     _check(x, alpha, gamma, dictionary, kernel, base, channel_dim)
     alpha, gamma = _precise(alpha), _precise(gamma)
     dictionary = None if dictionary is None else _precise(dictionary)
@@ -165,6 +174,11 @@ def _compute(
             return reference.kaf(x, alpha, gamma, boundary, kernel, base)
         return reference.kaf_free(x, alpha, gamma, dictionary, kernel, base)
     return autograd.apply(x, alpha, gamma, dictionary, boundary, _KERNELS[kernel], _BASES[base])
+
+
+def _stand_ins(*tensors: Any) -> list[Any]:
+    """What is no tensor, but takes calls as torch's own functions do: of these the proxies of torch.fx."""
+    return [t for t in tensors if not isinstance(t, Tensor) and has_torch_function((t,))]
 
 
 def _precise(p: Tensor) -> Tensor:

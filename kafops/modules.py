@@ -9,11 +9,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.lazy import LazyModuleMixin
 from torch.nn.parameter import Parameter, UninitializedParameter, is_lazy
+from torch.overrides import has_torch_function
 
 from kafops import bases, kernels, reference, same
 from kafops import bounds as certified
 from kafops import init as initial
 from kafops.functional import kaf, kaf_free
+from kafops.sharding import placed_as
+from kafops.torch_private import is_fake, real_tensors
 
 __all__ = ["KAF", "KAF1d", "KAF2d", "KAF3d", "LazyKAF", "LazyKAF1d", "LazyKAF2d", "LazyKAF3d"]
 
@@ -132,24 +135,26 @@ class KAF(nn.Module):
             raise TypeError(f"dtype must be one of {', '.join(map(str, _DTYPES))}, got {dtype}")
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.learn_gamma, self.learn_dictionary = learn_gamma, learn_dictionary
-        self._start_gamma = self._check_gamma(gamma, dtype)
-        if base == "same":
-            base, init = self._take_place_of(old, init, fit)
-        elif fit:
-            raise ValueError(f'fit=True goes with base="same", got base={base!r}')
-        self.base = base
-        fused = None if self.old is not None else base
-        bases.named(fused)
-        start = initial.default(base) if init is None else init
-        target = same.checked(old, "init") if start == "same" else start
-        self._init = initial.resolve(target, self._grid(), self.kernel, fused)
+        with real_tensors():
+            self._start_gamma = self._check_gamma(gamma, dtype)
+            if base == "same":
+                base, init = self._take_place_of(old, init, fit)
+            elif fit:
+                raise ValueError(f'fit=True goes with base="same", got base={base!r}')
+            self.base = base
+            fused = None if self.old is not None else base
+            bases.named(fused)
+            start = initial.default(base) if init is None else init
+            target = same.checked(old, "init") if start == "same" else start
+            self._init = initial.resolve(target, self._grid(), self.kernel, fused)
         self._init_name = start if isinstance(start, str) else getattr(start, "__name__", None) or repr(start)
         if start == "same":
             self._init_name += f", old={same.name_of(old)}"
 
         def empty(*columns: int) -> Any:
             if lazy:
-                return UninitializedParameter(**factory)
+                with real_tensors():  # torch has none that are fake
+                    return UninitializedParameter(**factory)
             return Parameter(torch.empty(self.num_parameters, *columns, **factory))
 
         self.alpha = empty(self.dictionary_size)
@@ -162,7 +167,7 @@ class KAF(nn.Module):
 
     def reset_parameters(self) -> None:
         """Draw new curves by `init`, and put gamma, dictionary and curve back to their initial values."""
-        self._fill(*self._initial_values(self.num_parameters))
+        self._fill(self._initial_values(self.num_parameters))
 
     def bandwidths(self) -> Tensor:  # [C]
         """Return γ of each channel [C], learned or not."""
@@ -244,7 +249,18 @@ class KAF(nn.Module):
             y = kaf_free(x, alpha, gamma, self.dictionary, self.kernel, self._fused_base, channel_dim)
         else:
             y = kaf(x, alpha, gamma, self.boundary, self.kernel, self._fused_base, channel_dim)
-        return y if self.old is None else self.old(x) + y
+        if self.old is None:
+            return y
+        if isinstance(self.old, nn.Module) and not isinstance(x, Tensor):  # torch.fx, which knows submodules only
+            return self.old.forward(x) + y
+        return self.old(x) + y
+
+    def __prepare_scriptable__(self) -> "KAF":
+        """Raise: torch.jit.script calls this first."""
+        raise RuntimeError(
+            f"torch.jit.script cannot compile {type(self).__name__}, whose curves are chosen in Python; use "
+            "torch.jit.trace(model, example) for TorchScript, or torch.export.export or torch.compile in its place"
+        )
 
     @property
     def _fused_base(self) -> bases.BaseName | None:
@@ -256,7 +272,8 @@ class KAF(nn.Module):
         parts = [f"{self.num_parameters}, dictionary_size={self.dictionary_size}, boundary={self.boundary:g}"]
         parts.append(f"init={self._init_name}")
         gamma = self._start_gamma
-        parts.append(f"gamma={gamma.item():.4g}" if len(gamma) == 1 else f"gamma={len(gamma)} values")
+        known = len(gamma) == 1 and not is_fake(gamma)
+        parts.append(f"gamma={gamma.item():.4g}" if known else f"gamma={len(gamma)} values")
         parts += [f"{name}=True" for name in ("learn_gamma", "learn_dictionary") if getattr(self, name)]
         parts += [f"kernel={self.kernel}"] * (self.kernel != "gaussian")
         parts += [f"base={self.base}"] * (self.base is not None)
@@ -276,9 +293,10 @@ class KAF(nn.Module):
         if saved is not None and key not in state_dict:
             state_dict[key] = torch.cat([saved.flatten().double(), torch.zeros(3 - saved.numel(), dtype=torch.float64)])
         saved = state_dict.get(key)
-        if isinstance(saved, Tensor) and not saved.is_meta:
-            self._check_curve(saved)
-            state_dict[key] = self._curve().to(saved.device)  # exact, whatever the state_dict was cast to
+        if isinstance(saved, Tensor) and not saved.is_meta and not is_fake(saved):
+            self._check_curve(saved.full_tensor() if hasattr(saved, "full_tensor") else saved)
+            # Exact, whatever the state_dict was cast to.
+            state_dict[key] = placed_as(saved, self._curve().to(saved.device))
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def _check_curve(self, saved: Tensor) -> None:
@@ -316,13 +334,13 @@ class KAF(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "KAF":
         """Move or convert as `nn.Module` does, but the layer's own state never below float32."""
-        own: dict[int, Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]] = {}
-        for p in (self.alpha, self.log_gamma, self.dictionary, self.gamma):
-            if p is not None:
+        own: dict[int, Callable[[Callable[[Tensor], Tensor], Tensor], Tensor]] = {id(self.curve): _apply_move}
+        held = self._parameters | self._buffers
+        for name in ("alpha", "log_gamma", "dictionary", "gamma"):
+            if (p := held.get(name)) is not None:
                 own[id(p)] = _apply_precise
-                own[id(p.grad)] = _apply_precise
-        own[id(self.curve)] = _apply_move
-        own.pop(id(None), None)
+                if p.grad is not None:
+                    own[id(p.grad)] = _apply_precise
         super()._apply(lambda t: own[id(t)](fn, t) if id(t) in own else fn(t), recurse=False)
         if recurse:
             for child in self.children():
@@ -343,20 +361,25 @@ class KAF(nn.Module):
         vars(self)["old"] = function  # no submodule
         return "same", "zeros"
 
-    def _initial_values(self, num_parameters: int) -> tuple[Tensor, Tensor]:  # alpha [C, D], gamma [C]
-        gamma = self._start_gamma.expand(num_parameters)
-        return self._init(self._grid(), gamma), gamma
+    def _initial_values(self, num_parameters: int) -> tuple[Tensor, Tensor] | None:  # alpha [C, D], gamma [C]
+        """Return the values to start from, or None where tensors have none."""
+        if is_fake(self.alpha) or is_fake(self._start_gamma):
+            return None
+        with real_tensors():
+            gamma = self._start_gamma.expand(num_parameters)
+            return self._init(self._grid(), gamma), gamma
 
     @torch.no_grad()
-    def _fill(self, alpha: Tensor, gamma: Tensor, points: Tensor | None = None) -> None:
-        self.alpha.copy_(alpha)
-        if self.gamma is not None:
-            self.gamma.copy_(gamma)
-        if self.log_gamma is not None:
-            self.log_gamma.copy_(gamma.log())
-        if self.dictionary is not None:
-            self.dictionary.copy_(self._grid() if points is None else points)
-        self.curve.copy_(self._curve())
+    def _fill(self, values: tuple[Tensor, Tensor] | None, points: Tensor | None = None) -> None:
+        if values is None or is_fake(self.alpha):
+            return
+        alpha, gamma = values
+        with real_tensors():
+            points = self._grid().expand_as(alpha) if points is None else points
+            new = {"alpha": alpha, "gamma": gamma, "log_gamma": gamma.log(), "dictionary": points}
+            for name, value in (new | {"curve": self._curve()}).items():
+                if (t := getattr(self, name)) is not None:
+                    t.copy_(placed_as(t, value))
 
     @torch.no_grad()
     def _move_boundary(self, boundary: float) -> None:
@@ -376,6 +399,8 @@ class KAF(nn.Module):
 
     def _check_rank(self, x: Tensor) -> None:
         if not isinstance(x, Tensor):
+            if has_torch_function((x,)):  # of torch.fx, and of unknown rank
+                return
             raise TypeError(f"x must be a torch.Tensor, got {type(x).__name__}")
         if self._ranks and x.dim() not in self._ranks:
             raise ValueError(
@@ -397,11 +422,15 @@ class KAF(nn.Module):
                 raise ValueError(f"{wanted}, copied, so without requires_grad; learn_gamma=True makes it trainable")
             if gamma.dim() != 1 or len(gamma) == 0 or len(gamma) not in (1, self.num_parameters or len(gamma)):
                 raise ValueError(f"{wanted}, got shape {list(gamma.shape)} with num_parameters={self.num_parameters}")
+            if gamma.is_meta:
+                raise ValueError(f"{wanted}, got one on meta, which has no values")
             value = gamma.to(device="cpu", dtype=torch.float64, copy=True)
         elif isinstance(gamma, bool) or not isinstance(gamma, numbers.Real):
             raise TypeError(f"{wanted}, got {type(gamma).__name__}")
         else:
             value = torch.tensor([float(gamma)], dtype=torch.float64, device="cpu")
+        if is_fake(value):
+            return value
         stored = value.to(dtype)  # float32 turns 1e-60 into 0 and 1e60 into inf
         if not ((stored > 0) & stored.isfinite()).all():
             bad = value[~((stored > 0) & stored.isfinite())][0].item()
@@ -487,6 +516,10 @@ class _LazyKAF(LazyModuleMixin, KAF):
         self._check_rank(x)
         if not is_lazy(self.alpha):
             return
+        if not isinstance(x, Tensor):
+            raise RuntimeError(
+                f"{type(self).__name__} has no curves before its first call; call it once, then trace it"
+            )
         if not -x.dim() <= self.channel_dim < x.dim():
             raise ValueError(
                 f"channel_dim must be a dimension of x, got channel_dim={self.channel_dim} for x {list(x.shape)}"
@@ -504,12 +537,16 @@ class _LazyKAF(LazyModuleMixin, KAF):
         values = self._initial_values(num_parameters)  # may raise; the layer is then still lazy
         self.num_parameters = num_parameters
         shape = (num_parameters, self.dictionary_size)
-        for parameter in self.parameters(recurse=False):
+        for name, parameter in self.named_parameters(recurse=False):
             assert isinstance(parameter, UninitializedParameter)
-            parameter.materialize(shape[:1] if parameter is self.log_gamma else shape)
+            size = shape[:1] if name == "log_gamma" else shape
+            if is_fake(new := torch.empty(size, dtype=parameter.dtype, device=parameter.device)):
+                setattr(self, name, Parameter(new))
+            else:
+                parameter.materialize(size)
         if not self.learn_gamma:
             self.gamma = self.alpha.new_empty(num_parameters)
-        self._fill(*values)
+        self._fill(values)
 
     def _lazy_load_hook(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         # All of the layer, with this D and initial values, so that torch's own checks see a wrong or missing entry.

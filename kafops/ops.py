@@ -29,7 +29,7 @@ class Needs:
 
 
 _BITS = {"x": Needs.X, "alpha": Needs.ALPHA, "gamma": Needs.GAMMA, "dictionary": Needs.DICTIONARY, "grad": Needs.GRAD}
-_OF_X = ("x", "grad", "v_x")  # tensors of the shape of x; the others are parameters, or as one
+OF_X = ("x", "grad", "v_x")  # tensors of the shape of x; the others are parameters, or as one
 
 
 @dataclass(frozen=True)
@@ -148,7 +148,7 @@ def _fake(operator: Operator) -> Callable[..., Any]:
             t = a[name]
             if t is None or not a["needs"] & flag:
                 gradients.append(x.new_empty(0))
-            elif name in _OF_X:
+            elif name in OF_X:
                 gradients.append(torch.empty_like(x))  # also of grad: in the layout of x, which the loops run over
             else:
                 gradients.append(t.new_empty(t.shape))  # contiguous whatever the strides of the parameter
@@ -217,10 +217,10 @@ def _vmap(operator: Operator, op: Any) -> Callable[..., Any]:
         fold = _Fold(info.batch_size, a["x"], dims["x"])
         flags = zip(operator.outputs, operator.flags, strict=True)
         wanted = [name for name, flag in flags if a["needs"] & flag and a[name] is not None]
-        parameters = [name for name in operator.tensors if name not in _OF_X]
-        joined = all(dims[name] is None for name in parameters) and all(name in _OF_X for name in wanted)
+        parameters = [name for name in operator.tensors if name not in OF_X]
+        joined = all(dims[name] is None for name in parameters) and all(name in OF_X for name in wanted)
         for name in operator.tensors:
-            if name in _OF_X:
+            if name in OF_X:
                 a[name] = (fold.join if joined else fold.data)(a[name], dims[name])
             elif not joined:
                 a[name] = fold.rows(a[name], dims[name])
@@ -231,7 +231,7 @@ def _vmap(operator: Operator, op: Any) -> Callable[..., Any]:
         for name, t in zip(operator.outputs, results, strict=True):
             if name not in wanted:
                 unfolded.append(t)
-            elif name in _OF_X:
+            elif name in OF_X:
                 unfolded.append((fold.split if joined else fold.unfold_data)(t))
             else:
                 unfolded.append(fold.unfold_rows(t, given[name], dims[name]))

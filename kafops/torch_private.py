@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch._functorch import utils as _functorch_utils
+from torch._subclasses import fake_tensor as _fake_tensor
 from torch.autograd import forward_ad as _forward_ad
 from torch.autograd import function as _function
 
@@ -20,6 +21,8 @@ __all__ = [
     "enable_single_level_functions",
     "get_tracing_state",
     "gradients_wanted",
+    "is_fake",
+    "real_tensors",
     "transforms_active",
     "unregister",
 ]
@@ -41,6 +44,10 @@ enable_single_level_functions = _functorch_utils.enable_single_level_autograd_fu
 
 # Forward mode is off within a kernel on the Autograd key; one that is differentiated further needs it. 2.0
 enable_forward_mode = _forward_ad._set_fwd_grad_enabled
+
+# Tensors without values, under a FakeTensorMode, and a context that leaves it, for constants. 2.4
+is_fake = _fake_tensor.is_fake
+real_tensors = _fake_tensor.unset_fake_temporarily
 
 
 def transforms_active() -> bool:
