@@ -89,9 +89,8 @@ def by_func(u: Callable[[Tensor], Tensor], points: Tensor) -> tuple[Tensor, Tens
     """Return the same by torch.func, forward over reverse."""
     gradient = grad(lambda p: u(p).sum())
     along_x, along_y = (e.expand_as(points) for e in torch.eye(2, dtype=points.dtype))
-    du, d_x = jvp(gradient, (points,), (along_x,))
-    d_y = jvp(gradient, (points,), (along_y,))[1]
-    return du, d_x[:, 0], d_y[:, 1]
+    by_x, by_y = jvp(gradient, (points,), (along_x,)), jvp(gradient, (points,), (along_y,))
+    return by_x[0], by_x[1][:, 0], by_y[1][:, 1]
 
 
 def loss_of(
