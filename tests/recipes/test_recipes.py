@@ -27,7 +27,8 @@ WANTED = {
         assert all(p.abs().max() > 0 for p in kafops.curve_parameters(model))  # have been trained
     """,
     "lightning": """
-        assert {"layers.1/outside", "layers.4/outside"} <= {k.removeprefix("curves/") for k in trainer.logged_metrics}
+        assert {"loss", "kaf/1/alpha", "kaf/3/alpha", "kaf/outside"} <= set(trainer.logged_metrics)
+        assert trainer.logged_metrics["kaf/1/alpha"] > 1e-3
     """,
     "pinns": """
         assert error < 0.12 and field_error < 0.05 and force_error < 0.03  # twice and more what was seen
