@@ -55,8 +55,9 @@ class KAF(nn.Module):
             layer that starts as exactly what `old` is: where that is one of the bases, with this base; else with old
             itself as a base that is not fused, which costs its time and memory.
         channel_dim: dimension of x that has the channels, keyword only, default 1; -1 in transformers and MLPs.
-        old: the activation that a layer with base="same" takes the place of, keyword only: a module, a module class or
-            a function. A module is copied, is no submodule and not in the state; it may have no parameters.
+        old: the activation that a layer with base="same" or init="same" takes the place of, keyword only: a module, a
+            module class or a function. A module is copied, is no submodule and not in the state; it may have no
+            parameters with base="same".
         fit: with base="same" and an old that is no base, keyword only: take the nearest base and fit curves to the
             rest, which is fast, but not exact; `fit_error` is the largest error.
 
@@ -74,7 +75,7 @@ class KAF(nn.Module):
     cost 1e-2 in the output. After `.to_empty()` call `reset_parameters()`, which restores gamma and curve too.
 
     Raises:
-        TypeError, ValueError: an argument is out of its range; base="same" without old; x does not fit (from
+        TypeError, ValueError: an argument is out of its range; base="same" or init="same" without old; x does not fit (from
             `kafops.kaf`).
 
     Source: Scardapane et al., "Kafnets: kernel-based non-parametric activation functions for neural networks", 2017;

@@ -19,8 +19,9 @@ def watch(model: nn.Module, inputs: Any = None, figure: bool = False) -> dict[st
 
     Of each KAF layer, under "kaf/<name of the layer>/": `alpha`, the largest |α|; `slope`, the largest |f′| of its
     channels on the dictionary, seen on a grid (`KAF.bounds` certifies one); `gamma_min` and `gamma_max`, where γ is
-    learned; and with inputs `outside`, the share of the layer's inputs outside the dictionary, and `outside_worst`, that
-    of the channel where it is the largest. Under "kaf/" alone the largest `alpha`, `slope` and `outside` of all layers.
+    learned; and with inputs `outside`, the share of the layer's inputs outside the dictionary, and `outside_worst`,
+    that of the channel where it is the largest. Under "kaf/" alone the largest `alpha`, `slope` and `outside` of all
+    layers.
 
     Args:
         model: a model that has KAF layers; stays as it was. It runs in eval mode, where there are inputs.
@@ -50,7 +51,8 @@ def watch(model: nn.Module, inputs: Any = None, figure: bool = False) -> dict[st
     for name, layer in layers.items():
         numbers = {"alpha": layer.alpha.detach().abs().max().item(), "slope": _steepest(layer)}
         if layer.log_gamma is not None:
-            numbers |= dict(zip(("gamma_min", "gamma_max"), map(float, layer.bandwidths().aminmax()), strict=True))
+            least, largest = layer.bandwidths().detach().aminmax()
+            numbers |= {"gamma_min": least.item(), "gamma_max": largest.item()}
         of = seen.get(name)
         if of is not None and of.called:
             numbers["outside"] = of.share
