@@ -12,8 +12,10 @@ from kafops.convert import replace_activations
 from kafops.functional import kaf, kaf_free
 from kafops.modules import KAF, KAF1d, KAF2d, KAF3d, LazyKAF, LazyKAF1d, LazyKAF2d, LazyKAF3d
 from kafops.optimizers import curve_parameters, param_groups
+from kafops.plotting import plot
 from kafops.replacements import Replacement, ReplacementReport
 from kafops.states import Loaded, load_state_dict
+from kafops.watching import watch
 
 __version__ = "0.1.0"
 
@@ -46,8 +48,10 @@ __all__ = [
     "library",
     "load_state_dict",
     "param_groups",
+    "plot",
     "reference",
     "replace_activations",
+    "watch",
 ]
 
 

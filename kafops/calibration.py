@@ -239,7 +239,7 @@ def _report(of: LayerInputs, plan: _Plan) -> Calibration:
     outside = of.count_outside(low, high)
     return Calibration(
         (layer.boundary, plan.boundary),
-        ((of.outside.sum() / of.total.sum()).item(), (outside.sum() / total.sum()).item()),
+        (of.share, (outside.sum() / total.sum()).item()),
         (outside / total.clamp(min=1)).max().item(),
         plan.error,
         plan.restarted,

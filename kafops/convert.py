@@ -152,7 +152,7 @@ def replace_activations(
         try:
             with observed(_layers_on_values(replacements)) as seen:
                 moved = Moved.between(findings.outputs, sites_by_example.outputs(model, example_input))
-            outside = {name: of.outside.sum().item() / of.total.sum().item() for name, of in seen.items() if of.called}
+            outside = {name: of.share for name, of in seen.items() if of.called}
         except BaseException:
             undo()
             raise

@@ -57,9 +57,14 @@ class LayerInputs:
         return bool(self.total.any())
 
     @property
-    def share_outside(self) -> Tensor:  # [C]
-        """The share of each channel's inputs that is not within the dictionary; 0 of none."""
-        return self.outside.cpu() / self.total.cpu().clamp(min=1).double()
+    def share(self) -> float:
+        """The share of the inputs that is not within the dictionary."""
+        return self.outside.sum().item() / self.total.sum().item()
+
+    @property
+    def shares(self) -> Tensor:  # [C], float64
+        """That share in each channel."""
+        return self.outside.double().cpu() / self.total.double().cpu()
 
     def add(self, x: Tensor) -> None:
         """Count what the layer is given."""

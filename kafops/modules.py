@@ -32,16 +32,16 @@ class KAF(nn.Module):
 
     with D points δ evenly spaced on [-boundary, boundary], Δ apart (the single point 0 for D = 1). Beyond the boundary
     a curve returns to its base within a few Δ, to 0 where it has none; x should be normalised then, and with the
-    default boundary of 3, unit variance suits.
+    default boundary of 3, unit variance suits; `kafops.calibrate` puts the boundary where the inputs of a model are.
 
     Args:
         num_parameters: number of channels C, or 1 to share one curve among all, as `torch.nn.PReLU` does.
         dictionary_size: number of points D, default 20.
         boundary: half-width of the dictionary in the units of x, default 3.
         init: the curves to start from. None (default) is "elu" without a base and "zeros" with one, which leaves the
-            base alone. "elu", "relu", "silu", "gelu", "tanh", "identity" or any callable Tensor → Tensor: a ridge fit
-            to that function, less the base; "isometric": random curves that keep gradients in scale in deep networks;
-            "normal": random coefficients of std 0.3, with which gradients of deep networks explode; or an object of
+            base alone. "elu", "relu", "tanh" or another name of `kafops.init.FUNCTIONS`, a module or its class, or any
+            callable Tensor → Tensor: a ridge fit to that function, less the base; "same": one to `old`, of which
+            nothing else is kept; "isometric": random curves that keep gradients in scale in deep networks; "normal": random coefficients of std 0.3, with which gradients of deep networks explode; or an object of
             `kafops.init`, such as `Normal(std=0.8)`.
         gamma: bandwidth in units of 1/x², a number or a tensor [C] or [1]; default 1/(6Δ²) (but see kernel). Required
             for D = 1.
@@ -58,8 +58,9 @@ class KAF(nn.Module):
             layer that starts as exactly what `old` is: where that is one of the bases, with this base; else with old
             itself as a base that is not fused, which costs its time and memory.
         channel_dim: dimension of x that has the channels, keyword only, default 1; -1 in transformers and MLPs.
-        old: the activation that a layer with base="same" takes the place of, keyword only: a module, a module class or
-            a function. A module is copied, is no submodule and not in the state; it may have no parameters.
+        old: the activation that a layer with base="same" or init="same" takes the place of, keyword only: a module, a
+            module class or a function. A module is copied, is no submodule and not in the state; it may have no
+            parameters with base="same".
         fit: with base="same" and an old that is no base, keyword only: take the nearest base and fit curves to the
             rest, which is fast, but not exact; `fit_error` is the largest error.
 
@@ -71,14 +72,14 @@ class KAF(nn.Module):
         Parameter `alpha` [C, D]; `gamma` [C], a buffer, or where learned the parameter `log_gamma` [C]; parameter
         `dictionary` [C, D] where learned. Absent ones are None; `bandwidths()` and `points()` serve both cases. Buffer
         `curve` [3], float64, says what curves these are: the boundary and the codes of kernel and base. Loading into a
-        layer of others raises. States of version 0.1 load, too.
+        layer of others raises; `kafops.load_state_dict` takes the boundary over. States of version 0.1 load, too.
 
     `.half()`, `.bfloat16()` and the like leave the layer's state in float32, because coefficients in half precision
     cost 1e-2 in the output. After `.to_empty()` call `reset_parameters()`, which restores gamma and curve too.
 
     Raises:
-        TypeError, ValueError: an argument is out of its range; base="same" without old; x does not fit (from
-            `kafops.kaf`).
+        TypeError, ValueError: an argument is out of its range; base="same" or init="same" without old; x does not fit
+            (from `kafops.kaf`).
 
     Source: Scardapane et al., "Kafnets: kernel-based non-parametric activation functions for neural networks", 2017;
     trained points and bandwidths: "KAF-Free", Peconi, 2020.
