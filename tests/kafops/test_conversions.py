@@ -178,7 +178,7 @@ def test_fake_layers(make):
 def test_wrong_arguments_are_told_under_fake_tensors_and_on_meta():
     with FakeTensorMode(), pytest.raises(ValueError, match=r"gamma must be a positive finite number, .* got -1\.0"):
         kafops.KAF(6, gamma=-1.0)
-    with torch.device("meta"), pytest.raises(ValueError, match="gamma must be .* got one on meta, which has no values"):
+    with torch.device("meta"), pytest.raises(ValueError, match=r"gamma must be .* got one on meta"):
         kafops.KAF(6, gamma=torch.ones(6))
 
 
@@ -249,7 +249,8 @@ def test_a_half_state_is_assigned_and_trains(dtype, options):
     x = torch.randn(2, 6, 4, 4)
     y = layer(x)
     y.sum().backward()
-    want = kafops.reference.kaf_free(x, *(t.detach().float() for t in (layer.alpha, layer.bandwidths(), layer.points())))
+    tensors = [t.detach().float() for t in (layer.alpha, layer.bandwidths(), layer.points())]
+    want = kafops.reference.kaf_free(x, *tensors)
     summed = layer.alpha.detach().float().abs().sum(1).max().item()
     torch.testing.assert_close(y.detach(), want, rtol=0, atol=64 * torch.finfo(torch.float32).eps * summed)
     assert {p.grad.dtype for p in layer.parameters()} == {dtype}
@@ -323,11 +324,11 @@ def run_page(rank, directory):
             error = (p.grad.full_tensor() - q.grad).norm() / q.grad.norm()
             assert error < 0.1, error  # some roundings of bfloat16, 4e-3 each, where terms cancel
 
-        for make, of in (
-            (lambda: copy.deepcopy(plain), {"mixed_precision": MixedPrecision(param_dtype=torch.bfloat16)}),
-            (lambda: copy.deepcopy(plain).bfloat16(), {"auto_wrap_policy": ModuleWrapPolicy({kafops.KAF2d})}),
+        for net, of in (
+            (copy.deepcopy(plain), {"mixed_precision": MixedPrecision(param_dtype=torch.bfloat16)}),
+            (copy.deepcopy(plain).bfloat16(), {"auto_wrap_policy": ModuleWrapPolicy({kafops.KAF2d})}),
         ):
-            wrapped = FullyShardedDataParallel(make(), device_id=torch.device("cpu"), use_orig_params=True, **of)
+            wrapped = FullyShardedDataParallel(net, device_id=torch.device("cpu"), use_orig_params=True, **of)
             y = wrapped(images if "mixed_precision" in of else images.bfloat16())
             y.float().sum().backward()
             assert y.dtype == torch.bfloat16

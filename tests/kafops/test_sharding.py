@@ -1,7 +1,5 @@
 """DTensors in two gloo processes: every operator, sharded in every dimension, has the values of plain tensors."""
 
-import subprocess
-import sys
 from functools import partial
 
 import pytest
@@ -95,8 +93,7 @@ def compiled(place, of_x, of_alpha):
     """Values and gradients under torch.compile."""
     x, alpha, gamma, dictionary = draw(6)
     tensors = [place(x, of_x), place(alpha, of_alpha), place(gamma, Replicate()), place(dictionary, of_alpha)]
-    for t in tensors:
-        t.requires_grad_()
+    tensors = [t.detach().clone().requires_grad_() for t in tensors]
     y = torch.compile(kafops.kaf_free, backend="aot_eager", fullgraph=True)(*tensors)
     return y, *torch.autograd.grad(y.sin().sum(), tensors)
 
@@ -129,12 +126,13 @@ CASES = {
         "operators, n = 2, m = 1": partial(operators, n=2, m=1),
         "operators, gradient of alpha alone": partial(operators, needs=2),
         "vmap": ensembles,
-        "compiled": compiled,
     }.items()
     for x in PLACEMENTS
     for alpha in ALPHA
 }
 CASES["tensor parallel"] = tensor_parallel
+CASES |= {f"compiled, x {x}": partial(compiled, of_x=PLACEMENTS[x], of_alpha=Replicate()) for x in PLACEMENTS}
+CASES["compiled, by channels"] = partial(compiled, of_x=Shard(1), of_alpha=Shard(0))
 
 
 def worker(rank, directory):
