@@ -512,7 +512,8 @@ class _LazyKAF(LazyModuleMixin, KAF):
             )
         if len(self._start_gamma) not in (1, num_parameters):
             raise ValueError(f"gamma must have shape [{num_parameters}] or [1], got {list(self._start_gamma.shape)}")
-        values = self._initial_values(num_parameters)  # may raise; the layer is then still lazy
+        # May raise; the layer is then still lazy.
+        values = None if is_fake(torch.empty(0)) else self._initial_values(num_parameters)
         self.num_parameters = num_parameters
         shape = (num_parameters, self.dictionary_size)
         for name, parameter in self.named_parameters(recurse=False):

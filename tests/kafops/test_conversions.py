@@ -125,11 +125,10 @@ def test_script_says_what_to_do(make):
 
 @layers
 @pytest.mark.filterwarnings("ignore:.*deprecated:FutureWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")  # of shapes that are checked
 def test_trace(make):
     net, x = make_net(make).eval(), torch.randn(2, 3, 6, 6, dtype=F64)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", torch.jit.TracerWarning)
-        traced = torch.jit.trace(net, x)
+    traced = torch.jit.trace(net, x)
     file = io.BytesIO()
     torch.jit.save(traced, file)
     file.seek(0)
@@ -170,8 +169,7 @@ def test_fake_layers(make):
         assert isinstance(p, FakeTensor)
         assert p.grad.shape == p.shape
     assert {type(t) for t in layer.buffers()} == {FakeTensor}
-    if "lazy" not in repr(make).lower():
-        assert torch.equal(torch.get_rng_state(), state)
+    assert torch.equal(torch.get_rng_state(), state)
     kafops.KAF2d(6, base="same", old=nn.Mish)(torch.randn(1, 6, 2, 2))  # nothing fake was kept
 
 
@@ -256,7 +254,7 @@ def test_a_half_state_is_assigned_and_trains(dtype, options):
     assert {p.grad.dtype for p in layer.parameters()} == {dtype}
 
 
-# --------------------------------------------------------------------------------------------- what importing kafops does
+# ------------------------------------------------------------------------------------------- what importing kafops does
 
 _USE = """
 import kafops
@@ -282,7 +280,7 @@ def test_distributed_is_not_imported_nor_needed(before):
     subprocess.run([sys.executable, "-c", program], check=True, timeout=300)
 
 
-# ------------------------------------------------------------------------------------------------------ docs/distributed
+# ----------------------------------------------------------------------------------------------------- docs/distributed
 
 
 def examples(section):
@@ -303,13 +301,13 @@ def worker(rank, directory):
 
 def run_page(rank, directory):
     from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision
+    from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecision, fully_shard
     from torch.distributed.fsdp.wrap import ModuleWrapPolicy
     from torch.distributed.tensor import DTensor, Partial, Shard, distribute_module, distribute_tensor
 
     mesh = init_device_mesh("cpu", (2,))
     names = {"torch": torch, "nn": nn, "kafops": kafops, "mesh": mesh}
-    names |= {f.__name__: f for f in (distribute_module, distribute_tensor, Shard)}
+    names |= {f.__name__: f for f in (distribute_module, distribute_tensor, fully_shard, Shard)}
 
     # FSDP: near the same in one process, and the gradients in float32.
     images = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(1))
