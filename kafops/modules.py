@@ -182,7 +182,8 @@ class KAF(nn.Module):
         """Return the dictionary δ: [C, D] where learned, else the one even grid [1, D]."""
         if self.dictionary is not None:
             return self.dictionary
-        return reference.uniform_dictionary(self.dictionary_size, self.boundary, like=self.alpha)
+        like = self.alpha.new_empty(0, dtype=torch.promote_types(self.alpha.dtype, torch.float32))
+        return reference.uniform_dictionary(self.dictionary_size, self.boundary, like)
 
     def bounds(
         self, lower: float | Tensor | None = None, upper: float | Tensor | None = None
@@ -273,8 +274,9 @@ class KAF(nn.Module):
         parts = [f"{self.num_parameters}, dictionary_size={self.dictionary_size}, boundary={self.boundary:g}"]
         parts.append(f"init={self._init_name}")
         gamma = self._start_gamma
-        known = len(gamma) == 1 and not is_fake(gamma)
-        parts.append(f"gamma={gamma.item():.4g}" if known else f"gamma={len(gamma)} values")
+        with real_tensors():
+            known = len(gamma) == 1 and not is_fake(gamma)
+            parts.append(f"gamma={gamma.item():.4g}" if known else f"gamma={len(gamma)} values")
         parts += [f"{name}=True" for name in ("learn_gamma", "learn_dictionary") if getattr(self, name)]
         parts += [f"kernel={self.kernel}"] * (self.kernel != "gaussian")
         parts += [f"base={self.base}"] * (self.base is not None)
@@ -515,12 +517,11 @@ class _LazyKAF(LazyModuleMixin, KAF):
     def initialize_parameters(self, x: Tensor) -> None:
         """Take the number of channels from x."""
         self._check_rank(x)
-        if not is_lazy(self.alpha):
+        if not is_lazy(self._parameters["alpha"]):
             return
         if not isinstance(x, Tensor):
-            raise RuntimeError(
-                f"{type(self).__name__} has no curves before its first call; call it once, then trace it"
-            )
+            name = type(self).__name__
+            raise RuntimeError(f"{name} has no curves before its first call; call it once, then trace it")
         if not -x.dim() <= self.channel_dim < x.dim():
             raise ValueError(
                 f"channel_dim must be a dimension of x, got channel_dim={self.channel_dim} for x {list(x.shape)}"
@@ -535,7 +536,8 @@ class _LazyKAF(LazyModuleMixin, KAF):
             )
         if len(self._start_gamma) not in (1, num_parameters):
             raise ValueError(f"gamma must have shape [{num_parameters}] or [1], got {list(self._start_gamma.shape)}")
-        values = self._initial_values(num_parameters)  # may raise; the layer is then still lazy
+        # May raise; the layer is then still lazy.
+        values = None if is_fake(torch.empty(0)) else self._initial_values(num_parameters)
         self.num_parameters = num_parameters
         shape = (num_parameters, self.dictionary_size)
         for name, parameter in self.named_parameters(recurse=False):
