@@ -38,7 +38,8 @@ class KAF(nn.Module):
         init: the curves to start from. None (default) is "elu" without a base and "zeros" with one, which leaves the
             base alone. "elu", "relu", "tanh" or another name of `kafops.init.FUNCTIONS`, a module or its class, or any
             callable Tensor → Tensor: a ridge fit to that function, less the base; "same": one to `old`, of which
-            nothing else is kept; "isometric": random curves that keep gradients in scale in deep networks; "normal": random coefficients of std 0.3, with which gradients of deep networks explode; or an object of
+            nothing else is kept; "isometric": random curves that keep gradients in scale in deep networks;
+            "normal": random coefficients of std 0.3, with which gradients of deep networks explode; or an object of
             `kafops.init`, such as `Normal(std=0.8)`.
         gamma: bandwidth in units of 1/x², a number or a tensor [C] or [1]; default 1/(6Δ²) (but see kernel). Required
             for D = 1.
