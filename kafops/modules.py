@@ -249,9 +249,9 @@ class KAF(nn.Module):
             y = kaf(x, alpha, gamma, self.boundary, self.kernel, base, channel_dim)
         if self.old is None:
             return y
-        traced = not isinstance(x, Tensor) and isinstance(self.old, nn.Module)
-        old = self.old.forward if traced else self.old  # torch.fx knows submodules only
-        return old(x) + y
+        if isinstance(self.old, nn.Module) and not isinstance(x, Tensor):
+            return self.old.forward(x) + y  # torch.fx traces calls of submodules only
+        return self.old(x) + y
 
     def __prepare_scriptable__(self) -> "KAF":
         """Raise: torch.jit.script calls this first."""
@@ -493,7 +493,7 @@ class _LazyKAF(LazyModuleMixin, KAF):
     def initialize_parameters(self, x: Tensor) -> None:
         """Take the number of channels from x."""
         self._check_rank(x)
-        if not is_lazy(self._parameters["alpha"]):
+        if not is_lazy(vars(self)["_parameters"]["alpha"]):  # as self.alpha is a proxy where torch.fx traces
             return
         if not isinstance(x, Tensor):
             name = type(self).__name__
