@@ -518,7 +518,7 @@ class _LazyKAF(LazyModuleMixin, KAF):
     def initialize_parameters(self, x: Tensor) -> None:
         """Take the number of channels from x."""
         self._check_rank(x)
-        alpha = self._parameters["alpha"]
+        alpha = self._parameters["alpha"]  # as self.alpha is a proxy where torch.fx traces
         if alpha is None or not is_lazy(alpha):
             return
         if not isinstance(x, Tensor):
