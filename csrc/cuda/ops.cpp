@@ -132,12 +132,13 @@ struct Arguments {
     t.columns_at_once = runs ? 1 : static_cast<int>(std::min(columns, most_columns));
 
     // Elements of a thread: one tile at least, at most 64, so that float32 sums lose nothing, or 128 where a block copies
-    // the tables of 32 channels; and fewer where there would be fewer threads than a large GPU holds.
+    // the tables of 32 channels or makes one of all answers; and fewer where there would be fewer threads than a large GPU
+    // holds.
     t.threads = call.tables.cells ? threads : kThreads;
     const int64_t elements = t.vectors ? 16 / bytes : bytes == 8 ? 2 : 4, tile = t.threads / t.columns_at_once * elements;
     const int64_t column_blocks = (t.columns + t.columns_at_once - 1) / t.columns_at_once;
     const int64_t tiles = (t.rows * t.inner + tile - 1) / tile;
-    const int64_t most = (runs ? 64 : 128) / elements;
+    const int64_t most = (runs && !few_numbers() ? 64 : 128) / elements;
     const int64_t positions = tile * std::clamp<int64_t>(tiles * column_blocks * t.threads / (256 * 1024), 1, most);
     if (t.inner >= positions) {
       const int64_t parts = (t.inner + positions - 1) / positions;
@@ -159,6 +160,15 @@ struct Arguments {
       t.run_shift = s - 1;
     }
     STD_TORCH_CHECK(blocks_of(t) * call.windows < (int64_t{1} << 31), "x has too many elements for one launch");
+
+    // A number costs twice what an element saves.
+    const int powers = 20 + std::bit_width(static_cast<unsigned>(2 * call.tables.capacity));
+    if (few_numbers() && t.vectors && by_count(t.run * t.rows_per_block >= 2 * 2 * 128 * powers)) call.powers = powers;
+  }
+
+  // Whether the call evaluates one curve on cells, of few numbers.
+  bool few_numbers() const {
+    return call.tables.cells && call.tables.count == 1 && type == Type::bf16 && call.dictionary_slot < 0;
   }
 
   // Has tables of these curves made, where a channel has the elements that are worth it. They take at most a quarter of
@@ -171,7 +181,7 @@ struct Arguments {
     t.capacity = static_cast<int>(std::min<size_t>(cells_for(call.size), most_shared(x) / kCellBytes / t.count));
     std::copy(curves.begin(), curves.end(), t.curves);
     const int64_t bytes = channels * bytes_of(t, call.size);
-    if (!may_take(bytes, x.numel() * (type == Type::f32 ? 4 : 2))) return {};
+    if (!by_count(bytes <= x.numel() * (type == Type::f32 ? 4 : 2) / 4)) return {};
     Tensor workspace = torch::stable::new_empty(x, {bytes / 4}, ScalarType::Float);
     t.cells = static_cast<Cells*>(workspace.data_ptr());
     t.points = reinterpret_cast<Point*>(t.cells + channels);
