@@ -40,7 +40,7 @@ struct Answers : Channel {
     }
     __syncthreads();
   }
-  // The first curve at a clamped x.
+  // The first curve at x, which may be clamped.
   __device__ __forceinline__ float operator()(float x) const {
     const uint32_t bits = __float_as_uint(x) >> 16, magnitude = bits & 0x7fff;
     const uint32_t i = magnitude > 0x7f80 ? last + 1 : min(max(magnitude, low) - low, last);

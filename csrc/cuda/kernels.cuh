@@ -22,32 +22,28 @@ __global__ void __launch_bounds__(kForwardThreads, kAnswers ? 4 : kVector ? 3 : 
   Lookup<kAnswers>::prepare(call, Part(call.tiling, again(blockIdx.x)).channel(), shared);  // keeps no registers
   const Part tile(call.tiling, blockIdx.x);
   const Lookup<kAnswers> curve(call, tile.channel(), shared);
-  const T* x = tile.column_of(static_cast<const T*>(call.x));
-  T* y = tile.column_of(static_cast<T*>(call.y));
   const auto each = [&](const auto& part, auto evaluate) {  // loops of their own have the registers for themselves
+    const T* x = part.column_of(static_cast<const T*>(call.x));
+    T* y = part.column_of(static_cast<T*>(call.y));
     for (int i = 0; i < part.tiles; ++i) {
       const auto place = part.place(i);
       constexpr int V = std::decay_t<decltype(part)>::kElements;
       float at[V], out[V] = {};
       part.load(x, place, at);
-#pragma unroll
-      for (float& a : at) a = curve.clamped(a);
       evaluate(at, out);
       part.store(y, place, out);
     }
   };
-  const auto sum = [&](const auto& at, auto& out) {
-    curve.at_points(at, 0, call.size, [&](int v, float, float K, const Point& p) { out[v] += p.alpha * K; });
-  };
   if (curve.cells.count > 0) {
     each(tile, [&](const auto& at, auto& out) {
 #pragma unroll
-      for (int v = 0; v < static_cast<int>(std::size(at)); ++v) out[v] = curve(at[v]);
+      for (int v = 0; v < static_cast<int>(std::size(at)); ++v) out[v] = curve(kAnswers ? at[v] : curve.clamped(at[v]));
     });
-  } else if constexpr (kAnswers) {
-    each(Tile<T, false, 2>(call.tiling, again(blockIdx.x)), sum);
-  } else {
-    each(tile, sum);
+  } else {  // few at once: exponentials are what they wait for
+    each(Tile<T, false, 2>(call.tiling, again(blockIdx.x)), [&](auto& at, auto& out) {
+      for (float& a : at) a = curve.clamped(a);
+      curve.at_points(at, 0, call.size, [&](int v, float, float K, const Point& p) { out[v] += p.alpha * K; });
+    });
   }
 }
 

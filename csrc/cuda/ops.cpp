@@ -171,8 +171,20 @@ struct Arguments {
     return call.tables.cells && call.tables.count == 1 && type == Type::bf16 && call.dictionary_slot < 0;
   }
 
-  // Has tables of these curves made, where a channel has the elements that are worth it. They take at most a quarter of
-  // x's memory.
+  // Instructions that tables of the call's curves save in a channel, of D points and so many elements, less those that
+  // making them costs; counted by hand, an exponential as eight. Sums over even points are formed from powers, others
+  // with tables as without: then these save half of a point's.
+  double saved(int64_t elements) const {
+    const double size = call.size, curves = call.tables.count;
+    const bool second = call.tables.curves[1] == kCurvature && call.tables.count > 1;
+    const bool sums = call.alpha_slot >= 0 || call.dictionary_slot >= 0;
+    const bool powers = !second && !dictionary && call.dictionary_slot < 0;
+    const double of_point = (second ? 40 : 8) * (sums && !powers ? 0.5 : 1) - (sums && powers ? 3 : 0);
+    const double made = curves * call.tables.capacity * kCoefficients * 25 * size;
+    return elements * (of_point * size - 10 - 16 * curves) - made;
+  }
+
+  // Has tables of these curves made, where they save instructions. They take at most a quarter of x's memory.
   Tensor make_tables(std::initializer_list<Curve> curves, Stream stream) {
     if (type == Type::f64 || call.size > kTablePoints) return {};
     Tables& t = call.tables;
@@ -180,8 +192,8 @@ struct Arguments {
     t.count = static_cast<int>(curves.size());
     t.capacity = static_cast<int>(std::min<size_t>(cells_for(call.size), most_shared(x) / kCellBytes / t.count));
     std::copy(curves.begin(), curves.end(), t.curves);
-    const int64_t bytes = channels * bytes_of(t, call.size);
-    if (!by_count(bytes <= x.numel() * (type == Type::f32 ? 4 : 2) / 4)) return {};
+    const int64_t bytes = channels * bytes_of(t, call.size), of_x = x.numel() * (type == Type::f32 ? 4 : 2);
+    if (!by_count(bytes <= of_x / 4 && saved(x.numel() / channels) > 0)) return {};
     Tensor workspace = torch::stable::new_empty(x, {bytes / 4}, ScalarType::Float);
     t.cells = static_cast<Cells*>(workspace.data_ptr());
     t.points = reinterpret_cast<Point*>(t.cells + channels);

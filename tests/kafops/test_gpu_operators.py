@@ -6,6 +6,8 @@ Run by test_gpu_kernels.py on the GPU kernels, executed on the CPU.
 import functools
 import itertools
 import math
+import os
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -180,3 +182,33 @@ def test_values_of_other_kernels_and_orders(kernel, order, case, base):
     }
     for (name, most), t, w in zip(allowed.items(), got, wanted, strict=True):
         assert_near(name, t, w, most)
+
+
+# ------------------------------------------------------------------------------------------------------- memory
+
+
+def allocated(function: Callable[[], object]) -> int:
+    """Count the bytes that a call asks for, and do not become results of operators that it calls itself."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        function()
+    return sum(e.self_cpu_memory_usage for e in profile.events() if e.self_cpu_memory_usage > 0)
+
+
+@pytest.mark.skipif(DEVICE != "cpu", reason="counts the CPU's allocations")
+@pytest.mark.skipif("KAFOPS_EMULATOR_TABLES" in os.environ, reason="tables, whatever they take")
+@pytest.mark.parametrize("shape", [(8, 2048, 5, 5), (24, 2048, 7, 7), (8, 250, 64), (8, 8000, 4)], ids=str)
+@pytest.mark.parametrize("ensemble", [False, True], ids=["one", "vmap"])
+def test_workspace_is_at_most_a_quarter_of_x(shape, ensemble):
+    """With many channels, and where each of 8 members of an ensemble has curves of its own."""
+    x = torch.randn(shape)
+    alpha, gamma = torch.randn(*((8,) if ensemble else ()), shape[1], 20), torch.rand(shape[1]) + 1
+    if ensemble:
+        x = x.unflatten(0, (-1, 8)).transpose(0, 1).contiguous()  # [8, N/8, C, *]
+
+    def call(alpha: Tensor, x: Tensor) -> Tensor:
+        return OPERATORS.kaf(x, alpha, gamma, None, 3.0)
+
+    run = functools.partial(torch.vmap(call) if ensemble else call, alpha, x)
+    run()
+    copies = 2 if ensemble else 1  # y; members' channels brought together
+    assert allocated(run) <= (copies + 1 / 4) * x.nbytes + 64 * alpha.shape.numel() + 2**12

@@ -373,6 +373,20 @@ def test_tabulated_and_direct_agree(free, dtype):
     assert_exact(p)
 
 
+@FREE
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+@pytest.mark.parametrize(("size", "count"), [(2, 3), (20, 3), (2, 40_000), (20, 40_000)])
+def test_an_element_does_not_depend_on_other_rows(size, count, dtype, free):
+    """Few elements of a channel, or many: on one side of the threshold between tables and sums bits are the same."""
+    p = Case((2 * count, 2), size=size, dtype=dtype, free=free).problem()
+    for part in (slice(0, count), slice(count, None)):
+        some = replace(p, x=p.x[part], grad=p.grad[part])
+        assert torch.equal(call(p)[part], call(some))
+        for needs in (Needs.X, Needs.X | Needs.ALPHA, Needs.X | Needs.GAMMA):
+            whole, alone = (ops.kaf_backward(q.grad, *op_arguments(q), int(needs))[0] for q in (p, some))
+            assert torch.equal(whole[part], alone)
+
+
 # --------------------------------------------------------------------------------------- not a number, infinity
 
 
