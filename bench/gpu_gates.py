@@ -103,16 +103,16 @@ def works() -> Iterator[Work]:
         for layout, vectors in (("", "true"), (", channels_last", "false")):
             answers = dtype == "bfloat16" and not layout
             table, room, lookups = (ANSWERS, ANSWERS, 1) if answers else (TABLE, ROOM, 8)
-            more = 2 if answers else 1  # elements of a block
+            more = 2 if answers or layout else 1  # elements of a thread: 64 of these, see set_tiling() of ops.cpp
             for title, kernel, loads, elements in (
-                ("forward", "forward_kernel<{}>", 1, 32768),
-                ("backward of x", "backward_kernel<{}, (kaf::Sums)0>", 2, 16384),
-                ("backward of x and alpha", "backward_kernel<{}, (kaf::Sums)1>", 2, 16384),
+                ("forward", "forward_kernel<{}, {}>", 1, 32768),
+                ("backward of x", r"backward_kernel<{}, \(kaf::Sums\)0, {}>", 2, 16384),
+                ("backward of x and alpha", r"backward_kernel<{}, \(kaf::Sums\)1, {}>", 2, 16384),
             ):
                 what = f"{title}{layout}, {dtype}"
                 like = tuple(t for t in prototypes if t.startswith(f"{what},"))
-                symbol = f"kaf::{kernel.format(f'{name}, {vectors}')}".replace(">", f", {str(answers).lower()}>")
-                yield Work(what, rf"\b{re.escape(symbol)}\(", dtype, loads, 1, more * elements, room, table, lookups,
+                symbol = rf"\bkaf::{kernel.format(f'{name}, {vectors}', str(answers).lower())}\("
+                yield Work(what, symbol, dtype, loads, 1, more * elements, room, table, lookups,
                            wide=not layout, like=like)  # fmt: skip
 
 
