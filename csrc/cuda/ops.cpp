@@ -161,7 +161,7 @@ struct Arguments {
     }
     STD_TORCH_CHECK(blocks_of(t) * call.windows < (int64_t{1} << 31), "x has too many elements for one launch");
 
-    // A number costs twice what an element saves.
+    // Where a block has no more than twice as many elements as there are numbers, cells cost less.
     const int powers = 20 + std::bit_width(static_cast<unsigned>(2 * call.tables.capacity));
     if (few_numbers() && t.vectors && by_count(t.run * t.rows_per_block >= 2 * 2 * 128 * powers)) call.powers = powers;
   }
