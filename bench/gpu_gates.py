@@ -21,6 +21,7 @@ MEASURED = Path(__file__).parent / "prototypes" / "measured.json"
 SLACK = 1.1
 CELL = 8 * 32 * 4  # bytes of a cell in a block of the product: 8 coefficients, a copy for each lane
 TABLE, ROOM = 35 * CELL, 42 * CELL  # of a table for D = 20, and what its launch asks for
+ANSWERS = 2 * (27 * 128 + 2) * 4  # bytes of a table of all answers
 
 
 @dataclass(frozen=True)
@@ -100,13 +101,19 @@ def works() -> Iterator[Work]:
     prototypes = [m.work.title for m in measured() if m.source.startswith("bench/")]
     for dtype, name in {"float32": "float", "bfloat16": "kaf::bfloat16", "float16": "kaf::float16"}.items():
         for layout, vectors in (("", "true"), (", channels_last", "false")):
+            answers = dtype == "bfloat16" and not layout
+            table, room, lookups = (ANSWERS, ANSWERS, 1) if answers else (TABLE, ROOM, 8)
+            more = 2 if answers or layout else 1  # elements of a thread: 64 of these, see set_tiling() of ops.cpp
             for title, kernel, loads, elements in (
-                ("forward", rf"\bkaf::forward_kernel<{name}, {vectors}>\(", 1, 32768),
-                ("backward of x and alpha", rf"\bkaf::backward_kernel<{name}, {vectors}, \(kaf::Sums\)1>\(", 2, 16384),
+                ("forward", "forward_kernel<{}, {}>", 1, 32768),
+                ("backward of x", r"backward_kernel<{}, \(kaf::Sums\)0, {}>", 2, 16384),
+                ("backward of x and alpha", r"backward_kernel<{}, \(kaf::Sums\)1, {}>", 2, 16384),
             ):
                 what = f"{title}{layout}, {dtype}"
                 like = tuple(t for t in prototypes if t.startswith(f"{what},"))
-                yield Work(what, kernel, dtype, loads, 1, elements, ROOM, TABLE, 8, wide=not layout, like=like)
+                symbol = rf"\bkaf::{kernel.format(f'{name}, {vectors}', str(answers).lower())}\("
+                yield Work(what, symbol, dtype, loads, 1, more * elements, room, table, lookups,
+                           wide=not layout, like=like)  # fmt: skip
 
 
 def measured(path: Path = MEASURED) -> list[Measured]:

@@ -84,6 +84,7 @@ struct Call {
   double boundary;       // of the uniform dictionary, where there is no other
   Uniform uniform;
   Tables tables;
+  int powers;            // of two that a table of all answers holds; 0: there is none. See answers.cuh
   int windows;           // of points, of which a block forms the sums
   const void *x, *grad, *v_x;
   void *y, *dx, *dgrad;  // nullptr: not wanted

@@ -20,59 +20,18 @@ namespace kaf {
 constexpr float kMagic = 0x1.8p23f;   // adding it rounds to an integer, left in the low bits
 constexpr float kGroupReach = 9.4868f;  // exp(−reach²) is below the smallest float32
 
-// Copies tables [curves][capacity][kCoefficients][32] to shared memory, each lane that of its channel.
-__device__ __forceinline__ void stage_tables(const Call& call, int64_t channel, float* shared) {
-  const Tables& t = call.tables;
-  const int lane = threadIdx.x % 32;
-  constexpr int kVectors = kCoefficients / 4;
-  const int vectors = t.cells[channel].count * kVectors;
-  for (int c = 0; c < t.count; ++c) {
-    const auto* rows = reinterpret_cast<const Vector16<float>*>(t.rows) + (channel * t.count + c) * t.capacity * kVectors;
-    for (int i = threadIdx.x / 32; i < vectors; i += call.tiling.threads / 32) {
-      const Vector16<float> row = rows[i];
-      float* to = shared + (c * t.capacity * kVectors + i) * 4 * 32 + lane;
-#pragma unroll
-      for (int m = 0; m < 4; ++m) to[m * 32] = row.v[m];
-    }
-  }
-  __syncthreads();
-}
-
-// One thread's curves: on cells, or as sums over points where there are none.
-struct Curves {
+// One channel: its points, and which x they matter to.
+struct Channel {
   Cells cells;
-  const float* table;   // of the first curve, in the thread's bank
-  const Point* points;  // of the channel
-  int capacity;
+  const Point* points;
 
-  __device__ __forceinline__ Curves(const Call& call, int64_t channel, const float* shared)
-      : cells(call.tables.cells[channel]), table(shared + threadIdx.x % 32),
-        points(call.tables.points + channel * call.size), capacity(call.tables.capacity) {}
+  __device__ __forceinline__ Channel(const Call& call, int64_t channel)
+      : cells(call.tables.cells[channel]), points(call.tables.points + channel * call.size) {}
 
-  struct Place {
-    float v;           // in the cell, from −1 to 1
-    const float* row;  // of the first curve
-  };
   // x no farther from the points than where all is 0. NaN stays.
   __device__ __forceinline__ float clamped(float x) const { return clamp(x, cells.low, cells.high); }
 
-  // The cell of such an x. NaN stays in v; its cell is some other.
-  __device__ __forceinline__ Place find(float x) const {
-    const float m = fmaf(x, cells.inverse, kMagic), number = m - kMagic;
-    const uint32_t cell = __float_as_uint(m) - __float_as_uint(kMagic) - static_cast<uint32_t>(cells.first);
-    const uint32_t row = min(cell, static_cast<uint32_t>(cells.count - 1));
-    return {fmaf(-number, cells.width, x) * cells.scale, table + row * (kCoefficients * 32)};
-  }
-  // The curve there that is so many from the first.
-  __device__ __forceinline__ float polynomial(const Place& p, int curve) const {
-    const float* row = p.row + curve * capacity * (kCoefficients * 32);
-    float y = row[(kCoefficients - 1) * 32];
-#pragma unroll
-    for (int m = kCoefficients - 2; m >= 0; --m) y = fmaf(y, p.v, row[m * 32]);
-    return y;
-  }
-
-  // use(v, d, K, point) for each of the elements x and of the points [begin, end).
+  // use(v, d, K, point) for each of the elements x, clamped, and of the points [begin, end).
   template <int V, class Use>
   __device__ __forceinline__ void at_points(const float (&x)[V], int begin, int end, Use use) const {
     constexpr int kTogether = V < 4 ? V : 4;
@@ -90,6 +49,61 @@ struct Curves {
       }
     }
   }
+};
+
+// Its curves on cells: tables [curves][capacity][kCoefficients][kLanes], of which this is one lane.
+template <int kLanes> struct Curves : Channel {
+  const float* table;
+  int capacity;
+
+  __device__ __forceinline__ Curves(const Call& call, int64_t channel, const float* lane)
+      : Channel(call, channel), table(lane), capacity(call.tables.capacity) {}
+
+  struct Place {
+    float v;           // in the cell, from −1 to 1
+    const float* row;  // of the first curve
+  };
+  // The cell of a clamped x. NaN stays in v; its cell is some other.
+  __device__ __forceinline__ Place find(float x) const {
+    const float m = fmaf(x, cells.inverse, kMagic), number = m - kMagic;
+    const uint32_t cell = __float_as_uint(m) - __float_as_uint(kMagic) - static_cast<uint32_t>(cells.first);
+    const uint32_t row = min(cell, static_cast<uint32_t>(cells.count - 1));
+    return {fmaf(-number, cells.width, x) * cells.scale, table + row * (kCoefficients * kLanes)};
+  }
+  // The curve there that is so many from the first.
+  __device__ __forceinline__ float polynomial(const Place& p, int curve) const {
+    const float* row = p.row + curve * capacity * (kCoefficients * kLanes);
+    float y = row[(kCoefficients - 1) * kLanes];
+#pragma unroll
+    for (int m = kCoefficients - 2; m >= 0; --m) y = fmaf(y, p.v, row[m * kLanes]);
+    return y;
+  }
+};
+
+// In shared memory, where each lane of a warp has the table of its channel.
+struct SharedCurves : Curves<32> {
+  __device__ __forceinline__ SharedCurves(const Call& call, int64_t channel, const float* shared)
+      : Curves(call, channel, shared + threadIdx.x % 32) {}
+
+  // Copies them there: before they are used, and before what that needs has registers.
+  static __device__ __forceinline__ void prepare(const Call& call, int64_t channel, float* shared) {
+    const Tables& t = call.tables;
+    const int lane = threadIdx.x % 32;
+    constexpr int kVectors = kCoefficients / 4;
+    const int vectors = t.cells[channel].count * kVectors;
+    for (int c = 0; c < t.count; ++c) {
+      const auto* rows = reinterpret_cast<const Vector16<float>*>(t.rows) + (channel * t.count + c) * t.capacity * kVectors;
+      for (int i = threadIdx.x / 32; i < vectors; i += call.tiling.threads / 32) {
+        const Vector16<float> row = rows[i];
+        float* to = shared + (c * t.capacity * kVectors + i) * 4 * 32 + lane;
+#pragma unroll
+        for (int m = 0; m < 4; ++m) to[m * 32] = row.v[m];
+      }
+    }
+    __syncthreads();
+  }
+  // The first curve at a clamped x.
+  __device__ __forceinline__ float operator()(float x) const { return polynomial(find(x), 0); }
 };
 
 }  // namespace kaf

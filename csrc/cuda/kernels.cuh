@@ -1,80 +1,118 @@
 // The kernels, and their launches for one type of tensors.
 #pragma once
 #include <algorithm>
+#include <iterator>
 
+#include "answers.cuh"
 #include "direct.cuh"
 #include "even.cuh"
 
 namespace kaf {
 
 template <class T> constexpr bool kHasTables = std::is_same_v<typename Arithmetic<T>::type, float>;
+template <bool kAnswers> using Lookup = std::conditional_t<kAnswers, Answers, SharedCurves>;
 static_assert(kWindow<float> == kEvenWindow, "calls with and without tables divide the points into the same windows");
 
 // y = f(x)
-template <class T, bool kVector>
-__global__ void __launch_bounds__(kForwardThreads, kVector ? 3 : 2) forward_kernel(const Call call) {
+template <class T, bool kVector, bool kAnswers>
+__global__ void __launch_bounds__(kForwardThreads, kAnswers ? 4 : kVector ? 3 : 2) forward_kernel(const Call call) {
   KAF_DYNAMIC_SHARED(memory);
-  constexpr int V = Tile<T, kVector, 8>::kElements;
-  const Tile<T, kVector, 8> tile(call.tiling, blockIdx.x);
   float* const shared = reinterpret_cast<float*>(memory);
-  const int64_t channel = tile.channel();
-  stage_tables(call, channel, shared);
-  const Curves curves(call, channel, shared);
-  const T* x = tile.column_of(static_cast<const T*>(call.x));
-  T* y = tile.column_of(static_cast<T*>(call.y));
-  const auto each = [&](auto evaluate) {  // loops of their own have the registers for themselves
-    for (int i = 0; i < tile.tiles; ++i) {
-      const auto place = tile.place(i);
+  using Part = Tile<T, kVector, 8>;
+  Lookup<kAnswers>::prepare(call, Part(call.tiling, again(blockIdx.x)).channel(), shared);  // keeps no registers
+  const Part tile(call.tiling, blockIdx.x);
+  const Lookup<kAnswers> curve(call, tile.channel(), shared);
+  const auto each = [&](const auto& part, auto evaluate) {  // loops of their own have the registers for themselves
+    const T* x = part.column_of(static_cast<const T*>(call.x));
+    T* y = part.column_of(static_cast<T*>(call.y));
+    for (int i = 0; i < part.tiles; ++i) {
+      const auto place = part.place(i);
+      constexpr int V = std::decay_t<decltype(part)>::kElements;
       float at[V], out[V] = {};
-      tile.load(x, place, at);
-#pragma unroll
-      for (float& a : at) a = curves.clamped(a);
+      part.load(x, place, at);
       evaluate(at, out);
-      tile.store(y, place, out);
+      part.store(y, place, out);
     }
   };
-  if (curves.cells.count > 0) {
-    each([&](const float (&at)[V], float (&out)[V]) {
+  if (curve.cells.count > 0) {
+    each(tile, [&](const auto& at, auto& out) {
 #pragma unroll
-      for (int v = 0; v < V; ++v) out[v] = curves.polynomial(curves.find(at[v]), 0);
+      for (int v = 0; v < static_cast<int>(std::size(at)); ++v) out[v] = curve(kAnswers ? at[v] : curve.clamped(at[v]));
     });
-  } else {
-    each([&](const float (&at)[V], float (&out)[V]) {
-      curves.at_points(at, 0, call.size, [&](int v, float, float K, const Point& p) { out[v] += p.alpha * K; });
+  } else {  // few at once: exponentials are what they wait for
+    each(Tile<T, false, 2>(call.tiling, again(blockIdx.x)), [&](auto& at, auto& out) {
+      for (float& a : at) a = curve.clamped(a);
+      curve.at_points(at, 0, call.size, [&](int v, float, float K, const Point& p) { out[v] += p.alpha * K; });
     });
   }
 }
 
 enum Sums { kNoSums, kOfAlpha, kOfAlphaAndDictionary };  // over elements, for each point of a window
 
-// Sums over the threads of each column, use(k, column, total) for the first `count` of them. They come to lie where the
-// tables were.
-template <int N, class Tile, class Use>
-__device__ __forceinline__ void put_sums(const float (&sums)[N], int count, const Tile& tile, float* shared, Use use) {
-  __syncthreads();
+// What a block of backward or double backward has: elements, and the window of points whose sums it forms. The blocks of
+// the first window write what is not a sum over elements, and sum for γ.
+template <class T, bool kVector> struct Share {
+  const int window, begin, count;  // the window, its first point, and how many
+  const Tile<T, kVector> tile;
+
+  __device__ __forceinline__ Share(const Call& call, uint32_t block)
+      : window(static_cast<int>(block % static_cast<unsigned>(call.windows))), begin(window * kEvenWindow),
+        count(min(kEvenWindow, call.size - begin)), tile(call.tiling, block / static_cast<unsigned>(call.windows)) {}
+
+  __device__ __forceinline__ const T* input(const void* data) const {
+    return tile.column_of(static_cast<const T*>(data));
+  }
+  __device__ __forceinline__ T* output(void* data) const {
+    return window == 0 ? tile.column_of(static_cast<T*>(data)) : nullptr;
+  }
+  __device__ __forceinline__ bool wants_gamma(const Call& call) const { return window == 0 && call.gamma_slot >= 0; }
+};
+
+// A thread's sums.
+template <Sums kSums> struct Totals {
+  float alpha[kEvenWindow] = {}, point[kSums == kOfAlphaAndDictionary ? kEvenWindow : 1] = {}, gamma[1] = {};
+
+  // Leaves them for the second stage, summed over the threads of each column in the memory where the tables were, and
+  // times what of_alpha(channel, k) and of_point(channel, k) say for the window's k-th point.
+  template <class Share, class OfAlpha, class OfPoint>
+  __device__ __forceinline__ void put(const Share& own, const Call& call, float* shared, OfAlpha of_alpha,
+                                      OfPoint of_point) const {
+    if (kSums != kNoSums && call.alpha_slot >= 0)
+      put(alpha, own.count, call.alpha_slot + own.begin, own, call, shared, of_alpha);
+    if constexpr (kSums == kOfAlphaAndDictionary)
+      put(point, own.count, call.dictionary_slot + own.begin, own, call, shared, of_point);
+    if (own.wants_gamma(call)) put(gamma, 1, call.gamma_slot, own, call, shared, [](int64_t, int) { return 1.0f; });
+  }
+
+ private:
+  template <int N, class Share, class Scale>
+  __device__ __forceinline__ static void put(const float (&sums)[N], int count, int slot, const Share& own,
+                                             const Call& call, float* shared, Scale scale) {
+    __syncthreads();
 #pragma unroll
-  for (int k = 0; k < N; ++k) shared[k * kBackwardThreads + threadIdx.x] = sums[k];
-  sum_over_threads(shared, count, tile, use);
-}
+    for (int k = 0; k < N; ++k) shared[k * kBackwardThreads + threadIdx.x] = sums[k];
+    sum_over_threads(shared, count, own.tile, [&](int k, int column, float total) {
+      put_partial(own.tile, call, slot + k, column, total * scale(own.tile.channel_of(column), k));
+    });
+  }
+};
 
 // dx = g f′(x), and partial sums of the gradients of α, δ and γ.
-template <class T, bool kVector, Sums kSums>
+template <class T, bool kVector, Sums kSums, bool kAnswers>
 __global__ void __launch_bounds__(kBackwardThreads, kSums == kOfAlphaAndDictionary ? 2 : 3)
     backward_kernel(const Call call) {
   KAF_DYNAMIC_SHARED(memory);
-  constexpr int V = Tile<T, kVector>::kElements, kOfPoint = kSums == kOfAlphaAndDictionary ? kEvenWindow : 1;
+  constexpr int V = Tile<T, kVector>::kElements;
   float* const shared = reinterpret_cast<float*>(memory);
-  const int window = static_cast<int>(blockIdx.x % static_cast<unsigned>(call.windows)), begin = window * kEvenWindow;
-  const Tile<T, kVector> tile(call.tiling, blockIdx.x / static_cast<unsigned>(call.windows));
-  const int64_t channel = tile.channel();
-  if (window == 0) stage_tables(call, channel, shared);
-  const Curves curves(call, channel, shared);
-  const EvenSums even(call, curves.cells.gamma, window);
-  const T* x = tile.column_of(static_cast<const T*>(call.x));
-  const T* grad = tile.column_of(static_cast<const T*>(call.grad));
-  T* dx = window == 0 ? tile.column_of(static_cast<T*>(call.dx)) : nullptr;
-  const bool want_gamma = window == 0 && call.gamma_slot >= 0;
-  float of_alpha[kEvenWindow] = {}, of_point[kOfPoint] = {}, of_gamma[1] = {};
+  const Share<T, kVector> share(call, blockIdx.x);
+  const auto& tile = share.tile;
+  if (share.window == 0) Lookup<kAnswers>::prepare(call, tile.channel(), shared);
+  const Lookup<kAnswers> curve(call, tile.channel(), shared);
+  const EvenSums even(call, curve.cells.gamma, share.window);
+  const T *x = share.input(call.x), *grad = share.input(call.grad);
+  T* const dx = share.output(call.dx);
+  const bool want_gamma = !kAnswers && share.wants_gamma(call);
+  Totals<kSums> sums;
   const auto each = [&](auto evaluate) {
     for (int i = 0; i < tile.tiles; ++i) {
       const auto place = tile.place(i);
@@ -82,7 +120,7 @@ __global__ void __launch_bounds__(kBackwardThreads, kSums == kOfAlphaAndDictiona
       tile.load(x, place, at);
       tile.load(grad, place, g);
 #pragma unroll
-      for (float& a : at) a = curves.clamped(a);
+      for (float& a : at) a = curve.clamped(a);
       evaluate(at, g, out);
       if (dx) tile.store(dx, place, out);
     }
@@ -91,16 +129,16 @@ __global__ void __launch_bounds__(kBackwardThreads, kSums == kOfAlphaAndDictiona
     if (!dx && !want_gamma) return;
 #pragma unroll
     for (int v = 0; v < V; ++v) {
-      const Curves::Place in_table = curves.find(at[v]);
-      if (want_gamma) of_gamma[0] = fmaf(g[v], curves.polynomial(in_table, 1), of_gamma[0]);
-      if (dx) out[v] = g[v] * curves.polynomial(in_table, 0);
+      if constexpr (!kAnswers)
+        if (want_gamma) sums.gamma[0] = fmaf(g[v], curve.polynomial(curve.find(at[v]), 1), sums.gamma[0]);
+      if (dx) out[v] = g[v] * curve(at[v]);
     }
   };
-  if (curves.cells.count > 0 && (kSums == kNoSums || (kSums == kOfAlpha && curves.cells.even))) {
+  if (curve.cells.count > 0 && (kSums == kNoSums || (kSums == kOfAlpha && curve.cells.even))) {
     each([&](const float (&at)[V], const float (&g)[V], float (&out)[V]) {
       if constexpr (kSums == kOfAlpha) {
 #pragma unroll
-        for (int v = 0; v < V; ++v) even.add(at[v], g[v], of_alpha);
+        for (int v = 0; v < V; ++v) even.add(at[v], g[v], sums.alpha);
       }
       look_up(at, g, out);
     });
@@ -108,43 +146,35 @@ __global__ void __launch_bounds__(kBackwardThreads, kSums == kOfAlphaAndDictiona
     each([&](const float (&at)[V], const float (&g)[V], float (&out)[V]) {
       if constexpr (kSums != kNoSums) {
 #pragma unroll
-        for (int k = 0; k < kEvenWindow; ++k)
-          curves.at_points(at, begin + k, min(begin + k + 1, call.size), [&](int v, float d, float K, const Point&) {
-            of_alpha[k] = fmaf(g[v], K, of_alpha[k]);
-            if constexpr (kSums == kOfAlphaAndDictionary) of_point[k] = fmaf(g[v] * K, d, of_point[k]);
+        for (int k = 0; k < kEvenWindow; ++k) {
+          const int begin = share.begin + k;
+          curve.at_points(at, begin, min(begin + 1, call.size), [&](int v, float d, float K, const Point&) {
+            sums.alpha[k] = fmaf(g[v], K, sums.alpha[k]);
+            if constexpr (kSums == kOfAlphaAndDictionary) sums.point[k] = fmaf(g[v] * K, d, sums.point[k]);
           });
+        }
       }
-      if (curves.cells.count > 0) return look_up(at, g, out);
+      if (curve.cells.count > 0) return look_up(at, g, out);
       if (!dx && !want_gamma) return;
-      curves.at_points(at, 0, call.size, [&](int v, float d, float K, const Point& p) {
+      curve.at_points(at, 0, call.size, [&](int v, float d, float K, const Point& p) {
         const float term = g[v] * (p.alpha * K) * d;
         out[v] += term;
-        of_gamma[0] -= term * d;
+        sums.gamma[0] -= term * d;
       });
 #pragma unroll
-      for (int v = 0; v < V; ++v) out[v] *= -2 * curves.cells.gamma;
+      for (int v = 0; v < V; ++v) out[v] *= -2 * curve.cells.gamma;
     });
   }
-  const Tile<T, kVector> own(call.tiling, again(blockIdx.x) / static_cast<unsigned>(call.windows));
-  const int own_window = static_cast<int>(again(blockIdx.x) % static_cast<unsigned>(call.windows));
-  const int first = own_window * kEvenWindow, count = min(kEvenWindow, call.size - first);
-  if (kSums != kNoSums && call.alpha_slot >= 0)
-    put_sums(of_alpha, count, own, shared, [&](int k, int column, float total) {
-      const Cells& cells = call.tables.cells[own.channel_of(column)];
-      const float scale = kSums == kOfAlpha && cells.even ? point_scale(call, cells.gamma, own_window, k) : 1;
-      put_partial(own, call, call.alpha_slot + first + k, column, total * scale);
-    });
-  if constexpr (kSums == kOfAlphaAndDictionary)
-    put_sums(of_point, count, own, shared, [&](int k, int column, float total) {
-      const int64_t channel = own.channel_of(column);
-      const Point& point = call.tables.points[channel * call.size + first + k];
-      const float factor = 2 * call.tables.cells[channel].gamma * point.alpha;
-      put_partial(own, call, call.dictionary_slot + first + k, column, factor * total);
-    });
-  if (own_window == 0 && call.gamma_slot >= 0)
-    put_sums(of_gamma, 1, own, shared, [&](int, int column, float total) {
-      put_partial(own, call, call.gamma_slot, column, total);
-    });
+  const Share<T, kVector> own(call, again(blockIdx.x));
+  sums.put(
+      own, call, shared,
+      [&](int64_t channel, int k) {
+        const Cells& cells = call.tables.cells[channel];
+        return kSums == kOfAlpha && cells.even ? point_scale(call, cells.gamma, own.window, k) : 1.0f;
+      },
+      [&](int64_t channel, int k) {
+        return 2 * call.tables.cells[channel].gamma * call.tables.points[channel * call.size + own.begin + k].alpha;
+      });
 }
 
 // dgrad = v_x f′(x) + q(x), dx = v_x g f″(x) + g q′(x), and partial sums as in backward. Without kAlong q is 0, as in a
@@ -153,25 +183,22 @@ template <class T, bool kVector, Sums kSums, bool kWithAlong>
 __global__ void __launch_bounds__(kBackwardThreads, kWithAlong || kSums == kOfAlphaAndDictionary ? 1 : 2)
     double_backward_kernel(const Call call) {
   KAF_DYNAMIC_SHARED(memory);
-  constexpr int V = Tile<T, kVector>::kElements, kOfPoint = kSums == kOfAlphaAndDictionary ? kEvenWindow : 1;
+  constexpr int V = Tile<T, kVector>::kElements;
   float* const shared = reinterpret_cast<float*>(memory);
-  const int window = static_cast<int>(blockIdx.x % static_cast<unsigned>(call.windows)), begin = window * kEvenWindow;
-  const Tile<T, kVector> tile(call.tiling, blockIdx.x / static_cast<unsigned>(call.windows));
+  const Share<T, kVector> share(call, blockIdx.x);
+  const auto& tile = share.tile;
   const int64_t channel = tile.channel();
-  if (window == 0) stage_tables(call, channel, shared);
-  const Curves curves(call, channel, shared);
+  if (share.window == 0) SharedCurves::prepare(call, channel, shared);
+  const SharedCurves curves(call, channel, shared);
   const float gamma = curves.cells.gamma, v_gamma = kWithAlong ? read<float>(call.v_gamma, channel, 0) : 0;
-  const T* x = tile.column_of(static_cast<const T*>(call.x));
-  const T* grad = tile.column_of(static_cast<const T*>(call.grad));
-  const T* v_x = tile.column_of(static_cast<const T*>(call.v_x));
-  T* dx = window == 0 ? tile.column_of(static_cast<T*>(call.dx)) : nullptr;
-  T* dgrad = window == 0 ? tile.column_of(static_cast<T*>(call.dgrad)) : nullptr;
-  const bool want_gamma = window == 0 && call.gamma_slot >= 0;
+  const T *x = share.input(call.x), *grad = share.input(call.grad), *v_x = share.input(call.v_x);
+  T *const dx = share.output(call.dx), *const dgrad = share.output(call.dgrad);
+  const bool want_gamma = share.wants_gamma(call);
   const auto terms = [&](int k, float d, float K, const Point& p) {
     return second_order(d, K, gamma, p.alpha, kWithAlong ? read<float>(call.v_alpha, channel, k) : 0.0f, v_gamma,
                         kWithAlong ? read<float>(call.v_dictionary, channel, k) : 0.0f);
   };
-  float of_alpha[kEvenWindow] = {}, of_point[kOfPoint] = {}, of_gamma[1] = {};
+  Totals<kSums> sums;
   for (int i = 0; i < tile.tiles; ++i) {
     const auto place = tile.place(i);
     float at[V], g[V], v[V] = {}, out[V] = {}, out_grad[V] = {};
@@ -182,27 +209,29 @@ __global__ void __launch_bounds__(kBackwardThreads, kWithAlong || kSums == kOfAl
     if (v_x) tile.load(v_x, place, v);
     if (kSums != kNoSums) {
 #pragma unroll
-      for (int k = 0; k < kEvenWindow; ++k)
-        curves.at_points(at, begin + k, min(begin + k + 1, call.size), [&](int e, float d, float K, const Point& p) {
-          const SecondOrder<float> s = terms(begin + k, d, K, p);
-          of_alpha[k] += v[e] * g[e] * s.alpha_x;
-          if constexpr (kWithAlong) of_alpha[k] += g[e] * s.alpha_v;
-          if constexpr (kSums == kOfAlphaAndDictionary) of_point[k] -= v[e] * g[e] * s.curvature;
-          if constexpr (kSums == kOfAlphaAndDictionary && kWithAlong) of_point[k] -= g[e] * s.along_slope;
+      for (int k = 0; k < kEvenWindow; ++k) {
+        const int begin = share.begin + k;
+        curves.at_points(at, begin, min(begin + 1, call.size), [&](int e, float d, float K, const Point& p) {
+          const SecondOrder<float> s = terms(begin, d, K, p);
+          sums.alpha[k] += v[e] * g[e] * s.alpha_x;
+          if constexpr (kWithAlong) sums.alpha[k] += g[e] * s.alpha_v;
+          if constexpr (kSums == kOfAlphaAndDictionary) sums.point[k] -= v[e] * g[e] * s.curvature;
+          if constexpr (kSums == kOfAlphaAndDictionary && kWithAlong) sums.point[k] -= g[e] * s.along_slope;
         });
+      }
     }
     if (!dx && !dgrad && !want_gamma) continue;
     if (curves.cells.count > 0) {
 #pragma unroll
       for (int e = 0; e < V; ++e) {
-        const Curves::Place p = curves.find(at[e]);
+        const SharedCurves::Place p = curves.find(at[e]);
         const float vg = v[e] * g[e];
         out_grad[e] = v[e] * curves.polynomial(p, 0);
         out[e] = vg * curves.polynomial(p, 1);
         if constexpr (kWithAlong) out_grad[e] += curves.polynomial(p, 2), out[e] += g[e] * curves.polynomial(p, 3);
         if (!want_gamma) continue;
-        of_gamma[0] += vg * curves.polynomial(p, kWithAlong ? 4 : 2);
-        if constexpr (kWithAlong) of_gamma[0] += g[e] * curves.polynomial(p, 5);
+        sums.gamma[0] += vg * curves.polynomial(p, kWithAlong ? 4 : 2);
+        if constexpr (kWithAlong) sums.gamma[0] += g[e] * curves.polynomial(p, 5);
       }
     } else {
       for (int k = 0; k < call.size; ++k)
@@ -211,27 +240,18 @@ __global__ void __launch_bounds__(kBackwardThreads, kWithAlong || kSums == kOfAl
           const float vg = v[e] * g[e];
           out_grad[e] += v[e] * s.slope;
           out[e] += vg * s.curvature;
-          of_gamma[0] += vg * s.gamma_x;
+          sums.gamma[0] += vg * s.gamma_x;
           if constexpr (!kWithAlong) return;
           out_grad[e] += s.along;
           out[e] += g[e] * s.along_slope;
-          of_gamma[0] += g[e] * s.gamma_v;
+          sums.gamma[0] += g[e] * s.gamma_v;
         });
     }
     if (dx) tile.store(dx, place, out);
     if (dgrad) tile.store(dgrad, place, out_grad);
   }
-  const Tile<T, kVector> own(call.tiling, again(blockIdx.x) / static_cast<unsigned>(call.windows));
-  const int own_window = static_cast<int>(again(blockIdx.x) % static_cast<unsigned>(call.windows));
-  const int first = own_window * kEvenWindow, count = min(kEvenWindow, call.size - first);
-  const auto put = [&](const auto& sums, int n, int slot) {
-    put_sums(sums, n, own, shared, [&](int k, int column, float total) {
-      put_partial(own, call, slot + k, column, total);
-    });
-  };
-  if (kSums != kNoSums && call.alpha_slot >= 0) put(of_alpha, count, call.alpha_slot + first);
-  if constexpr (kSums == kOfAlphaAndDictionary) put(of_point, count, call.dictionary_slot + first);
-  if (own_window == 0 && call.gamma_slot >= 0) put(of_gamma, 1, call.gamma_slot);
+  const auto as_it_is = [](int64_t, int) { return 1.0f; };
+  sums.put(Share<T, kVector>(call, again(blockIdx.x)), call, shared, as_it_is, as_it_is);
 }
 
 // All of these, without tables.
@@ -266,7 +286,8 @@ template <class A> __global__ void __launch_bounds__(kThreads) reduce_kernel(con
 template <class T, Order order> size_t shared_bytes(const Call& call) {
   const Tables& t = call.tables;
   if (!t.cells) return DirectShared<typename Arithmetic<T>::type, order>::bytes(call);
-  const size_t tables = t.count * t.capacity * kCellBytes, sums = sizeof(float) * kEvenWindow * call.tiling.threads;
+  const size_t answers = 2 * (128 * call.powers + 2) * sizeof(float);
+  const size_t tables = call.powers ? answers : t.count * t.capacity * kCellBytes, sums = sizeof(float) * kEvenWindow * call.tiling.threads;
   return order == kForward ? tables : std::max(tables, sums);
 }
 using Kernel = void (*)(Call);
@@ -274,8 +295,13 @@ template <Order order, class T, bool kVector> Kernel kernel_of(const Call& call)
   if constexpr (kHasTables<T>)
     if (call.tables.cells) {
       const auto with = [&](auto sums) -> Kernel {
-        if constexpr (order == kForward) return forward_kernel<T, kVector>;
-        if constexpr (order == kBackward) return backward_kernel<T, kVector, sums()>;
+        if constexpr (kHasAnswers<T> && kVector && order != kDoubleBackward && sums != kOfAlphaAndDictionary)
+          if (call.powers) {
+            if constexpr (order == kForward) return forward_kernel<T, kVector, true>;
+            else return backward_kernel<T, kVector, sums(), true>;
+          }
+        if constexpr (order == kForward) return forward_kernel<T, kVector, false>;
+        if constexpr (order == kBackward) return backward_kernel<T, kVector, sums(), false>;
         const bool along = call.v_alpha.data || call.v_gamma.data || call.v_dictionary.data;
         if constexpr (order == kDoubleBackward)
           return along ? double_backward_kernel<T, kVector, sums(), true>

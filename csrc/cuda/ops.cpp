@@ -132,12 +132,13 @@ struct Arguments {
     t.columns_at_once = runs ? 1 : static_cast<int>(std::min(columns, most_columns));
 
     // Elements of a thread: one tile at least, at most 64, so that float32 sums lose nothing, or 128 where a block copies
-    // the tables of 32 channels; and fewer where there would be fewer threads than a large GPU holds.
+    // the tables of 32 channels or makes one of all answers; and fewer where there would be fewer threads than a large GPU
+    // holds.
     t.threads = call.tables.cells ? threads : kThreads;
     const int64_t elements = t.vectors ? 16 / bytes : bytes == 8 ? 2 : 4, tile = t.threads / t.columns_at_once * elements;
     const int64_t column_blocks = (t.columns + t.columns_at_once - 1) / t.columns_at_once;
     const int64_t tiles = (t.rows * t.inner + tile - 1) / tile;
-    const int64_t most = (runs ? 64 : 128) / elements;
+    const int64_t most = (runs && !few_numbers() ? 64 : 128) / elements;
     const int64_t positions = tile * std::clamp<int64_t>(tiles * column_blocks * t.threads / (256 * 1024), 1, most);
     if (t.inner >= positions) {
       const int64_t parts = (t.inner + positions - 1) / positions;
@@ -159,10 +160,31 @@ struct Arguments {
       t.run_shift = s - 1;
     }
     STD_TORCH_CHECK(blocks_of(t) * call.windows < (int64_t{1} << 31), "x has too many elements for one launch");
+
+    // Where a block has no more than twice as many elements as there are numbers, cells cost less.
+    const int powers = 20 + std::bit_width(static_cast<unsigned>(2 * call.tables.capacity));
+    if (few_numbers() && t.vectors && by_count(t.run * t.rows_per_block >= 2 * 2 * 128 * powers)) call.powers = powers;
   }
 
-  // Has tables of these curves made, where a channel has the elements that are worth it. They take at most a quarter of
-  // x's memory.
+  // Whether the call evaluates one curve on cells, of few numbers.
+  bool few_numbers() const {
+    return call.tables.cells && call.tables.count == 1 && type == Type::bf16 && call.dictionary_slot < 0;
+  }
+
+  // Instructions that tables of the call's curves save in a channel, of D points and so many elements, less those that
+  // making them costs; counted by hand, an exponential as eight. Sums over even points are formed from powers, others
+  // with tables as without: then these save half of a point's.
+  double saved(int64_t elements) const {
+    const double size = call.size, curves = call.tables.count;
+    const bool second = call.tables.curves[1] == kCurvature && call.tables.count > 1;
+    const bool sums = call.alpha_slot >= 0 || call.dictionary_slot >= 0;
+    const bool powers = !second && !dictionary && call.dictionary_slot < 0;
+    const double of_point = (second ? 40 : 8) * (sums && !powers ? 0.5 : 1) - (sums && powers ? 3 : 0);
+    const double made = curves * call.tables.capacity * kCoefficients * 25 * size;
+    return elements * (of_point * size - 10 - 16 * curves) - made;
+  }
+
+  // Has tables of these curves made, where they save instructions. They take at most a quarter of x's memory.
   Tensor make_tables(std::initializer_list<Curve> curves, Stream stream) {
     if (type == Type::f64 || call.size > kTablePoints) return {};
     Tables& t = call.tables;
@@ -170,8 +192,8 @@ struct Arguments {
     t.count = static_cast<int>(curves.size());
     t.capacity = static_cast<int>(std::min<size_t>(cells_for(call.size), most_shared(x) / kCellBytes / t.count));
     std::copy(curves.begin(), curves.end(), t.curves);
-    const int64_t bytes = channels * bytes_of(t, call.size);
-    if (!may_take(bytes, x.numel() * (type == Type::f32 ? 4 : 2))) return {};
+    const int64_t bytes = channels * bytes_of(t, call.size), of_x = x.numel() * (type == Type::f32 ? 4 : 2);
+    if (!by_count(bytes <= of_x / 4 && saved(x.numel() / channels) > 0)) return {};
     Tensor workspace = torch::stable::new_empty(x, {bytes / 4}, ScalarType::Float);
     t.cells = static_cast<Cells*>(workspace.data_ptr());
     t.points = reinterpret_cast<Point*>(t.cells + channels);

@@ -49,8 +49,12 @@ __device__ __forceinline__ Cells place_cells(const Call& call, double first, dou
   if (!(fabs(number) < 4096 && fabs(end) < 4096 && end - number <= call.tables.capacity)) return c;
   c.inverse = 1 / c.width;
   c.scale = 2 / c.width;
-  c.low = static_cast<float>(first - kGroupReach / root);
-  c.high = static_cast<float>(last + kGroupReach / root);
+  // Numbers of bfloat16, so that one clamped to them is another: see answers.cuh.
+  const auto outward = [](double v, double margin) {
+    return __uint_as_float(__float_as_uint(static_cast<float>(v + margin * fabs(v))) & 0xffff0000);
+  };
+  c.low = outward(first - kGroupReach / root, -1.0 / 64);
+  c.high = outward(last + kGroupReach / root, 1.0 / 64);
   c.first = static_cast<int>(number);
   c.count = static_cast<int>(end - number);
   const double t = gamma * step_of(call) * step_of(call);

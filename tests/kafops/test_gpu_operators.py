@@ -6,6 +6,7 @@ Run by test_gpu_kernels.py on the GPU kernels, executed on the CPU.
 import functools
 import itertools
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -180,3 +181,38 @@ def test_values_of_other_kernels_and_orders(kernel, order, case, base):
     }
     for (name, most), t, w in zip(allowed.items(), got, wanted, strict=True):
         assert_near(name, t, w, most)
+
+
+# ------------------------------------------------------------------------------------------------------- memory
+
+
+def allocated(function: Callable[[], object]) -> int:
+    """Count the bytes that a call takes at its peak, or on the CPU in all."""
+    if DEVICE != "cpu":
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        function()
+        return torch.cuda.max_memory_allocated() - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        function()
+    return sum(e.self_cpu_memory_usage for e in profile.events() if e.self_cpu_memory_usage > 0)
+
+
+@pytest.mark.parametrize("shape", [(8, 2048, 5, 5), (24, 2048, 7, 7), (8, 250, 64), (8, 8000, 4)], ids=str)
+@pytest.mark.parametrize("ensemble", [False, True], ids=["one", "vmap"])
+def test_workspace_is_at_most_a_quarter_of_x(shape, ensemble, monkeypatch):
+    """With many channels, and where each of 8 members of an ensemble has curves of its own."""
+    monkeypatch.delenv("KAFOPS_EMULATOR_TABLES", raising=False)  # which makes tables whatever they take
+    x = torch.randn(shape, device=DEVICE)
+    alpha = torch.randn(*((8,) if ensemble else ()), shape[1], 20, device=DEVICE)
+    gamma = torch.rand(shape[1], device=DEVICE) + 1
+    if ensemble:
+        x = x.unflatten(0, (-1, 8)).transpose(0, 1).contiguous()  # [8, N/8, C, *]
+
+    def call(alpha: Tensor, x: Tensor) -> Tensor:
+        return OPERATORS.kaf(x, alpha, gamma, None, 3.0)
+
+    run = functools.partial(torch.vmap(call) if ensemble else call, alpha, x)
+    run()
+    copies = 2 if ensemble else 1  # y; members' channels brought together
+    assert allocated(run) <= (copies + 1 / 4) * x.nbytes + 64 * alpha.shape.numel() + 2**12

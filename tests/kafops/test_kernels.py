@@ -104,6 +104,47 @@ def test_half_precision_is_rounded_to_nearest_even(dtype):
         assert torch.equal(y, alpha[:, 0].to(dtype).expand_as(x)), "contiguous" if x.is_contiguous() else "strided"
 
 
+@FREE
+@pytest.mark.parametrize("size", [5, 64])
+@pytest.mark.parametrize("layout", ["contiguous", "transposed"])
+@pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
+def test_all_numbers_of_half_precision(dtype, layout, size, free):
+    """f and f′ at each of the 65,536 numbers, NaNs among them, in both channels."""
+    numbers = torch.arange(-(2**15), 2**15, dtype=torch.int16).view(dtype)
+    x = numbers[torch.randperm(2**16, generator=torch.Generator().manual_seed(0))].to(DEVICE).expand(2, -1)
+    x = x.contiguous()[None] if layout == "contiguous" else x.t().contiguous().t()[None]
+    p = replace(Case((300, 2), size=size, free=free, varied=True, dtype=dtype).problem(), x=x, grad=torch.ones_like(x))
+    dx, *_ = ops.kaf_backward(p.grad, *op_arguments(p), int(Needs.X))
+    got = {"y": call(p), "backward x": dx}
+    for t in got.values():
+        assert torch.equal(t.isnan(), x.isnan())
+        assert not t[x.isinf()].any()
+    # As much with the gradient of alpha, of g that is 0 where x is not a number.
+    both = ops.kaf_backward(p.grad, x.nan_to_num(0, math.inf, -math.inf), *op_arguments(p)[1:], Needs.X | Needs.ALPHA)
+    assert torch.equal(both[0][~x.isnan()], dx[~x.isnan()])
+
+    finite = x[0, 0].isfinite()
+    p = replace(p, x=x[:, :, finite], grad=p.grad[:, :, finite], v=(p.grad[:, :, finite], *p.v[1:]))
+    got = {name: t[:, :, finite] for name, t in got.items()}
+    assert_exact(p, got)
+    # Rounded once: all but a few that lie near the middle between two numbers are the nearest to the truth.
+    truth = call(replace(p, x=p.x.double(), alpha=p.alpha.double(), gamma=p.gamma.double(), dictionary=None if
+                         p.dictionary is None else p.dictionary.double()), module=reference)  # fmt: skip
+    large = truth.abs() > 0.5
+    assert (got["y"] != truth.to(dtype))[large].double().mean() < 0.01
+
+
+@FREE
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_outliers_of_grad(dtype, free):
+    """A few elements whose g is 2^20 times the others' do not cost the others' sums their digits."""
+    p = Case((20_000, 2), size=5, dtype=dtype, free=free).problem()
+    p.grad.mul_(2**-12)[::5000] *= 2**20
+    p.x[::5000] = 2.5
+    _, dalpha, *_ = ops.kaf_backward(p.grad, *op_arguments(p), Needs.X | Needs.ALPHA)
+    assert_exact(p, {"backward alpha": dalpha})
+
+
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_one_node_by_hand(dtype):
     # γ = ln 2, so K = 2^-x²: 1, 1/2, 1/16 at 0, 1, -2
@@ -330,6 +371,20 @@ def test_tabulated_and_direct_agree(free, dtype):
     }
     assert_exact(p, joined)
     assert_exact(p)
+
+
+@FREE
+@pytest.mark.parametrize("dtype", [F32, BF16], ids=str)
+@pytest.mark.parametrize(("size", "count"), [(2, 3), (20, 3), (2, 40_000), (20, 40_000)])
+def test_an_element_does_not_depend_on_other_rows(size, count, dtype, free):
+    """Few elements of a channel, or many: on one side of the threshold between tables and sums bits are the same."""
+    p = Case((2 * count, 2), size=size, dtype=dtype, free=free).problem()
+    for part in (slice(0, count), slice(count, None)):
+        some = replace(p, x=p.x[part], grad=p.grad[part])
+        assert torch.equal(call(p)[part], call(some))
+        for needs in (Needs.X, Needs.X | Needs.ALPHA, Needs.X | Needs.GAMMA):
+            whole, alone = (ops.kaf_backward(q.grad, *op_arguments(q), int(needs))[0] for q in (p, some))
+            assert torch.equal(whole[part], alone)
 
 
 # --------------------------------------------------------------------------------------- not a number, infinity
