@@ -2,6 +2,7 @@
 
 import ast
 import re
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -108,3 +109,9 @@ def test_arrows_point_one_way():
         for file in sources(folder, ".py"):
             for path in imported(file):
                 assert path.relative_to(ROOT).parts[0] in CHAIN[i:], f"{file} imports {path}"
+
+
+def test_no_two_test_files_have_one_name():
+    """pytest, which imports them as modules of the first level, would refuse to collect them together."""
+    names = Counter(path.name for path in (ROOT / "tests").rglob("test_*.py"))
+    assert [name for name, count in names.items() if count > 1] == []
