@@ -1,7 +1,7 @@
 """Physics-informed networks with curves, with tanh and with the reference: time, memory, errors of trained ones.
 
 `python -m bench.pinns costs` times training steps; `python -m bench.pinns train` tunes the learning rate of each
-activation and trains over seeds. Both print the tables of docs/recipes/pinns.md.
+activation and trains over seeds. Each prints a table.
 """
 
 import argparse
@@ -18,14 +18,14 @@ from torch.func import functional_call, grad, jvp
 
 import kafops
 from bench.paired import spread
-from bench.points import peak_bytes
+from bench.points import WIDTH, kaf, network, peak_bytes
+from bench.problems import Call
 
-WIDTH = 64
 RATES = (1e-3, 3e-3, 1e-2, 3e-2)
 ACTIVATIONS: dict[str, Callable[[], nn.Module]] = {
     "tanh": nn.Tanh,
     "silu": nn.SiLU,
-    "KAF": partial(kafops.KAF, WIDTH, channel_dim=-1),
+    "KAF": kaf,
     'KAF, base="silu"': partial(kafops.KAF, WIDTH, base="silu", channel_dim=-1),
 }
 
@@ -65,15 +65,6 @@ EQUATIONS = {
 }
 
 
-def network(activation: Callable[[], nn.Module], seed: int = 0) -> nn.Sequential:
-    torch.manual_seed(seed)
-    layers: list[nn.Module] = []
-    for inputs in (2, WIDTH, WIDTH):
-        layers += [nn.Linear(inputs, WIDTH), activation()]
-    return nn.Sequential(*layers, nn.Linear(WIDTH, 1))
-
-
-Call = Callable[[], tuple[Tensor, ...]]
 Derivatives = Callable[[Callable[[Tensor], Tensor], Tensor], tuple[Tensor, Tensor, Tensor]]
 
 
@@ -149,10 +140,10 @@ def costs(count: int, rounds: int) -> Iterator[str]:
             times, memory = [], []
             for compiled in (False, True):
                 torch._dynamo.reset()
-                kaf, tanh = (make(activation=ACTIVATIONS[a], compiled=compiled) for a in ("KAF", "tanh"))
-                times.append(spread(in_turn(kaf, tanh, rounds)).median)
+                curves, tanh = (make(activation=ACTIVATIONS[a], compiled=compiled) for a in ("KAF", "tanh"))
+                times.append(spread(in_turn(curves, tanh, rounds)).median)
                 if not compiled:
-                    memory.append(peak_bytes(kaf) / peak_bytes(tanh))
+                    memory.append(peak_bytes(curves) / peak_bytes(tanh))
             tanh = make(activation=nn.Tanh, compiled=False)
             with kafops.backend("reference"):
                 plain = make(activation=ACTIVATIONS["KAF"], compiled=False)

@@ -13,9 +13,9 @@ POINTS = 4096
 WIDTH = 64
 
 
-def network(activation: Callable[[], nn.Module]) -> nn.Sequential:
+def network(activation: Callable[[], nn.Module], seed: int = 0) -> nn.Sequential:
     """Make the network, two coordinates in, one number out, three hidden layers."""
-    torch.manual_seed(0)
+    torch.manual_seed(seed)
     layers: list[nn.Module] = []
     for inputs in (2, WIDTH, WIDTH):
         layers += [nn.Linear(inputs, WIDTH), activation()]

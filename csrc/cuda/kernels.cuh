@@ -287,7 +287,8 @@ template <class T, Order order> size_t shared_bytes(const Call& call) {
   const Tables& t = call.tables;
   if (!t.cells) return DirectShared<typename Arithmetic<T>::type, order>::bytes(call);
   const size_t answers = 2 * (128 * call.powers + 2) * sizeof(float);
-  const size_t tables = call.powers ? answers : t.count * t.capacity * kCellBytes, sums = sizeof(float) * kEvenWindow * call.tiling.threads;
+  const size_t tables = call.powers ? answers : t.count * t.capacity * kCellBytes;
+  const size_t sums = sizeof(float) * kEvenWindow * call.tiling.threads;
   return order == kForward ? tables : std::max(tables, sums);
 }
 using Kernel = void (*)(Call);
@@ -302,7 +303,7 @@ template <Order order, class T, bool kVector> Kernel kernel_of(const Call& call)
           }
         if constexpr (order == kForward) return forward_kernel<T, kVector, false>;
         if constexpr (order == kBackward) return backward_kernel<T, kVector, sums(), false>;
-        const bool along = call.v_alpha.data || call.v_gamma.data || call.v_dictionary.data;
+        [[maybe_unused]] const bool along = call.v_alpha.data || call.v_gamma.data || call.v_dictionary.data;
         if constexpr (order == kDoubleBackward)
           return along ? double_backward_kernel<T, kVector, sums(), true>
                        : double_backward_kernel<T, kVector, sums(), false>;
