@@ -180,7 +180,7 @@ class KAF(nn.Module):
         return self.gamma
 
     def points(self) -> Tensor:  # [C, D] or [1, D]
-        """Return the dictionary δ: [C, D] where learned, else the one even grid [1, D]."""
+        """Return the dictionary δ: [C, D] where learned, else the one even grid [1, D], of float32 or more."""
         if self.dictionary is not None:
             return self.dictionary
         like = self.alpha.new_empty(0, dtype=torch.promote_types(self.alpha.dtype, torch.float32))

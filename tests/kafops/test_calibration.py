@@ -143,7 +143,8 @@ def test_a_trained_curve_is_fitted_to_itself(name):
     # Half-precision coefficients add what they round to; the histogram's bins are not quite where the inputs are.
     torch.testing.assert_close(report.error, moved.item(), rtol=0.3, atol=2e-2 if name == "half" else 2e-3)
     stretch = (layer.points() / points).nanmedian(dim=1).values
-    torch.testing.assert_close(layer.bandwidths() * stretch**2, gamma, rtol=1e-2 if name == "half" else 1e-5, atol=0)
+    kept = layer.bandwidths() * stretch**2  # float32 where γ is of half precision: so are the points of an even grid
+    torch.testing.assert_close(kept, gamma.to(kept), rtol=1e-2 if name == "half" else 1e-5, atol=0)
     if name == "free":
         torch.testing.assert_close(layer.points().abs().amax(1), torch.full((3,), layer.boundary))
 
