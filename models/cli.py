@@ -9,7 +9,19 @@ from pathlib import Path
 import torch
 
 from models.arguments import integer, positive, radius
-from models.commands import bounds, compare, curves, distributions, evaluate, gradients, recipe, report, study, train
+from models.commands import (
+    bounds,
+    compare,
+    curves,
+    distributions,
+    evaluate,
+    gradients,
+    recipe,
+    report,
+    study,
+    train,
+    tune,
+)
 from models.data import MNIST5K_SIZE
 from models.demo import Demo, Settings
 from models.errors import UserError
@@ -58,7 +70,7 @@ def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m models", description="Networks with learned activations.")
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     _add_demo(commands)
-    for command in (train, evaluate, recipe, compare, gradients, bounds, curves, distributions, study, report):
+    for command in (train, evaluate, recipe, compare, gradients, bounds, curves, distributions, tune, study, report):
         command.add(commands)
     return parser
 

@@ -76,7 +76,7 @@ def train(study: Study, run: Run, results: Path, folder: Path) -> dict[str, Any]
 def _train(study: Study, run: Run, trainer: Trainer, kept: "_Kept") -> dict[str, Any]:
     try:
         trainer.run(lambda t: workers.say(run, f"training, {t.steps_done / t.steps:.0%}"), kept.add)
-        images, labels = data.load(study.data, run.seed).test.tensors(study.images)
+        images, labels = data.load(study.data, run.seed).test.tensors(study.count())
         clean = evaluate_clean(trainer.result.eval(), images, labels)
     except (TrainingError, EvaluationError) as error:
         return {"error": str(error), "gradients": kept.ratios}

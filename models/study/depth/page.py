@@ -78,7 +78,7 @@ def report(study: Study, done: dict[str, dict[str, Any]], results: Path, command
         "\n".join(
             [
                 *(f"- {label}: `{network}`" for label, network in study.networks.items()),
-                f"- images: `{study.data}`; {study.images} test images",
+                f"- images: `{study.data}`; {study.count()} test images",
                 f"- training: {', '.join(f'{k} = {v}' for k, v in study.training.items())}",
             ]
         ),
