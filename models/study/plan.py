@@ -6,10 +6,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from models.arguments import radius
 from models.attacks import ATTACKS
 from models.registry import near
-from models.settings import Settings
+from models.runs.settings import Settings
+from models.support.arguments import radius
 
 FOLDER = Path(__file__).parent
 

@@ -12,12 +12,12 @@ import matplotlib.image
 import pytest
 import scipy.stats
 
-from models import checkpoints
 from models.cli import main
 from models.study import plan, workers
 from models.study.plan import Study
 from models.study.statistics import estimate, noise, paired, t_quantile
 from models.study.summary import accuracies, summarise
+from models.support import checkpoints
 
 ROOT = Path(__file__).parents[2]
 TINY: dict[str, Any] = {

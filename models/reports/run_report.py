@@ -11,11 +11,13 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from models import files, html, runs, trained
+from models import runs
+from models.evaluation.outcomes import digest
 from models.figures import training
-from models.outcomes import digest
-from models.runs import RunError
-from models.settings import completed
+from models.reports import html
+from models.runs import RunError, trained
+from models.runs.settings import completed
+from models.support import files
 
 _ATTACKS = "Accuracy on test images under each attack, with 95 % Wilson intervals."
 _ALONG = (

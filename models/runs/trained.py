@@ -6,7 +6,8 @@ from typing import Any
 
 from torch import nn
 
-from models import checkpoints, data, networks, runs
+from models.support import checkpoints
+from models import data, networks, runs
 from models.data import DataSet
 from models.training.trainer import BEST, LATEST
 

@@ -5,8 +5,8 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from models import files
-from models.errors import UserError
+from models.support import files
+from models.support.errors import UserError
 
 _FORMAT = 1
 
