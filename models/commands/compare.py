@@ -81,7 +81,7 @@ def read(run: Path) -> Measured:
         RunError: there is no run in the folder.
         UserError: it has not been evaluated, or its evaluation is damaged or of an earlier state.
     """
-    settings = runs.settings(run)
+    settings = runs.read_settings(run)
     path = run / "evaluation" / "evaluation.json"
     again = f"run `python -m models evaluate {run}`"
     try:

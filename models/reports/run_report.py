@@ -60,7 +60,7 @@ def read(folder: Path, label: str) -> RunReport:
     Raises:
         RunError: the folder is no training run, or a file in it is damaged.
     """
-    settings = runs.settings(folder)
+    settings = runs.read_settings(folder)
     if "activation" not in settings or "training" not in settings:
         raise RunError(f"{folder} is no training run: its run.json has no activation or training")
     record = files.read_json(folder / "run.json")

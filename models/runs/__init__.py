@@ -73,7 +73,7 @@ class RunFolder:
         files.write_json(self.path / "run.json", self._record)
 
 
-def settings(path: Path) -> dict[str, Any]:
+def read_settings(path: Path) -> dict[str, Any]:
     """Return the settings of the run in a folder.
 
     Raises:

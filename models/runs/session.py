@@ -8,11 +8,11 @@ from typing import Any
 from torch import nn
 
 from models import data, networks
-from models.support import environment
-from models.support.errors import UserError
 from models.images import ImageFormat
 from models.runs import RunFolder
 from models.runs.settings import Settings, completed
+from models.support import environment
+from models.support.errors import UserError
 from models.training import EpochRecord, Trainer
 from models.training import curves as curve_files
 from models.training.processes import Processes
