@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 
-from models import arguments, recipes
+from models import recipes
 from models.activations import ACTIVATIONS
 from models.data import DATA
 from models.networks import NETWORKS
 from models.registry import Registry
-from models.settings import Settings
+from models.runs.settings import Settings
+from models.support import arguments
 from models.training.methods import METHODS
 from models.training.recipe import DECAYS, PRECISIONS, Recipe
 from models.training.schedules import SCHEDULES

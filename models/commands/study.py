@@ -9,12 +9,12 @@ from typing import Any
 
 from rich.console import Console
 
-from models import arguments, files
 from models.figures import study as figures
 from models.study import page, plan, workers
 from models.study.plan import TUNED, Rates, Run, Study
 from models.study.summary import CLEAN, WORST, accuracies, summarise
 from models.study.workers import Do
+from models.support import arguments, files
 
 _STUDY = """
 Trains and attacks every network, activation and seed of a study, and writes to the folder OUT: a result for each run,

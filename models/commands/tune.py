@@ -4,11 +4,11 @@ import argparse
 from pathlib import Path
 from typing import Any
 
-from models import files
 from models.commands import study as study_command
 from models.figures import rates as figure
 from models.study import plan, tuning
 from models.study.plan import Study
+from models.support import files
 
 _TUNE = """
 Chooses the learning rate of each activation of a study, and the rate of its own parameters where it learns any, by

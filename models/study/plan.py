@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any
 
 from models.activations import ACTIVATIONS
-from models.arguments import radius
 from models.attacks import ATTACKS
 from models.registry import near
-from models.settings import Settings
+from models.runs.settings import Settings
+from models.support.arguments import radius
 
 FOLDER = Path(__file__).parent
 

@@ -14,15 +14,17 @@ from typing import Any
 
 import torch
 
-from models import data, environment, files, session
+from models import data
 from models.attacks import ATTACKS
 from models.data import Source
-from models.errors import UserError
 from models.evaluation import BATCH_SIZE, EvaluationError, Outcome, evaluate_clean
-from models.interrupts import Interrupted
-from models.outcomes import Job, Outcomes, digest
-from models.settings import completed
+from models.evaluation.outcomes import Job, Outcomes, digest
+from models.runs import session
+from models.runs.settings import completed
 from models.study.plan import Run, Study
+from models.support import environment, files
+from models.support.errors import UserError
+from models.support.interrupts import Interrupted
 from models.training import Trainer, TrainingError
 from models.training.lipschitz import SlopeError
 

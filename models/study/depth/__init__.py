@@ -7,14 +7,16 @@ from typing import Any
 
 from torch import Tensor
 
-from models import data, environment, files, networks, session
+from models import data, networks
 from models.analysis.gradients import finite, measure
 from models.data import DataSet
 from models.evaluation import EvaluationError, evaluate_clean
 from models.images import ImageFormat
-from models.interrupts import Interrupted
+from models.runs import session
 from models.study import workers
 from models.study.plan import Run, Study
+from models.support import environment, files
+from models.support.interrupts import Interrupted
 from models.training import EpochRecord, Trainer, TrainingError
 
 DEPTH = Path(__file__).parent / "depth.json"

@@ -5,11 +5,11 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from models import files
 from models.figures import gradients as figures
 from models.study.plan import Study
 from models.study.statistics import estimate, paired
 from models.study.summary import CLEAN, accuracies
+from models.support import files
 
 
 def starts(found: list[dict[str, Any]], command: str) -> str:
