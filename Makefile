@@ -10,7 +10,7 @@ RUN := bench/out/latest.json
 
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 .DEFAULT_GOAL := help
-.PHONY: help venv build demo test test-slow bench gpu gpu-static lint sanitize wheel release-check clean
+.PHONY: help venv build demo test test-slow bench gpu gpu-static lint sanitize docs wheel release-check clean
 
 help:  ## show the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -22,7 +22,7 @@ $(PY):
 # The package is installed without its kernels, which the next rule builds in place, and only what changed of them.
 $(INSTALLED): $(PY) pyproject.toml
 	$(PIP) install torch torchvision "setuptools>=77" ninja
-	KAFOPS_BUILD_CPU=0 KAFOPS_BUILD_CUDA=0 $(PIP) install --quiet --no-build-isolation -e ".[models,attacks,test,bench,lint]"
+	KAFOPS_BUILD_CPU=0 KAFOPS_BUILD_CUDA=0 $(PIP) install --quiet --no-build-isolation -e ".[models,attacks,test,bench,lint,docs]"
 	@touch $@
 
 build: $(BUILT)  ## install torch and all else that is needed into .venv, and build the kernels in place
@@ -58,6 +58,12 @@ lint: $(INSTALLED)  ## ruff and mypy
 
 sanitize: $(INSTALLED)  ## run the kernels' tests under AddressSanitizer and UBSan
 	tests/sanitize.sh $(PY) $(ARGS)
+
+docs: build  ## build the documentation, build/site/index.html, and run its examples; needs no network
+	$(PY) -m sphinx -W --keep-going -q -b doctest -c docs . build/doctest
+	$(PY) -m sphinx -W --keep-going -q -b html -c docs . build/site
+	@cp docs/site.html build/site/index.html
+	@echo "the documentation: build/site/index.html"
 
 wheel: build  ## build dist/*.whl and the source distribution
 	rm -rf build/lib* build/bdist*

@@ -88,6 +88,7 @@ def value(
 
     Example:
         >>> kafops.bases.value("silu", torch.tensor([-1.0, 0.0, 1.0]), order=1)
+        tensor([0.0723, 0.5000, 0.9277])
     """
     found = named(base)
     if isinstance(order, bool) or not isinstance(order, int) or order < 0:

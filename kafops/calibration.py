@@ -104,8 +104,9 @@ def calibrate(model: nn.Module, inputs: Any, quantile: float = 0.999) -> Calibra
             beyond 2^20. The model then is as it was.
 
     Example:
-        >>> kafops.replace_activations(model, kafops.KAF, example_input=images, base="same")
-        >>> print(kafops.calibrate(model, loader))
+        >>> model = torchvision.models.resnet18()
+        >>> converted = kafops.replace_activations(model, kafops.KAF, example_input=images, base="same")
+        >>> report = kafops.calibrate(model, loader)
     """
     if isinstance(quantile, bool) or not isinstance(quantile, (int, float)):
         raise TypeError(f"quantile must be a number in (0, 1], got {type(quantile).__name__}")

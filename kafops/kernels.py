@@ -91,7 +91,8 @@ def value(
         RuntimeError: on differentiation, an order out of range is asked for.
 
     Example:
-        >>> kafops.kernels.value("matern32", torch.zeros(()), order=2)  # -2
+        >>> kafops.kernels.value("matern32", torch.zeros(()), order=2)
+        tensor(-2.)
     """
     chosen = named(kernel)
     if isinstance(order, bool) or not isinstance(order, int) or not 0 <= order <= chosen.smoothness:

@@ -202,7 +202,8 @@ class KAF(nn.Module):
             TypeError, ValueError: from `kafops.bounds.value_bounds`, which says how close they are.
 
         Example:
-            >>> kafops.KAF(16).bounds(-1.0, 1.0).lipschitz
+            >>> kafops.KAF(16).bounds(-1.0, 1.0).lipschitz.shape
+            torch.Size([16])
         """
         if self.old is not None:
             raise ValueError(f"there are no bounds of a curve on {same.name_of(self.old)}, which is none of the bases")
@@ -224,7 +225,7 @@ class KAF(nn.Module):
 
         Example:
             >>> grid = torch.linspace(-4, 4, 400)
-            >>> plt.plot(grid, layer.curves(grid).detach())
+            >>> lines = plt.plot(grid, layer.curves(grid).detach())
         """
         if is_lazy(self.alpha):
             raise RuntimeError(f"{type(self).__name__} has no curves before its first call")

@@ -22,7 +22,7 @@ def curve_parameters(model: nn.Module) -> list[Parameter]:
         ValueError: a layer is lazy and has no parameters yet.
 
     Example:
-        >>> torch.nn.utils.clip_grad_norm_(kafops.curve_parameters(model), 1.0)
+        >>> norm = torch.nn.utils.clip_grad_norm_(kafops.curve_parameters(model), 1.0)
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")

@@ -70,8 +70,10 @@ def load_state_dict(
             `nn.Module.load_state_dict`, what fits is loaded then.
 
     Example:
-        >>> kafops.replace_activations(model, kafops.KAF, example_input=images, base="same")
-        >>> print(kafops.load_state_dict(model, torch.load("calibrated.pt")))
+        >>> model = torchvision.models.resnet18()
+        >>> report = kafops.replace_activations(model, kafops.KAF, example_input=images, base="same")
+        >>> torch.save(model.state_dict(), "calibrated.pt")
+        >>> loaded = kafops.load_state_dict(model, torch.load("calibrated.pt"))
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")

@@ -207,4 +207,17 @@ def version(text):
 
 def test_version_is_the_same_everywhere():
     assert importlib.metadata.version("kafops") == kafops.__version__
-    assert f"## [{kafops.__version__}]" in (ROOT / "CHANGELOG.md").read_text()
+    dated = re.search(
+        rf"^## \[{re.escape(kafops.__version__)}\] - (\d{{4}}-\d\d-\d\d)$", (ROOT / "CHANGELOG.md").read_text(), re.M
+    )
+    assert dated is not None
+    citation = (ROOT / "CITATION.cff").read_text()
+    assert f"\nversion: {kafops.__version__}\ndate-released: {dated[1]}\n" in citation
+
+
+def test_hosted_ci_calls_targets_that_are_there():
+    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
+    files = list((ROOT / ".github/workflows").glob("*.yml"))
+    called = {name for file in files for name in re.findall(r"run: make (\S+)", file.read_text())}
+    assert called >= {"lint", "test", "release-check"}
+    assert called <= targets

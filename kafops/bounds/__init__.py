@@ -112,7 +112,8 @@ def curve_bounds(
     """Return what `value_bounds` and `slope_bounds` return, and Lipschitz constants, in the time of one of them.
 
     Example:
-        >>> kafops.bounds.curve_bounds(layer.alpha, layer.bandwidths(), layer.boundary).lipschitz
+        >>> kafops.bounds.curve_bounds(layer.alpha, layer.bandwidths(), layer.boundary).lipschitz.shape
+        torch.Size([16])
     """
     value, slope = _bounds(pieces(alpha, gamma, boundary, kernel, base), lower, upper, (0, 1))
     return CurveBounds(value, slope, torch.maximum(-slope.minimum, slope.maximum))

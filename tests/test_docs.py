@@ -1,0 +1,42 @@
+"""The documentation site: it builds without a warning, its examples run, and every page is reached."""
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
+
+
+def run(*arguments, folder=ROOT):
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "MPLBACKEND": "Agg", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, *arguments], cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+
+
+@pytest.mark.parametrize("builder", ["html", "doctest"])
+def test_the_site_is_built_without_a_warning_and_examples_of_docstrings_run(builder, tmp_path):
+    run("-m", "sphinx", "-W", "--keep-going", "-q", "-b", builder, "-c", "docs", ".", str(tmp_path))
+    if builder == "html":
+        support = (tmp_path / "docs/support.html").read_text()
+        assert all(title in support for title in ("compiled CUDA kernels", "rational_quadratic", "gelu"))
+        assert "replace_activations" in (tmp_path / "docs/api.html").read_text()
+
+
+def test_the_quickstart_runs(tmp_path):
+    blocks = re.findall(r"^```python\n(.*?)^```", (DOCS / "quickstart.md").read_text(), re.DOTALL | re.MULTILINE)
+    assert len(blocks) == 4
+    (tmp_path / "page.py").write_text("\n".join(blocks))
+    run("page.py", folder=tmp_path)
+
+
+def test_the_figures_are_drawn(tmp_path):
+    (tmp_path / "figures.py").write_text((DOCS / "figures.py").read_text())
+    run("figures.py", folder=tmp_path)
+    drawn = {path.name for path in (tmp_path / "figures").iterdir()}
+    assert drawn == {path.name for path in (DOCS / "figures").iterdir()}
+    assert all(f"figures/{name}" in (DOCS / "mathematics.md").read_text() for name in drawn)
