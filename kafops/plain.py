@@ -13,8 +13,8 @@ from torch import Tensor
 
 from kafops import bases, checks, kernels, reference
 
-_KERNELS = {k.code: k for k in kernels.KERNELS.values()}
-_BASES = {0: None} | {b.code: b.name for b in bases.BASES.values()}
+KERNELS = {k.code: k for k in kernels.KERNELS.values()}
+BASES = {0: None} | {b.code: b.name for b in bases.BASES.values()}
 
 
 def kaf(
@@ -134,7 +134,7 @@ def complete_kaf_double_backward(
 
 
 def _base(base: int, x: Tensor, n: int) -> Tensor:
-    return bases.value(_BASES[base], x, n)
+    return bases.value(BASES[base], x, n)
 
 
 def _wide(t: Tensor) -> Tensor:
@@ -161,7 +161,7 @@ class _Terms:
         self, x: Tensor, alpha: Tensor, gamma: Tensor, dictionary: Tensor | None, boundary: float, kernel: int
     ) -> None:
         checks.arguments(x, alpha, gamma, dictionary)
-        self.of, self.kernel = x, _KERNELS[kernel]
+        self.of, self.kernel = x, KERNELS[kernel]
         self.x = x.to(torch.promote_types(x.dtype, torch.float32))
         if dictionary is None:
             dictionary = reference.uniform_dictionary(alpha.shape[1], boundary, like=alpha.double())
