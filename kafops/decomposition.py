@@ -56,8 +56,7 @@ def kaf(
         total = total + (alpha[k : k + POINTS] * values).sum(0)
     if base is not None:
         total = total + BASES[base](x.to(torch.promote_types(x.dtype, torch.float32)))
-    y = total.to(x.dtype)
-    return y if x.is_contiguous() else reference.memory_format_of(x, y)
+    return total.to(x.dtype)
 
 
 def decompositions(dtype: torch.dtype = torch.float64) -> dict[Any, Callable[..., Any]]:
@@ -83,7 +82,8 @@ def decompositions(dtype: torch.dtype = torch.float64) -> dict[Any, Callable[...
         a = ops.OPERATORS["kaf"].bind(arguments, named)
         if not a["n"] and not a["m"]:
             curve = (a["x"], a["alpha"], a["gamma"], a["dictionary"], a["boundary"])
-            return kaf(*curve, plain.KERNELS[a["kappa"]].name, plain.BASES[a["base"]], dtype=dtype)
+            y = kaf(*curve, plain.KERNELS[a["kappa"]].name, plain.BASES[a["base"]], dtype=dtype)
+            return y if a["x"].is_contiguous() else plain.laid_out_as(a["x"], y)
         return plain.kaf(**_cast(a, dtype)).to(a["x"].dtype)
 
     def of_backward(*arguments: Any, **named: Any) -> tuple[Tensor, ...]:

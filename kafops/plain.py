@@ -150,7 +150,7 @@ def _narrow(t: Tensor, x: Tensor) -> Tensor:
 def _curve(terms: "_Terms", alpha: Tensor, base: int, n: int, m: int) -> Tensor:
     total = _base(base, terms.x, n) if base and m == 0 else torch.zeros_like(terms.x)
     for k, psi in enumerate(terms.each(n, m)):
-        total += terms.rows(alpha[:, k]) * psi
+        total = total + terms.rows(alpha[:, k]) * psi
     return torch.where(terms.x.isnan(), terms.x, total)
 
 
@@ -200,7 +200,12 @@ class _Terms:
 
     def like_x(self, y: Tensor) -> Tensor:
         """Cast to the dtype of x and lay out as x."""
-        return torch.empty_like(self.of).copy_(y)
+        return laid_out_as(self.of, y)
+
+
+def laid_out_as(x: Tensor, y: Tensor) -> Tensor:
+    """Return y with the dtype of x, and the strides of an output for it. In operators that exported programs may have."""
+    return torch.ops.aten.copy(torch.empty_like(x), y)
 
 
 def _like(gradient: Tensor, p: Tensor) -> Tensor:

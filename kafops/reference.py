@@ -60,7 +60,7 @@ def kaf_free(
         values = kernels.value(kernel, gamma.sqrt() * (z - dictionary))
         values = torch.where(x.isinf().unsqueeze(-1), 0, values)  # slow tails have not ended where z is clamped
     curve = (alpha * values).sum(-1)
-    return memory_format_of(x, (curve if base is None else bases.value(base, _arithmetic(x, x)) + curve).to(x.dtype))
+    return _memory_format_of(x, (curve if base is None else bases.value(base, _arithmetic(x, x)) + curve).to(x.dtype))
 
 
 def uniform_dictionary(dictionary_size: int, boundary: float, like: Tensor) -> Tensor:  # [1, D]
@@ -76,7 +76,7 @@ def _arithmetic(t: Tensor, x: Tensor) -> Tensor:
     return t.to(torch.promote_types(x.dtype, torch.float32))
 
 
-def memory_format_of(x: Tensor, y: Tensor) -> Tensor:
+def _memory_format_of(x: Tensor, y: Tensor) -> Tensor:
     """Give y the order of dimensions that x has in memory."""
     strides, dims = x.stride(), range(x.dim())
     # By counting, because torch.compile cannot sort symbolic strides.
