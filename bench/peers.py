@@ -1,7 +1,7 @@
 """Times learned activations of others beside kafops': `python -m bench.peers` fills the tables of docs/peers.md.
 
-Each peer is its published formula in plain PyTorch, written here, eager and compiled, forward and backward pass by x and
-all parameters, in float32 with one thread. A ratio is the median of pairs of neighbouring calls, of the peer and of
+Each peer is its published formula in plain PyTorch, written here, eager and compiled, forward and backward pass by x
+and all parameters, in float32 with one thread. A ratio is the median of pairs of neighbouring calls, of the peer and of
 kafops' curves with as many numbers a channel; below 1 kafops loses.
 """
 
@@ -36,7 +36,10 @@ def prelu(x: Tensor, slope: Tensor) -> Tensor:  # [N, C, *], [C]
 
 
 def rational(x: Tensor, coefficients: Tensor) -> Tensor:  # [N, C, *], [C, 10]
-    """P(x) / (1 + |Q(x)|), P of degree 5, Q of degree 4 without constant. Molina et al., "Padé activation units", 2020."""
+    """P(x) / (1 + |Q(x)|), P of degree 5, Q of degree 4 without constant.
+
+    Molina et al., "Padé activation units", 2020, in the form that has no poles.
+    """
     a = [c.view(-1, 1, 1) for c in coefficients.unbind(1)]
     over, under = a[5], a[9]
     for k in (4, 3, 2, 1, 0):
@@ -68,8 +71,9 @@ def radial(x: Tensor, weights: Tensor) -> Tensor:  # [N, C, *], [C, D]
 
 
 def fastkan(x: Tensor, weight: Tensor) -> Tensor:  # [B, I], [O, I, D]
-    """All D Gaussians of each input, then a matmul. Li, "Kolmogorov-Arnold networks are radial basis function networks",
-    2024, without its LayerNorm and base.
+    """All D Gaussians of each input, then a matmul.
+
+    Li, "Kolmogorov-Arnold networks are radial basis function networks", 2024, without its LayerNorm and base.
     """
     points = torch.linspace(-BOUNDARY, BOUNDARY, weight.shape[2])
     step = 2 * BOUNDARY / (weight.shape[2] - 1)
@@ -198,8 +202,8 @@ def table(measured: list[Row]) -> str:
 def described(at: dict[str, Any]) -> str:
     """Say where it was measured."""
     return (
-        f"On {at['processor']} ({at['backend']}), {at['threads']} thread, torch {at['torch']}, kafops {at['kafops']} at "
-        f"{at['commit'][:10]}, {at['date']}."
+        f"On {at['processor']} ({at['backend']}), {at['threads']} thread, torch {at['torch']}, kafops {at['kafops']} "
+        f"at {at['commit'][:10]}, {at['date']}."
     )
 
 

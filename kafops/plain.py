@@ -204,7 +204,7 @@ class _Terms:
 
 
 def laid_out_as(x: Tensor, y: Tensor) -> Tensor:
-    """Return y with the dtype of x, and the strides of an output for it. In operators that exported programs may have."""
+    """Return y with the dtype of x and the strides of an output for it, by operators that exported programs have."""
     return torch.ops.aten.copy(torch.empty_like(x), y)
 
 

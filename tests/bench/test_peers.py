@@ -1,6 +1,7 @@
 """The peers' formulas, where they can be said otherwise, and the page that they are shown on."""
 
 import torch
+
 from bench import peers
 
 DRAW = torch.Generator().manual_seed(0)
