@@ -92,10 +92,11 @@ def kaf_as_radial(x: Tensor, alpha: Tensor) -> Tensor:  # [N, C, *], [C, D]
 
 
 def kan(x: Tensor, alpha: Tensor) -> Tensor:  # [B, I], [O, I, D]
-    """A layer y_o = Σ_i f_oi(x_i) of them, an output at a time."""
+    """A layer y_o = Σ_i f_oi(x_i) of them, an output at a time, on rows of one channel each."""
     step = 2 * BOUNDARY / (alpha.shape[-1] - 1)
     gamma = torch.full((1,), 1 / step**2)  # FastKAN's
-    return torch.stack([kafops.kaf(x, a, gamma, BOUNDARY).sum(1) for a in alpha], 1)
+    x = x.t().contiguous().unsqueeze(0)  # [1, I, B]
+    return torch.cat([kafops.kaf(x, a, gamma, BOUNDARY).sum(1) for a in alpha]).t()
 
 
 def bandwidth(points: int) -> Tensor:
