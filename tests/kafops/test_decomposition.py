@@ -125,10 +125,11 @@ def kafops_nodes(program):
 
 
 def test_onnx_of_an_exported_program():
-    model, x = every_layer(), inputs(7)
+    some = LAYERS[::5]
+    model, x = every_layer(some), inputs(7)
     before = program(model, inputs(3))
-    assert len(kafops_nodes(before)) == len(LAYERS)
-    assert_close(run(exported(before, (), dynamo=True), x), exact(model, x))
+    assert len(kafops_nodes(before)) == len(some)
+    assert_close(run(exported(before, (), dynamo=True), x), exact(model, x), table=some)
 
 
 def test_decompositions():
