@@ -10,7 +10,7 @@ RUN := bench/out/latest.json
 
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 .DEFAULT_GOAL := help
-.PHONY: help venv build demo test test-slow bench gpu gpu-static lint sanitize wheel clean
+.PHONY: help venv build demo test test-slow bench gpu gpu-static lint sanitize wheel release-check clean
 
 help:  ## show the targets
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 12
@@ -64,6 +64,10 @@ wheel: build  ## build dist/*.whl and the source distribution
 	$(PIP) wheel --quiet --no-build-isolation --no-deps --wheel-dir dist .
 	$(PY) setup.py --quiet sdist
 	@ls -l dist
+
+release-check: build  ## build what a release publishes, and install it in fresh environments (Python 3.10 and 3.13)
+	$(PIP) install --quiet "build>=1.2" "twine>=6"
+	tests/release.sh $(PY)
 
 clean:  ## remove what was built, .venv too
 	rm -rf build dist *.egg-info $(VENV) bench/out .pytest_cache .mypy_cache .ruff_cache .hypothesis .benchmarks

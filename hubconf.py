@@ -69,7 +69,7 @@ def _format(images: "str | _images.ImageFormat") -> _images.ImageFormat:
 
 
 def _load_weights(model: _nn.Module, path: _pathlib.Path) -> _nn.Module:
-    from models import checkpoints
+    from models.support import checkpoints
 
     checkpoints.load_weights(model, checkpoints.weights(checkpoints.load(path)[0]), path)
     return model.eval()

@@ -1,10 +1,11 @@
-"""Builds kafops/_C*.so, the CPU kernels, and kafops._C_cuda, the CUDA kernels. Everything else is in pyproject.toml.
+"""Builds kafops/_C*.so, the CPU kernels, and kafops._C_cuda, the CUDA kernels; the rest is in pyproject.toml.
 
 The first is a library for torch.ops.load_library, which knows nothing of Python, the second a module. Either is left
 out where this machine lacks what it needs (a C++ compiler; nvcc and a CUDA build of torch, but no GPU): the package
 then computes through other kernels or the plain PyTorch reference, and says so when it is first used.
 KAFOPS_BUILD_CPU=0 and KAFOPS_BUILD_CUDA=0 leave one out, =1 fails where it cannot be built. A compiler that is there
-but fails is an error. TORCH_CUDA_ARCH_LIST says which GPUs are built for.
+but fails is an error. TORCH_CUDA_ARCH_LIST says which GPUs are built for. A wheel that lacks something says so in its
+build tag, which pip shows, as it shows nothing else of a build that succeeds.
 """
 
 import os
@@ -136,6 +137,13 @@ def choose_architectures() -> str:
     return " ".join(name + ptx for name, ptx in sorted(found.items(), key=lambda item: float(item[0].rstrip("af"))))
 
 
+def description() -> str:
+    """Return the README as a page outside the repository, where links into it lead nowhere: their text stays."""
+    text = Path(ROOT, "README.md").read_text(encoding="utf-8")
+    text = re.sub(r"!\[[^\]]*\]\((?!https?:)[^)]*\)\n+\*[^*]*\*\n+", "", text)  # a figure and its caption
+    return re.sub(r"\[([^\]]*)\]\((?!https?:)[^)]*\)", r"\1", text)
+
+
 if int(setuptools.__version__.split(".")[0]) < 77:
     sys.exit(f"kafops: building needs setuptools >= 77, got {setuptools.__version__}; pip install -U setuptools")
 # Both are asked before either is made: torch reads the environment when its build tools are first imported.
@@ -147,10 +155,13 @@ for which, reason in reasons.items():
         print(f"\nkafops: building WITHOUT compiled {which} kernels: {reason}\n", file=sys.stderr, flush=True)
 makers = {"CPU": cpu_extension, "CUDA": cuda_extension}
 modules = [make() for which, make in makers.items() if reasons[which] is None]
+lacking = "kernels" if len(modules) == 0 else "cuda" if reasons["CUDA"] else "cpu" if reasons["CPU"] else None
+wheel = {"build_number": f"0_without_{lacking}"} if lacking else {}
+keywords = {"long_description": description(), "long_description_content_type": "text/markdown"}
 if modules:
     from torch.utils.cpp_extension import BuildExtension
 
-    options = {"bdist_wheel": {"py_limited_api": "cp310"}}
-    setuptools.setup(ext_modules=modules, cmdclass={"build_ext": BuildExtension}, options=options)
+    options = {"bdist_wheel": {"py_limited_api": "cp310", **wheel}}
+    setuptools.setup(ext_modules=modules, cmdclass={"build_ext": BuildExtension}, options=options, **keywords)
 else:
-    setuptools.setup()
+    setuptools.setup(options={"bdist_wheel": wheel}, **keywords)

@@ -25,7 +25,7 @@ from bench.gpu_device import Device, Times
 from bench.gpu_report import Record, Summary
 from bench.gpu_table import ACTIVATIONS, Case, Training
 from bench.paired import Work, spread
-from models.errors import UserError
+from models.support.errors import UserError
 
 ROOT = Path(__file__).parent.parent
 OUT = Path(__file__).parent / "out"

@@ -13,8 +13,8 @@ from typing import Any
 
 from bench import gpu_table, report
 from bench.gpu_table import COPY, KAF, LARGE, PASSES, RELU, SILU
-from models import files
-from models.errors import UserError
+from models.support import files
+from models.support.errors import UserError
 
 Record = dict[str, Any]
 Summary = dict[str, Any]  # {"format", "machine": facts, "results": records}

@@ -9,7 +9,7 @@ import torch
 
 import kafops
 from kafops.check import processor
-from models.environment import commit
+from models.support.environment import commit
 
 
 def describe() -> dict[str, Any]:

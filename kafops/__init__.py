@@ -18,7 +18,7 @@ from kafops.replacements import Replacement, ReplacementReport
 from kafops.states import Loaded, load_state_dict
 from kafops.watching import watch
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "CONVENTIONS",

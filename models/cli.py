@@ -8,12 +8,12 @@ from pathlib import Path
 
 import torch
 
-from models.arguments import integer, positive, radius
-from models.commands import bounds, compare, curves, distributions, evaluate, gradients, recipe, report, study, train
+from models import commands
 from models.data import MNIST5K_SIZE
 from models.demo import Demo, Settings
-from models.errors import UserError
-from models.interrupts import Interrupted
+from models.support.arguments import integer, positive, radius
+from models.support.errors import UserError
+from models.support.interrupts import Interrupted
 
 _DEMO = """
 Trains the same small ResNet20 with ReLU, SiLU and KAF by fast adversarial training on MNIST images that come with the
@@ -56,10 +56,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def parser() -> argparse.ArgumentParser:
     """Build the parser of all commands."""
     parser = argparse.ArgumentParser(prog="python -m models", description="Networks with learned activations.")
-    commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
-    _add_demo(commands)
-    for command in (train, evaluate, recipe, compare, gradients, bounds, curves, distributions, study, report):
-        command.add(commands)
+    below = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    _add_demo(below)
+    for command in commands.ALL:
+        command.add(below)
     return parser
 
 

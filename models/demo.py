@@ -17,15 +17,17 @@ from rich.table import Table
 from torch import nn
 
 import kafops
-from models import attacks, checkpoints, data, demo_report, environment, files, session, step_cost
+from models import attacks, data
 from models.data import DataSet
-from models.evaluation import Accuracy, clean_accuracy, robust_accuracy
+from models.evaluation import Accuracy, clean_accuracy, robust_accuracy, step_cost
 from models.figures import accuracy as accuracy_figure
 from models.figures import cost as cost_figure
 from models.figures import curves as curves_figure
 from models.figures import style
-from models.runs import RunFolder
-from models.settings import Settings as RunSettings
+from models.reports import demo_report
+from models.runs import RunFolder, session
+from models.runs.settings import Settings as RunSettings
+from models.support import checkpoints, environment, files
 from models.training import Recipe, Trainer
 from models.training.trainer import LATEST
 

@@ -9,7 +9,7 @@ import math
 import torch
 from torch import Tensor
 
-from models.errors import UserError
+from models.support.errors import UserError
 
 BINS = 2048
 _LEAST = -100  # exponent of the narrowest bins, so narrow that only zeros stay there

@@ -9,7 +9,7 @@ import typing
 from collections.abc import Callable, Iterable
 from typing import Any, Generic, TypeVar
 
-from models import arguments
+from models.support import arguments
 
 T = TypeVar("T")
 

@@ -29,9 +29,9 @@ PLACES = {path: place for place, (_, path) in reversed(list(enumerate(NAMED)))} 
 
 
 def place(path):
-    """Where the map has a file of csrc/, or what lies in kafops/ and is or holds the file; None where it has not."""
+    """Where the map has a file of csrc/, or what is or holds it in kafops/ or models/; None where it has not."""
     parts = path.relative_to(ROOT).parts
-    return PLACES.get(ROOT.joinpath(*parts[:2]) if parts[0] == "kafops" else path)
+    return PLACES.get(ROOT.joinpath(*parts[:2]) if parts[0] in ("kafops", "models") else path)
 
 
 def sources(folder, *suffixes):
@@ -90,9 +90,11 @@ def test_the_first_level_is_named(folder):
     assert [p.name for p in sorted(inside) if p.name != "__init__.py" and p not in PLACES] == []
 
 
-@pytest.mark.parametrize("file", sources("kafops", ".py"), ids=lambda p: str(p.relative_to(ROOT)))
-def test_kafops_imports_what_stands_above(file):
-    assert [str(p) for p in imported(file) if place(p) > place(file)] == []
+@pytest.mark.parametrize("folder", ["kafops", "models"])
+def test_what_is_imported_stands_above(folder):
+    for file in sources(folder, ".py"):
+        inside = [p for p in imported(file) if ROOT / folder in p.parents]
+        assert [str(p) for p in inside if place(p) > place(file)] == [], file
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+import build_backend
 import kafops
 
 ROOT = Path(__file__).parent.parent
@@ -150,6 +151,58 @@ def test_source_distribution_holds_all_sources(tmp_path):
     }
     assert {*CSRC, *package, "setup.py", "pyproject.toml", "LICENSE"} <= names
     assert not {name for name in names if name.endswith((".so", ".o")) or name.startswith(("tests/", "runs/"))}
+
+
+def test_what_a_wheel_lacks_stands_in_its_name(tmp_path):
+    """pip shows the name, and nothing else of a build that succeeds."""
+    folders = ("build", "--build-base", tmp_path / "base", "egg_info", "--egg-base", tmp_path)
+    wheel = ("bdist_wheel", "--dist-dir", tmp_path / "dist", "--bdist-dir", tmp_path / "bdist")
+    done = setup(*folders, *wheel, KAFOPS_BUILD_CPU="0", KAFOPS_BUILD_CUDA="0")
+    assert done.returncode == 0, done.stderr
+    (made,) = (tmp_path / "dist").iterdir()
+    assert made.name == f"kafops-{kafops.__version__}-0_without_kernels-py3-none-any.whl"
+
+
+def test_the_description_has_no_links_that_lead_nowhere():
+    done = setup("--long-description", KAFOPS_BUILD_CPU="0", KAFOPS_BUILD_CUDA="0")
+    assert done.stdout.startswith("# kafops\n")
+    links = re.findall(r"\]\(([^)]*)\)", done.stdout)
+    assert links
+    assert all(link.startswith("https://") for link in links)
+    assert "$$" not in done.stdout
+
+
+def test_the_torch_that_is_installed_is_built_with(tmp_path, monkeypatch):
+    assert build_backend.get_requires_for_build_wheel() == ["ninja"]
+    assert Path(build_backend.installed(), "torch").is_dir()
+    monkeypatch.setattr(build_backend.sysconfig, "get_path", lambda kind, vars: str(tmp_path / vars.get("base", "own")))
+    monkeypatch.delenv("CONDA_PREFIX", raising=False)
+    monkeypatch.setenv("VIRTUAL_ENV", "active")
+    assert build_backend.get_requires_for_build_wheel() == ["ninja", "torch>=2.10"]
+    for folder, version in (("own", "2.9.1"), ("active", "2.10.0+cpu")):  # one that is too old, and one that will do
+        info = tmp_path / folder / f"torch-{version}.dist-info"
+        info.mkdir(parents=True)
+        (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: torch\nVersion: {version}\n")
+    assert build_backend.installed() == str(tmp_path / "active")
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    build_backend.use()
+    build_backend.use()
+    assert sys.path.count(str(tmp_path / "active")) == 1
+    assert sys.path[-1] == str(tmp_path / "active")  # behind all that the build has
+
+
+def test_the_oldest_linux_that_a_wheel_is_for(extension):
+    """The tag manylinux_2_34 may be given to what is built here; the libstdc++ needed is older, that of GCC 5.
+
+    With the glibc 2.28 of the image that pyproject.toml names, all that glibc 2.34 renamed has its old name.
+    """
+    output = subprocess.run([command("readelf"), "-V", extension], check=True, capture_output=True, text=True).stdout
+    assert max(map(version, re.findall(r"GLIBC_([\d.]+)", output))) <= (2, 34)
+    assert max(map(version, re.findall(r"GLIBCXX_([\d.]+)", output))) <= (3, 4, 25)
+
+
+def version(text):
+    return tuple(int(part) for part in text.split("."))
 
 
 def test_version_is_the_same_everywhere():

@@ -3,6 +3,7 @@
 import functools
 import importlib
 import re
+import warnings
 from collections.abc import Sequence
 
 import torch
@@ -12,13 +13,29 @@ from kafops.backends import plain_operators as plain_operators  # that the kerne
 from kafops.backends.record import OPERATORS, Backend
 from kafops.torch_private import assumed_constant
 
+
+def reason(error: ImportError, cuda: str | None) -> str:
+    """Say why the module cannot be loaded: often because torch, of CUDA version `cuda`, has another than it."""
+    if cuda is None:
+        return "this torch was built without CUDA"
+    wanted = re.search(r"libcudart\.so\.(\d+)", str(error))
+    if wanted is None:
+        return str(error)
+    return (
+        f"the compiled CUDA kernels were built for CUDA {wanted[1]}, and this torch for CUDA {cuda}; build them for it "
+        "(in the environment of this torch, with an nvcc of its CUDA: pip install --no-build-isolation .)"
+    )
+
+
 load_error: str | None = None
 try:
     _C_cuda = importlib.import_module("kafops._C_cuda")  # registers the kernels of the operators of kafops.ops
 except ModuleNotFoundError:
     load_error = "kafops was installed without CUDA kernels; reinstall it where there is nvcc"
 except ImportError as error:
-    load_error = str(error)
+    load_error = reason(error, torch.version.cuda)
+    if torch.version.cuda is not None:  # there may be a GPU, which Triton's kernels would serve, and nobody be told
+        warnings.warn(f"kafops cannot load its CUDA kernels, so Triton's serve: {load_error}", stacklevel=2)
 
 
 @assumed_constant

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 import kafops
 from models.analysis.distributions import curve, spread
-from models.errors import UserError
 from models.evaluation import evaluation_mode
 from models.histograms import Histogram, NotFinite
+from models.support.errors import UserError
 from models.taps import tapped
 from models.training import curves as kept
 from models.training.outside import INSIDE, ends, rounded_up

@@ -20,9 +20,9 @@ from torch import Tensor, nn
 
 import kafops
 from models import taps
-from models.errors import UserError
 from models.evaluation import evaluation_mode
 from models.histograms import BINS, Histogram, NotFinite, wasserstein
+from models.support.errors import UserError
 from models.training.outside import ends
 
 SIDES = ("inputs", "outputs")

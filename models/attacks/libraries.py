@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from models.attacks.attack import Strongest
 from models.attacks.linf import frozen
 from models.attacks.wrappers import global_seed
-from models.errors import UserError
+from models.support.errors import UserError
 
 MEMBERS = ("apgd-ce", "apgd-dlr", "apgd-t", "fab-t", "square")
 STANDARD = ("apgd-ce", "apgd-t", "fab-t", "square")

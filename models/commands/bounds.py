@@ -17,21 +17,22 @@ from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor, nn
 
-from models import environment, files, seeds, trained
-from models.analysis.certificates import accuracy_at, certify
-from models.analysis.expansion import jacobian_norm, largest_ratio
-from models.analysis.lipschitz import Bound, upper_bound
-from models.analysis.operations import Step
-from models.analysis.traced import steps
 from models.attacks import ATTACKS
+from models.certified.certificates import accuracy_at, certify
+from models.certified.expansion import jacobian_norm, largest_ratio
+from models.certified.lipschitz import Bound, upper_bound
+from models.certified.operations import Step
+from models.certified.traced import steps
 from models.commands import looking
-from models.errors import UserError
 from models.evaluation import Outcome, evaluate_clean
+from models.evaluation.outcomes import Job, Outcomes, described, digest
 from models.figures import bounds as figures
-from models.interrupts import Interrupted, StopRequest
-from models.outcomes import Job, Outcomes, described, digest
-from models.settings import completed
-from models.trained import Trained
+from models.runs import trained
+from models.runs.settings import completed
+from models.runs.trained import Trained
+from models.support import environment, files, seeds
+from models.support.errors import UserError
+from models.support.interrupts import Interrupted, StopRequest
 
 _ABOUT = """
 Bounds the Lipschitz constants of the networks of runs, from images in [0, 1] to logits in L2: from above, for all

@@ -8,14 +8,16 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from models import files, recipes, runs, trained
-from models.comparison import Comparison, Line, Measured, closest, compare
-from models.errors import UserError
+from models import recipes, runs
 from models.evaluation import Accuracy
+from models.evaluation.outcomes import digest
 from models.figures import comparison as figure
-from models.outcomes import digest
 from models.recipes import Published, Recipe
-from models.settings import Settings
+from models.recipes.comparison import Comparison, Line, Measured, closest, compare
+from models.runs import trained
+from models.runs.settings import Settings
+from models.support import files
+from models.support.errors import UserError
 
 _COMPARE = """
 Lines up evaluated runs with the numbers published for their recipe, and writes comparison.md and comparison.png, a
@@ -79,7 +81,7 @@ def read(run: Path) -> Measured:
         RunError: there is no run in the folder.
         UserError: it has not been evaluated, or its evaluation is damaged or of an earlier state.
     """
-    settings = runs.settings(run)
+    settings = runs.read_settings(run)
     path = run / "evaluation" / "evaluation.json"
     again = f"run `python -m models evaluate {run}`"
     try:

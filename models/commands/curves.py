@@ -14,13 +14,15 @@ from rich.progress import Progress
 from rich.table import Table
 from torch import nn
 
-from models import checkpoints, environment, files, networks, seeds, trained
+from models import networks
 from models.analysis.curves import DictionaryUse, Use, dense_size, evolution, suggested_boundary
 from models.commands import looking
-from models.errors import UserError
+from models.evaluation.outcomes import described, digest
 from models.figures import curve_strip, dictionary_use
-from models.interrupts import Interrupted, StopRequest
-from models.outcomes import described, digest
+from models.runs import trained
+from models.support import checkpoints, environment, files, seeds
+from models.support.errors import UserError
+from models.support.interrupts import Interrupted, StopRequest
 from models.training import curves as kept
 
 _ABOUT = """

@@ -14,13 +14,14 @@ from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
 
-from models import checkpoints, environment, files, seeds, trained
 from models.analysis.distributions import SIDES, Density, Layer, Moved, Panel, Recorder
 from models.commands import looking
+from models.evaluation.outcomes import described, digest
 from models.figures import distributions as figures
-from models.interrupts import Interrupted, StopRequest
-from models.outcomes import described, digest
-from models.trained import Trained
+from models.runs import trained
+from models.runs.trained import Trained
+from models.support import checkpoints, environment, files, seeds
+from models.support.interrupts import Interrupted, StopRequest
 
 _ABOUT = """
 Attacks the networks of runs and compares their activations on clean and on adversarial images, of each layer and

@@ -11,18 +11,28 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from models import environment, evaluator, files, sanity, trained
-from models.arguments import integer, radius
 from models.attacks import ATTACKS, Attack, Transfer, pgd
-from models.errors import UserError
-from models.evaluation import Accuracy, Outcome, evaluate_clean, input_gradients, per_class, worst_case
-from models.evaluator import Plan, Point
+from models.evaluation import (
+    Accuracy,
+    Outcome,
+    evaluate_clean,
+    evaluator,
+    input_gradients,
+    per_class,
+    sanity,
+    worst_case,
+)
+from models.evaluation.evaluator import Plan, Point
+from models.evaluation.outcomes import Job, Outcomes, digest
+from models.evaluation.sanity import Verdict
 from models.figures import evaluation as figures
 from models.figures import style
-from models.interrupts import Interrupted, StopRequest
-from models.outcomes import Job, Outcomes, digest
 from models.registry import split
-from models.sanity import Verdict
+from models.runs import trained
+from models.support import environment, files
+from models.support.arguments import integer, radius
+from models.support.errors import UserError
+from models.support.interrupts import Interrupted, StopRequest
 
 _ABOUT = """
 Attacks the network of a run and writes to RUN/evaluation: what each attack found, image by image, evaluation.json with

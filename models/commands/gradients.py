@@ -8,13 +8,14 @@ import torch
 from rich.console import Console
 from rich.progress import track
 
-from models import arguments, data, files, networks
+from models import data, networks
 from models.activations import ACTIVATIONS
 from models.commands import study as studies
 from models.figures import gradients as figures
 from models.networks import NETWORKS
 from models.study import depth, plan
 from models.study.depth import page
+from models.support import arguments, files
 
 _ABOUT = """
 Measures norms of signals and gradients layer by layer: of networks as they start (default), and with --train along the

@@ -9,11 +9,12 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from models import files, trained
-from models.arguments import integer, radius
 from models.attacks import ATTACKS, Attack, LinfAttack, perturb
-from models.errors import UserError
-from models.trained import Trained
+from models.runs import trained
+from models.runs.trained import Trained
+from models.support import files
+from models.support.arguments import integer, radius
+from models.support.errors import UserError
 
 
 def add(parser: argparse.ArgumentParser, images: int, source: str, attack: str | None) -> None:

@@ -7,13 +7,14 @@ from types import ModuleType
 from rich.console import Console
 from rich.table import Table
 
-from models import arguments, recipes
+from models import recipes
 from models.commands import compare, evaluate, train
 from models.commands import settings as options_of
 from models.commands.compare import points, sources
-from models.comparison import training_differences
 from models.recipes import Recipe
-from models.settings import Settings
+from models.recipes.comparison import training_differences
+from models.runs.settings import Settings
+from models.support import arguments
 from models.training.processes import Processes
 
 _RECIPE = """

@@ -6,9 +6,10 @@ from pathlib import Path
 
 from rich.console import Console
 
-from models import files, run_report
 from models.commands import looking
+from models.reports import run_report
 from models.runs import RunError
+from models.support import files
 
 _ABOUT = """
 Writes one HTML page about runs that needs no other file: settings, training, attacks and the verdicts on them, bounds,

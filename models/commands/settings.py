@@ -8,12 +8,13 @@ from typing import Any
 
 import torch
 
-from models import arguments, recipes
+from models import recipes
 from models.activations import ACTIVATIONS
 from models.data import DATA
 from models.networks import NETWORKS
 from models.registry import Registry
-from models.settings import Settings
+from models.runs.settings import Settings
+from models.support import arguments
 from models.training.methods import METHODS
 from models.training.recipe import DECAYS, PRECISIONS, Recipe
 from models.training.schedules import SCHEDULES
@@ -31,7 +32,11 @@ _TRAINING: tuple[tuple[str, Callable[[str], Any], str], ...] = (
     ("nesterov", arguments.yes_or_no, "Nesterov's momentum"),
     ("weight_decay", arguments.not_negative, "of SGD"),
     ("decay", str, f"what decays: {' or '.join(DECAYS)}"),
-    ("activation_lr", arguments.positive, "learning rate of activation parameters, as a multiple of lr"),
+    (
+        "activation_lr",
+        arguments.not_negative,
+        "learning rate of activation parameters, as a multiple of lr; 0 keeps them as they start",
+    ),
     ("clip", arguments.or_none(arguments.positive), "largest norm of the gradient, or none"),
     ("label_smoothing", arguments.share, "of the cross-entropy"),
     (

@@ -9,12 +9,12 @@ from typing import Any
 
 from rich.console import Console
 
-from models import arguments, data, files
 from models.figures import study as figures
 from models.study import page, plan, workers
-from models.study.plan import Run, Study
-from models.study.summary import CLEAN, accuracies, summarise
+from models.study.plan import TUNED, Rates, Run, Study
+from models.study.summary import CLEAN, WORST, accuracies, summarise
 from models.study.workers import Do
+from models.support import arguments, files
 
 _STUDY = """
 Trains and attacks every network, activation and seed of a study, and writes to the folder OUT: a result for each run,
@@ -41,11 +41,11 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
     study.set_defaults(run=_run, refuse=study.error)
 
 
-def add_options(parser: argparse.ArgumentParser) -> None:
-    """Add the options that `carry_out` reads."""
+def add_options(parser: argparse.ArgumentParser, below: str = "") -> None:
+    """Add the options that `carry_out` reads; `below` is where checkpoints are kept below the study's folder."""
     option = parser.add_argument
     option("--out", type=Path, metavar="DIR", help="folder of the results (default: results/STUDY)")
-    option("--runs", type=Path, metavar="DIR", help="folder of the checkpoints (default: runs/study/STUDY)")
+    option("--runs", type=Path, metavar="DIR", help=f"folder of the checkpoints (default: runs/study/STUDY{below})")
     option("--jobs", type=arguments.integer(1, 4096), help="runs at a time (default: one for each core)")
     option("--threads", type=arguments.integer(1, 4096), default=1, help="threads of each run (default: 1)")
     option("--plan", action="store_true", help="show what is done, what is left and how long it may take, and stop")
@@ -54,9 +54,22 @@ def add_options(parser: argparse.ArgumentParser) -> None:
 def _run(options: argparse.Namespace, command: str) -> int:
     try:
         study = plan.load(options.study)
+        if TUNED in study.rates:
+            study = study.with_tuned(_tuned(study, options.out or Path("results") / study.name))
     except ValueError as error:
         options.refuse(str(error))
     return carry_out(study, options, command, report)
+
+
+def _tuned(study: Study, results: Path) -> dict[str, dict[str, Rates]]:
+    """Read what `python -m models tune` chose."""
+    path = results / "tuned.json"
+    found = files.read_json(path)
+    if found is None:
+        raise ValueError(f"{path} is not there; choose the rates first: python -m models tune {study.name}")
+    if not isinstance(found, dict):
+        raise ValueError(f"{path} has no rates by network and activation; python -m models tune {study.name} writes it")
+    return found
 
 
 def carry_out(study: Study, options: argparse.Namespace, command: str, report: Report, do: Do | None = None) -> int:
@@ -82,8 +95,8 @@ def carry_out(study: Study, options: argparse.Namespace, command: str, report: R
         def on_change(status: workers.Status) -> None:
             shown.update("; ".join(f"{name}: {text}" for name, text in status.items()))
 
-        if len(data.load(study.data, 0).test) < study.images:
-            options.refuse(f"{study.data} has fewer than the {study.images} test images that the study attacks")
+        if (there := len(workers.part(study, 0))) < study.count():
+            options.refuse(f"{study.data} has {there} {study.part} images, and the study attacks {study.count()}")
         folder = options.runs or Path("runs/study") / study.name
         workers.work(study, todo, results, folder, jobs, options.threads, on_change, on_result, do)
     report(study, done, results, command)
@@ -96,12 +109,12 @@ def report(study: Study, done: dict[str, dict[str, Any]], results: Path, command
     if not done:
         return
     summary = summarise(study, done)
-    if not summary["networks"]:
+    if not summary["rates"]:
         return
     files.write_json(results / "summary.json", summary)
     files.write_bytes(results / "accuracies.png", figures.accuracies(summary))
     if len(summary["activations"]) > 1:
-        files.write_bytes(results / "differences.png", figures.differences(summary, "worst"))
+        files.write_bytes(results / "differences.png", figures.differences(summary, WORST))
     files.write_text(results / "README.md", page.markdown(study, summary, done, command))
 
 

@@ -7,10 +7,11 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from models import arguments, files, lr_range, session
 from models.commands import settings as options_of
 from models.figures import learning_rate
-from models.settings import Settings
+from models.runs import lr_range, session
+from models.runs.settings import Settings
+from models.support import arguments, files
 from models.training import EpochRecord, Trainer
 from models.training.processes import Processes
 

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from models import seeds
 from models.data.loaders import Decoding
 from models.images import ImageFormat
+from models.support import seeds
 
 
 @dataclass(frozen=True)

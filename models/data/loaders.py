@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from models import seeds
 from models.data.ahead import ahead
 from models.data.indexed import IndexedSource
 from models.data.source import Batch, DataError
+from models.support import seeds
 
 
 @dataclass(frozen=True)

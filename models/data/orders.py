@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor
 
-from models import seeds
+from models.support import seeds
 
 
 def stratified_order(labels: Tensor, seed: int) -> Tensor:

@@ -25,11 +25,11 @@ from typing import Any, BinaryIO
 
 from PIL import Image
 
-from models import seeds
 from models.data import pictures, places
 from models.data.loaders import Task, Workers
 from models.data.packages import need
 from models.data.source import Batch, DataError, Source, check_ordered, check_shuffled
+from models.support import seeds
 
 _IMAGES = ("jpg", "jpeg", "png")
 

@@ -8,8 +8,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from models.errors import UserError
 from models.images import ImageFormat
+from models.support.errors import UserError
 
 Batch = tuple[Tensor, Tensor]  # images [B, C, H, W], float32 in [0, 1], and labels [B], int64
 

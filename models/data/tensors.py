@@ -6,11 +6,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from models import seeds
 from models.data.ahead import ahead
 from models.data.augmentation import CropAndFlip
 from models.data.indexed import IndexedSource
 from models.data.source import Batch
+from models.support import seeds
 
 
 class TensorSource(IndexedSource):

@@ -6,11 +6,11 @@ from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 
 from models.activations import ACTIVATIONS
-from models.comparison import Comparison, attack_name
 from models.evaluation import Accuracy
 from models.figures import labels, style
 from models.figures.labels import Label
 from models.recipes import Published
+from models.recipes.comparison import Comparison, attack_name
 
 _OTHERS = style.BLUE
 

@@ -15,7 +15,7 @@ _LABELS = {
 
 
 def draw(cost: dict[str, Any]) -> bytes:
-    """Draw the result of `models.step_cost.measure`: bars for the median time and for the memory kept for backward."""
+    """Draw what `models.evaluation.step_cost.measure` found: bars for the median time and memory kept for backward."""
     done = cost["implementations"]
     names = [name for name in _LABELS if name in done]
     with style.context():

@@ -3,7 +3,7 @@
 from matplotlib.axes import Axes
 
 from models.figures import style
-from models.lr_range import Range
+from models.runs.lr_range import Range
 
 
 def draw(found: Range) -> bytes:

@@ -1,9 +1,10 @@
-"""A study's accuracies and their differences to the baseline, a panel for each network."""
+"""A study's accuracies and their differences to the baseline: a row of panels for each rate, one for each network."""
 
 from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
 from models.figures import style
@@ -17,17 +18,14 @@ def accuracies(summary: dict[str, Any]) -> bytes:
     colours = _colours(measures)
     with style.context():
         rows = summary["activations"]
-        figure = style.figure(height=1.1 + 0.3 * len(rows))
-        panels = figure.subplots(1, len(summary["networks"]), sharey=True, squeeze=False)[0]
-        for axes, (network, content) in zip(panels, summary["networks"].items(), strict=True):
-            for name, entry in content["activations"].items():
+        figure, panels = _panels(summary, rows)
+        for axes, activations in panels:
+            for name, entry in activations.items():
                 place = rows.index(name)
                 values = [100 * entry[m]["mean"] for m in measures]
                 axes.plot([min(values), max(values)], [place] * 2, color=style.PALE_GREY, lw=3, zorder=1)
                 for i, m in enumerate(measures):
                     _marks(axes, entry[m], place, colours[m], _MARKS[i % len(_MARKS)], hollow=m == "clean")
-            _rows(axes, rows)
-            axes.set_title(network)
             axes.set_xlabel("accuracy, %")
             axes.set_xlim(-2, 102)
         handles = [
@@ -40,29 +38,37 @@ def accuracies(summary: dict[str, Any]) -> bytes:
 
 
 def differences(summary: dict[str, Any], measure: str) -> bytes:
-    """Draw each activation's paired difference to the baseline under one attack, with its 95 % interval over seeds.
+    """Draw each activation's paired difference to the baseline under one attack, with its 95 % interval.
 
-    The grey band is what two single runs differ by through their seeds alone, with 95 % probability.
+    The interval is for the choice of seeds and of images both.
     """
     baseline = summary["baseline"]
     with style.context():
         names = [a for a in summary["activations"] if a != baseline]
-        figure = style.figure(height=1.1 + 0.3 * len(names))
-        panels = figure.subplots(1, len(summary["networks"]), sharey=True, squeeze=False)[0]
-        for axes, (network, content) in zip(panels, summary["networks"].items(), strict=True):
-            noise = content["noise"][measure]
-            if noise is not None:
-                half = 100 * noise["difference"]
-                axes.axvspan(-half, half, color=style.PALE_GREY, alpha=0.5, lw=0)
+        figure, panels = _panels(summary, names)
+        for axes, activations in panels:
             axes.axvline(0, color=style.GREY, lw=0.8)
             for place, name in enumerate(names):
-                difference = content["activations"].get(name, {}).get(measure, {}).get("difference")
+                difference = activations.get(name, {}).get(measure, {}).get("difference")
                 if difference is not None:
                     _interval(axes, difference, place, style.VERMILLION if name.startswith("kaf") else style.BLUE)
-            _rows(axes, names)
-            axes.set_title(network)
             axes.set_xlabel(f"difference to {baseline}, points")
         return style.png(figure)
+
+
+def _panels(summary: dict[str, Any], rows: list[str]) -> tuple[Figure, list[tuple[Axes, dict[str, Any]]]]:
+    """Return a figure, and its axes with the activations that each shows."""
+    rates = summary["rates"]
+    networks = list(dict.fromkeys(network for by_network in rates.values() for network in by_network))
+    figure = style.figure(height=0.4 + len(rates) * (0.7 + 0.3 * len(rows)))
+    grid = figure.subplots(len(rates), len(networks), sharex=True, sharey=True, squeeze=False)
+    shown = []
+    for line, (rate, by_network) in zip(grid, rates.items(), strict=True):
+        for axes, network in zip(line, networks, strict=True):
+            _rows(axes, rows)
+            axes.set_title(network if len(rates) == 1 else f"{network}, {rate} rate")
+            shown.append((axes, by_network.get(network, {}).get("activations", {})))
+    return figure, shown
 
 
 def _marks(axes: Axes, entry: dict[str, Any], place: int, colour: str, mark: str, hollow: bool) -> None:

@@ -5,13 +5,13 @@ from torch import nn
 
 from models import activations
 from models.activations import ActivationFactory
-from models.errors import UserError
 from models.images import ImageFormat
 from models.networks.blocks import Normalise
 from models.networks.resnet import ResNet, cifar_resnet
 from models.networks.vgg import light, vgg
 from models.networks.wide import preactresnet18, wideresnet
 from models.registry import Registry
+from models.support.errors import UserError
 
 __all__ = ["NETWORKS", "Normalise", "ResNet", "build"]
 

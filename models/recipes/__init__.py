@@ -15,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from models.activations import ACTIVATIONS
-from models.arguments import fraction
 from models.registry import near, split
-from models.settings import Settings
+from models.runs.settings import Settings
+from models.support.arguments import fraction
 
 FOLDER = Path(__file__).parent
 

@@ -2,16 +2,23 @@
 
 import argparse
 import json
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from models.arguments import radius
+from models.activations import ACTIVATIONS
 from models.attacks import ATTACKS
 from models.registry import near
-from models.settings import Settings
+from models.runs.settings import Settings
+from models.support.arguments import radius
 
 FOLDER = Path(__file__).parent
+
+
+COMMON, TUNED = "common", "tuned"
+Rates = dict[str, float]
+"""Learning rates as settings of a training: "lr", and "activation_lr" as a multiple of it."""
 
 
 @dataclass(frozen=True)
@@ -22,11 +29,33 @@ class Run:
     activation: str
     seed: int
     settings: Settings
+    rate: str = COMMON  # the study's rate, the activation's own or one that is tried
 
     @property
     def name(self) -> str:
         """Of its files."""
-        return f"{self.network}-{self.activation}-{self.seed}".replace("/", "_")
+        rate = () if self.rate == COMMON else (self.rate,)
+        return "-".join((self.network, self.activation, *rate, str(self.seed))).replace("/", "_")
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """How the rates of each activation are chosen: by robust accuracy on images held out of training.
+
+    Args:
+        lr: learning rates to try.
+        activation_lr: rates of activation parameters to try, as multiples of lr, where an activation has some that
+            are learned and its variant does not say their rate.
+        seeds: of these runs; none of the study's own.
+        attack: under which accuracy counts.
+        images: held-out images attacked.
+    """
+
+    lr: tuple[float, ...]
+    activation_lr: tuple[float, ...]
+    seeds: tuple[int, ...]
+    attack: str
+    images: int
 
 
 @dataclass(frozen=True)
@@ -43,9 +72,14 @@ class Study:
         training: settings common to all runs, see `models.training.Recipe`.
         attacks: by label, names with options; robust accuracy is reported under each.
         eps: of the attacks.
-        images: test images attacked.
+        images: test images attacked; or by attack, the largest number being that of clean accuracy.
         variants: by name, an activation and the settings of its training that differ from the common ones, as
             {"activation": "kaf", "training": {"slope_limit": 1.0}}.
+        comparisons: pairs of activations that are the study's questions, named before its runs.
+        tuning: how each activation's rates are chosen, for a study with "tuned" among its rates.
+        rates: "tuned" for runs at each activation's own rates, "common" for runs at the rates of `training`.
+        tuned: by network and activation, the rates that `python -m models tune` has chosen.
+        part: of the image set on which accuracy is measured, "test" or "validation".
     """
 
     name: str
@@ -57,23 +91,100 @@ class Study:
     training: dict[str, Any]
     attacks: dict[str, str]
     eps: float
-    images: int
+    images: int | dict[str, int]
     variants: dict[str, dict[str, Any]] = field(default_factory=dict)
+    comparisons: tuple[tuple[str, str], ...] = ()
+    tuning: Tuning | None = None
+    rates: tuple[str, ...] = (COMMON,)
+    tuned: dict[str, dict[str, Rates]] = field(default_factory=dict)
+    part: str = "test"
 
     def runs(self) -> list[Run]:
         """Return all runs, seeds outermost: a study that is stopped early has compared everything once."""
+        return list(
+            {run.name: run for seed in self.seeds for rate in self.rates for run in self.at(rate, seed)}.values()
+        )
+
+    def at(self, rate: str, *seeds: int) -> list[Run]:
+        """Return the runs at one of the study's rates, of all seeds unless some are given.
+
+        Where an activation's own rates are the common ones, its run at these is among both.
+        """
         return [
-            Run(label, activation, seed, self._settings(network, activation, seed))
-            for seed in self.seeds
+            Run(label, activation, seed, self._settings(network, activation, seed, rates), name)
+            for seed in seeds or self.seeds
             for activation in self.activations
             for label, network in self.networks.items()
+            for name, rates in self._rates(label, activation, rate)
         ]
 
-    def _settings(self, network: str, activation: str, seed: int) -> Settings:
-        variant = self.variants.get(activation, {"activation": activation})
-        training = {**self.training, **variant.get("training", {})}
+    def with_tuned(self, tuned: dict[str, dict[str, Rates]]) -> "Study":
+        """Return the study with the rates that were chosen.
+
+        Raises:
+            ValueError: there are none for a network and an activation.
+        """
+        for network in self.networks:
+            if lacking := [a for a in self.activations if a not in tuned.get(network, {})]:
+                raise ValueError(f"no rates were chosen for {network} with {', '.join(lacking)}")
+        return replace(self, tuned=tuned)
+
+    def tuning_runs(self) -> "Study":
+        """Return the study that tries the rates."""
+        if self.tuning is None:
+            raise ValueError(f"study {self.name} says nothing of tuning")
+        how = self.tuning
+        attacks = {"held out": how.attack}
+        return replace(
+            self, seeds=how.seeds, attacks=attacks, images=how.images, rates=("tried",), tuned={}, part="validation"
+        )
+
+    def count(self, attack: str | None = None) -> int:
+        """Return how many images an attack gets, or without one how many are looked at."""
+        if isinstance(self.images, int):
+            return self.images
+        return max(self.images.values()) if attack is None else self.images[attack]
+
+    def common(self, activation: str) -> Rates:
+        """Return the rates of an activation's runs as the study file says them."""
+        training = {"activation_lr": 1.0, **self.training, **self._variant(activation).get("training", {})}
+        return {name: training[name] for name in ("lr", "activation_lr")}
+
+    def frozen(self, activation: str) -> bool:
+        """Say whether the activation has parameters that are not trained."""
+        return _learns(self._variant(activation)["activation"]) and self.common(activation)["activation_lr"] == 0
+
+    def learns(self, activation: str) -> bool:
+        """Say whether there is a rate of activation parameters to choose."""
+        variant = self._variant(activation)
+        return _learns(variant["activation"]) and "activation_lr" not in variant.get("training", {})
+
+    def _variant(self, activation: str) -> dict[str, Any]:
+        return self.variants.get(activation, {"activation": activation})
+
+    def _rates(self, network: str, activation: str, rate: str) -> Iterator[tuple[str, Rates]]:
+        """Yield the rates for which one entry of `rates` stands, and what their runs are called."""
+        common = self.common(activation)
+        if rate == COMMON:
+            yield COMMON, common
+        elif rate == TUNED:
+            own = self.tuned[network][activation]
+            yield (COMMON if own == common and COMMON in self.rates else TUNED), own
+        elif self.tuning is not None:
+            learns = self.learns(activation)
+            for factor in self.tuning.activation_lr if learns else (common["activation_lr"],):
+                for lr in self.tuning.lr:
+                    yield f"lr{lr:g}" + (f"x{factor:g}" if learns else ""), {"lr": lr, "activation_lr": factor}
+
+    def _settings(self, network: str, activation: str, seed: int, rates: Rates) -> Settings:
+        variant = self._variant(activation)
+        training = {**self.training, **variant.get("training", {}), **rates}
         common = {"data": self.data, "network": network, "seed": seed}
         return Settings.from_dict({**common, "activation": variant["activation"], "training": training})
+
+
+def _learns(activation: str) -> bool:
+    return any(True for _ in ACTIVATIONS.create(activation)(1).parameters())
 
 
 def names() -> tuple[str, ...]:
@@ -94,10 +205,12 @@ def load(name: str) -> Study:
         content = json.loads(path.read_text(encoding="utf-8"))
         content["eps"] = radius(str(content["eps"]))
         content["training"] = {**content["training"], "eps": content["eps"]}
-        values: dict[str, Any] = {n: tuple(v) if isinstance(v, list) else v for n, v in content.items()}
-        study = Study(path.stem, **values)
-        runs = [run.name for run in study.runs()]
-        if len(set(runs)) < len(runs):
+        if "tuning" in content:
+            content["tuning"] = Tuning(**_tuples(content["tuning"]))
+        study = Study(path.stem, **_tuples(content))
+        _check_rates(study)
+        at_common = [run.name for run in study.at(COMMON)]
+        if len(set(at_common)) < len(at_common):
             raise ValueError("networks, activations and seeds must not repeat")
         if lost := [name for name in study.variants if name not in study.activations]:
             raise ValueError(f"variants must be among the activations, and these are not: {', '.join(lost)}")
@@ -106,6 +219,31 @@ def load(name: str) -> Study:
                 raise ValueError(f"variant {name} may have activation and training, and has {', '.join(unknown)} too")
         for attack in study.attacks.values():
             ATTACKS.create(attack, study.eps)
+        if isinstance(study.images, dict) and set(study.images) != set(study.attacks):
+            raise ValueError(f"images must be a number, or one for each of {', '.join(study.attacks)}")
+        for pair in study.comparisons:
+            if len(pair) != 2 or not set(pair) <= set(study.activations):
+                raise ValueError(f"comparisons must be pairs of activations, got {', '.join(pair)}")
     except (KeyError, TypeError, ValueError, argparse.ArgumentTypeError) as error:
         raise ValueError(f"{path} is no study: {error}") from error
     return study
+
+
+def _tuples(values: dict[str, Any]) -> dict[str, Any]:
+    def whole(value: Any) -> Any:
+        return tuple(whole(v) for v in value) if isinstance(value, list) else value
+
+    return {name: whole(value) for name, value in values.items()}
+
+
+def _check_rates(study: Study) -> None:
+    if unknown := set(study.rates) - {COMMON, TUNED} or not study.rates:
+        raise ValueError(f"rates must be {COMMON}, {TUNED} or both, got {', '.join(map(str, study.rates)) or unknown}")
+    if TUNED in study.rates and study.tuning is None:
+        raise ValueError(f"a study at {TUNED} rates must say how they are chosen: tuning")
+    if study.tuning is None:
+        return
+    if both := set(study.tuning.seeds) & set(study.seeds):
+        raise ValueError(f"rates are chosen on seeds of their own, and {', '.join(map(str, both))} are the study's too")
+    ATTACKS.create(study.tuning.attack, study.eps)
+    study.tuning_runs().runs()

@@ -1,12 +1,16 @@
-"""Means, spreads and paired differences of a study's accuracies, over seeds."""
+"""Means, spreads and paired differences of a study's accuracies, over seeds and images."""
 
 import math
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-# 97.5 % quantiles of Student's t by degrees of freedom.
-_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
+import numpy as np
+from numpy.typing import NDArray
+from scipy.stats import t as student
+from statsmodels.stats.multitest import multipletests
+
+LEVEL = 0.05
 
 
 @dataclass(frozen=True)
@@ -28,7 +32,7 @@ def estimate(values: Sequence[float]) -> Estimate:
     if len(values) < 2:
         return Estimate(mean, None, None, None)
     std = statistics.stdev(values)
-    half = t_quantile(len(values) - 1) * std / math.sqrt(len(values))
+    half = float(student.ppf(1 - LEVEL / 2, len(values) - 1)) * std / math.sqrt(len(values))
     return Estimate(mean, std, mean - half, mean + half)
 
 
@@ -38,37 +42,100 @@ def paired(values: Sequence[float], baseline: Sequence[float]) -> Estimate:
 
 
 @dataclass(frozen=True)
-class Noise:
-    """The standard deviation between seeds, and the degrees of freedom that it is estimated with."""
+class Difference:
+    """The mean difference of two activations' accuracies, and what it is uncertain by.
 
-    std: float
-    freedom: int
+    Args:
+        mean: of all seeds and images.
+        seeds, images: how many.
+        between_seeds: the standard deviation of one seed's difference; None with one seed.
+        of_images: the standard error through the choice of images, the networks kept.
+        error: the standard error through both; None with one seed.
+        freedom: degrees of freedom that it is estimated with, by Welch and Satterthwaite's formula.
+    """
+
+    mean: float
+    seeds: int
+    images: int
+    between_seeds: float | None
+    of_images: float
+    error: float | None
+    freedom: float | None
+
+    def interval(self, level: float = LEVEL) -> tuple[float, float] | None:
+        """Return the interval with confidence 1 - level, by Student's t."""
+        if self.error is None:
+            return None
+        half = float(student.ppf(1 - level / 2, self.freedom)) * self.error
+        return self.mean - half, self.mean + half
 
     @property
-    def difference(self) -> float:
-        """How far apart two single runs are with 95 % probability at most, if only their seeds differ."""
-        return t_quantile(self.freedom) * math.sqrt(2) * self.std
+    def p(self) -> float | None:
+        """How likely a difference at least as large is where there is none; None with one seed."""
+        if self.error is None:
+            return None
+        if self.error == 0:
+            return float(self.mean == 0)
+        return 2 * float(student.sf(abs(self.mean) / self.error, self.freedom))
 
 
-def noise(groups: Sequence[Sequence[float]]) -> Noise | None:
-    """Return the noise between seeds, pooled over groups of at least two: the root of the mean variance."""
-    variances = [(statistics.variance(group), len(group) - 1) for group in groups if len(group) > 1]
-    if not variances:
-        return None
-    freedom = sum(n for _, n in variances)
-    return Noise(math.sqrt(sum(v * n for v, n in variances) / freedom), freedom)
+def difference(right: NDArray[np.bool_], baseline: NDArray[np.bool_]) -> Difference:
+    """Compare two activations by what is right of the same images under the same seeds.
+
+    The error is that of the bootstrap that draws seeds and images anew, both with replacement and at once: the networks
+    that might have been trained and the images that might have been attacked. Its variance has a closed form (Owen
+    2007, "The pigeonhole bootstrap"): that of the seeds' means over their number, that of the images' means over
+    theirs, and what is left over both. Variances are unbiased here, where a bootstrap's lack a part of n.
+
+    Args:
+        right, baseline: [seeds, images].
+
+    Raises:
+        ValueError: they have not the same seeds and images.
+    """
+    if right.shape != baseline.shape or right.ndim != 2:
+        raise ValueError(f"wanted [seeds, images] of both, got {right.shape} and {baseline.shape}")
+    gain = right.astype(float) - baseline
+    seeds, images = gain.shape
+    mean, of_seed, of_image = gain.mean(), gain.mean(axis=1, keepdims=True), gain.mean(axis=0, keepdims=True)
+    through_images = float(of_image.var(ddof=1)) / images if images > 1 else 0.0
+    if seeds < 2:
+        return Difference(float(mean), seeds, images, None, math.sqrt(through_images), None, None)
+    spread = float(of_seed.var(ddof=1))
+    through_seeds = spread / seeds
+    rest = float(np.square(gain - of_seed - of_image + mean).mean()) / (seeds * images)
+    parts = through_seeds**2 / (seeds - 1) + through_images**2 / max(images - 1, 1)
+    freedom = (through_seeds + through_images) ** 2 / parts if parts > 0 else seeds - 1.0
+    error = math.sqrt(through_seeds + through_images + rest)
+    return Difference(float(mean), seeds, images, math.sqrt(spread), math.sqrt(through_images), error, freedom)
 
 
-def t_quantile(freedom: int) -> float:
-    """Return the 97.5 % quantile of Student's t; of the normal distribution's expansion above 10 degrees."""
-    if freedom < 1:
-        raise ValueError(f"degrees of freedom must be at least 1, got {freedom}")
-    if freedom <= len(_T):
-        return _T[freedom - 1]
-    z = 1.959964
-    return (
-        z
-        + (z**3 + z) / (4 * freedom)
-        + (5 * z**5 + 16 * z**3 + 3 * z) / (96 * freedom**2)
-        + (3 * z**7 + 19 * z**5 + 17 * z**3 - 15 * z) / (384 * freedom**3)
-    )
+@dataclass(frozen=True)
+class Corrected:
+    """A comparison among several that were named beforehand, by Holm's correction.
+
+    Args:
+        p: Holm's, of all.
+        low, high: the interval at the level at which Holm's procedure tests this one.
+        found: whether it says that there is a difference.
+    """
+
+    p: float
+    low: float
+    high: float
+    found: bool
+
+
+def holm(differences: Sequence[Difference]) -> list[Corrected | None]:
+    """Correct for the number of comparisons; those of one seed have nothing to correct, and count for none."""
+    known = [d for d in differences if d.p is not None]
+    if not known:
+        return [None] * len(differences)
+    found, corrected, *_ = multipletests([d.p for d in known], LEVEL, "holm")
+    order = sorted(range(len(known)), key=lambda i: known[i].p or 0.0)
+    results: dict[int, Corrected] = {}
+    for rank, i in enumerate(order):
+        interval = known[i].interval(LEVEL / (len(known) - rank))
+        assert interval is not None  # it has a p
+        results[id(known[i])] = Corrected(float(corrected[i]), *interval, bool(found[i]))
+    return [results.get(id(d)) for d in differences]

@@ -4,14 +4,19 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 from models.study.plan import Study
-from models.study.statistics import estimate, noise, paired
+from models.study.statistics import Difference, difference, estimate, holm
 
 CLEAN, WORST = "clean", "worst"
+Seeds = dict[int, dict[str, str]]
+"""What is wrong under each measure, "0" and "1" for each image, by seed."""
 
 
 def summarise(study: Study, results: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Return accuracies by network, activation and attack, their differences to the first activation, and the noise.
+    """Return accuracies by rate, network, activation and attack, differences to the first activation, and comparisons.
 
     "worst" counts an image as robust where no attack breaks it. Runs not done yet are left out, and networks without
     any, and runs that failed; a difference takes the seeds that both activations have.
@@ -20,56 +25,90 @@ def summarise(study: Study, results: dict[str, dict[str, Any]]) -> dict[str, Any
         study: which runs there are to be.
         results: by run name, as `models.study.workers` writes them.
     """
-    measures = (CLEAN, *study.attacks, WORST)
     failed = {name: result["error"] for name, result in results.items() if "error" in result}
     results = {name: result for name, result in results.items() if name not in failed}
-    networks: dict[str, Any] = {}
-    for network in study.networks:
-        by_activation = {a: _by_seed(study, results, network, a) for a in study.activations}
-        present = {a: seeds for a, seeds in by_activation.items() if seeds}
-        if not present:
-            continue
-        baseline = present.get(study.activations[0], {})
-        networks[network] = {
-            "activations": {a: _activation(seeds, baseline, measures) for a, seeds in present.items()},
-            "noise": {m: _noise([[s[m] for s in seeds.values()] for seeds in present.values()]) for m in measures},
-        }
+    found = {rate: _networks(study, results, rate) for rate in study.rates}
+    shown = {a for networks in found.values() for n in networks.values() for a in n["activations"]}
     return {
         "runs": len(results),
         "failed": failed,
         "of": len(study.runs()),
-        "activations": [a for a in study.activations if any(a in n["activations"] for n in networks.values())],
-        "images": study.images,
+        "activations": [a for a in study.activations if a in shown],
+        "images": {m: study.count(m if m in study.attacks else None) for m in (CLEAN, *study.attacks)},
         "baseline": study.activations[0],
-        "measures": list(measures),
-        "networks": networks,
+        "measures": [CLEAN, *study.attacks, WORST],
+        "rates": {rate: networks for rate, networks in found.items() if networks},
+        "comparisons": _comparisons(study, results),
     }
 
 
+def masks(result: dict[str, Any]) -> dict[str, str]:
+    """Return for each measure what is wrong of the images: clean, under each attack, and under any of them.
+
+    Under any of them are only the images that every attack was made on.
+    """
+    found = {CLEAN: result["wrong"], **result["found"]}
+    return {**found, WORST: "".join("1" if "1" in column else "0" for column in zip(*found.values(), strict=False))}
+
+
 def accuracies(result: dict[str, Any]) -> dict[str, float]:
-    """Return a run's accuracies: clean, under each attack, and under the worst of all for each image."""
-    masks = {CLEAN: result["wrong"], **result["found"]}
-    masks[WORST] = "".join("1" if "1" in column else "0" for column in zip(*masks.values(), strict=True))
-    return {name: mask.count("0") / len(mask) for name, mask in masks.items()}
+    """Return a run's accuracy under each measure."""
+    return {name: mask.count("0") / len(mask) for name, mask in masks(result).items()}
 
 
-def _by_seed(study: Study, results: dict[str, Any], network: str, activation: str) -> dict[int, dict[str, float]]:
-    runs = [r for r in study.runs() if (r.network, r.activation) == (network, activation)]
-    return {run.seed: accuracies(results[run.name]) for run in runs if run.name in results}
+def _networks(study: Study, results: dict[str, Any], rate: str) -> dict[str, Any]:
+    networks = {}
+    for network in study.networks:
+        by_activation = {a: _by_seed(study, results, network, a, rate) for a in study.activations}
+        present = {a: seeds for a, seeds in by_activation.items() if seeds}
+        if present:
+            baseline = present.get(study.activations[0], {})
+            networks[network] = {"activations": {a: _activation(seeds, baseline) for a, seeds in present.items()}}
+    return networks
 
 
-def _activation(
-    seeds: dict[int, dict[str, float]], baseline: dict[int, dict[str, float]], measures: Sequence[str]
-) -> dict[str, Any]:
-    both = [s for s in seeds if s in baseline]
+def _by_seed(study: Study, results: dict[str, Any], network: str, activation: str, rate: str) -> Seeds:
+    runs = [run for run in study.at(rate) if (run.network, run.activation) == (network, activation)]
+    return {run.seed: masks(results[run.name]) for run in runs if run.name in results}
+
+
+def _activation(seeds: Seeds, baseline: Seeds) -> dict[str, Any]:
     entry: dict[str, Any] = {"seeds": list(seeds)}
-    for m in measures:
-        entry[m] = {"values": [a[m] for a in seeds.values()], **asdict(estimate([a[m] for a in seeds.values()]))}
-        if both and seeds is not baseline:
-            entry[m]["difference"] = asdict(paired([seeds[s][m] for s in both], [baseline[s][m] for s in both]))
+    for measure in next(iter(seeds.values())):
+        values = [mask[measure].count("0") / len(mask[measure]) for mask in seeds.values()]
+        entry[measure] = {"values": values, **asdict(estimate(values))}
+        if (apart := _difference(seeds, baseline, measure)) is not None and seeds is not baseline:
+            entry[measure]["difference"] = _numbers(apart)
     return entry
 
 
-def _noise(groups: list[list[float]]) -> dict[str, float] | None:
-    found = noise(groups)
-    return None if found is None else {"std": found.std, "difference": found.difference}
+def _difference(seeds: Seeds, baseline: Seeds, measure: str) -> Difference | None:
+    both = [seed for seed in seeds if seed in baseline]
+    if not both:
+        return None
+    return difference(_right([seeds[s][measure] for s in both]), _right([baseline[s][measure] for s in both]))
+
+
+def _right(wrong: Sequence[str]) -> NDArray[np.bool_]:
+    return np.array([[image == "0" for image in mask] for mask in wrong])
+
+
+def _numbers(apart: Difference) -> dict[str, Any]:
+    low, high = apart.interval() or (None, None)
+    return {**asdict(apart), "low": low, "high": high, "p": apart.p}
+
+
+def _comparisons(study: Study, results: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return those that the study names, for each network and attack, at the first of its rates; Holm's correction."""
+    found = []
+    for network in study.networks:
+        for first, second in study.comparisons:
+            one, other = (_by_seed(study, results, network, a, study.rates[0]) for a in (first, second))
+            for attack in study.attacks:
+                if (apart := _difference(one, other, attack)) is not None:
+                    found.append(({"network": network, "pair": [first, second], "attack": attack}, apart))
+    corrected = holm([apart for _, apart in found])
+    return [
+        {**names, **_numbers(apart), "corrected": None if c is None else asdict(c)}
+        for (names, apart), c in zip(found, corrected, strict=True)
+    ]

@@ -14,14 +14,17 @@ from typing import Any
 
 import torch
 
-from models import data, environment, files, session
+from models import data
 from models.attacks import ATTACKS
-from models.errors import UserError
+from models.data import Source
 from models.evaluation import BATCH_SIZE, EvaluationError, Outcome, evaluate_clean
-from models.interrupts import Interrupted
-from models.outcomes import Job, Outcomes, digest
-from models.settings import completed
+from models.evaluation.outcomes import Job, Outcomes, digest
+from models.runs import session
+from models.runs.settings import completed
 from models.study.plan import Run, Study
+from models.support import environment, files
+from models.support.errors import UserError
+from models.support.interrupts import Interrupted
 from models.training import Trainer, TrainingError
 from models.training.lipschitz import SlopeError
 
@@ -152,6 +155,8 @@ def train_and_attack(study: Study, run: Run, results: Path, folder: Path) -> dic
         trainer = _train(run, folder / run.name)
         result = {
             **common,
+            "rate": run.rate,
+            "frozen": study.frozen(run.activation),
             "history": [asdict(epoch) for epoch in trainer.history],
             "collapsed": trainer.collapsed,
             "parameters": sum(p.numel() for p in trainer.model.parameters()),
@@ -172,15 +177,17 @@ def _train(run: Run, folder: Path) -> Trainer:
 
 
 def _evaluate(study: Study, run: Run, trainer: Trainer, folder: Path) -> dict[str, Any]:
-    images, labels = data.load(study.data, run.seed).test.tensors(study.images)
+    images, labels = part(study, run.seed).tensors(study.count())
     model = trainer.result.eval()
     clean = evaluate_clean(model, images, labels)
     identity = {"network": digest(trainer.checkpoint), "data": study.data}
+    if study.part != "test":
+        identity["part"] = study.part
     kept = Outcomes(folder / "evaluation", identity, model, images, labels, BATCH_SIZE)
 
     def outcome(label: str, attack: str) -> Outcome:
         say(run, label)
-        return kept.get(Job(label, ATTACKS.create(attack, study.eps), study.images, seed=0))
+        return kept.get(Job(label, ATTACKS.create(attack, study.eps), study.count(label), seed=0))
 
     outcomes = {label: outcome(label, attack) for label, attack in study.attacks.items()}
     return {
@@ -190,6 +197,13 @@ def _evaluate(study: Study, run: Run, trainer: Trainer, folder: Path) -> dict[st
     }
 
 
+def part(study: Study, seed: int) -> Source:
+    """Return the images on which a study measures accuracy."""
+    sets = data.load(study.data, seed)
+    return sets.validation if study.part == "validation" else sets.test
+
+
 def settings(study: Study, run: Run) -> dict[str, Any]:
     """Return everything that decides a run's result."""
-    return {**run.settings.as_dict(), "attacks": study.attacks, "eps": study.eps, "images": study.images}
+    where = {} if study.part == "test" else {"part": study.part}
+    return {**run.settings.as_dict(), "attacks": study.attacks, "eps": study.eps, "images": study.images, **where}

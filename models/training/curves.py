@@ -6,7 +6,7 @@ from pathlib import Path
 from torch import nn
 
 import kafops
-from models import checkpoints
+from models.support import checkpoints
 from models.training import processes as several
 
 FOLDER = "curves"

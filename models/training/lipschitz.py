@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 import kafops
 from kafops.kernels import KernelName
-from models.errors import UserError
+from models.support.errors import UserError
 from models.training.curves import kaf_layers
 from models.training.recipe import Recipe
 

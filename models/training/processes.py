@@ -18,7 +18,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from models.errors import UserError
+from models.support.errors import UserError
 
 
 class ProcessError(UserError):

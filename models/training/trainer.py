@@ -17,11 +17,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from models import checkpoints, files, seeds
-from models.checkpoints import CheckpointError
 from models.data import Source
-from models.errors import UserError
-from models.interrupts import Interrupted, StopRequest
+from models.support import checkpoints, files, seeds
+from models.support.checkpoints import CheckpointError
+from models.support.errors import UserError
+from models.support.interrupts import Interrupted, StopRequest
 from models.training import curves, outside
 from models.training import processes as several
 from models.training.lipschitz import Slopes

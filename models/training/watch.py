@@ -5,9 +5,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from models import seeds
 from models.attacks.linf import LinfAttack, pgd
 from models.evaluation import clean_accuracy, robust_accuracy
+from models.support import seeds
 from models.training.recipe import Recipe
 
 

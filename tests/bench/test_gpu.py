@@ -18,7 +18,7 @@ from torch.nn import functional as F
 import kafops
 from bench import gpu, gpu_device, gpu_report, gpu_table
 from bench.gpu_table import Case, Training
-from models.errors import UserError
+from models.support.errors import UserError
 
 ROOT = Path(__file__).parents[2]
 FACTS = {"gpu": "NVIDIA H100 80GB HBM3", "driver": "580.1", "cuda": "13.0", "torch": "2.14.1", "triton": "3.8.0",

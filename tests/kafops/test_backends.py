@@ -741,13 +741,20 @@ import torch, kafops
 
 
 def test_cuda_kernels_that_cannot_be_loaded():
-    """A CPU-only torch has no libtorch_cuda.so: the reason is kept, and all else works."""
+    """The reason is kept, and all else works: one wheel serves a torch without CUDA, which lacks libtorch_cuda.so."""
     message = "ImportError('libtorch_cuda.so: cannot open shared object file')"
-    done = run(
-        without("kafops._C_cuda", message)
-        + "print(kafops.backends.cuda.load_error); print(kafops.KAF1d(3)(torch.ones(2, 3)).shape)"
-    )
-    assert done.stdout.splitlines() == ["libtorch_cuda.so: cannot open shared object file", "torch.Size([2, 3])"], done
+    program = "print(kafops.backends.cuda.load_error); print(kafops.KAF1d(3)(torch.ones(2, 3)).shape)"
+    done = run("import torch; torch.version.cuda = None\n" + without("kafops._C_cuda", message) + program)
+    assert done.stdout.splitlines() == ["this torch was built without CUDA", "torch.Size([2, 3])"], done
+    assert "CUDA kernels" not in done.stderr
+
+
+def test_cuda_kernels_that_a_torch_with_cuda_cannot_load_are_not_passed_over_in_silence():
+    message = "ImportError('libcudart.so.13: cannot open shared object file')"
+    done = run("import torch; torch.version.cuda = '12.8'\n" + without("kafops._C_cuda", message))
+    assert "UserWarning: kafops cannot load its CUDA kernels, so Triton's serve" in done.stderr
+    assert "were built for CUDA 13, and this torch for CUDA 12.8; build them for it" in done.stderr
+    assert cuda.reason(ImportError("undefined symbol: f"), "13.0") == "undefined symbol: f"
 
 
 def test_cuda_kernels_that_were_not_built():

@@ -10,13 +10,13 @@ import matplotlib.image
 import pytest
 import torch
 
-from models import session, trained
-from models.analysis.lipschitz import upper_bound
-from models.analysis.traced import steps
+from models.certified.lipschitz import upper_bound
+from models.certified.traced import steps
 from models.cli import main
 from models.commands import bounds as command
 from models.figures import bounds as figures
-from models.settings import Settings
+from models.runs import session, trained
+from models.runs.settings import Settings
 from models.study import page, plan
 from models.training import Recipe
 

@@ -8,10 +8,10 @@ from torch import Tensor, nn
 from trained_networks import trained_like
 
 from models import images, networks
-from models.analysis.certificates import Certificates, accuracy_at, certify, interval_radius
-from models.analysis.lipschitz import upper_bound
-from models.analysis.traced import steps
 from models.attacks import pgd
+from models.certified.certificates import Certificates, accuracy_at, certify, interval_radius
+from models.certified.lipschitz import upper_bound
+from models.certified.traced import steps
 
 NETWORKS = [
     ("vgg:width=2,dense=8,patch=2", "kaf_isometric"),

@@ -5,8 +5,8 @@ import safetensors.torch
 import torch
 from torch import nn
 
-from models import checkpoints, files
-from models.checkpoints import CheckpointError
+from models.support import checkpoints, files
+from models.support.checkpoints import CheckpointError
 
 
 def test_round_trip(tmp_path: Path) -> None:

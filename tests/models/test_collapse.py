@@ -5,8 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from models import session
-from models.settings import Settings
+from models.runs import session
+from models.runs.settings import Settings
 from models.training import Recipe
 
 # Found by trying: smaller eps does not collapse, larger is not learnt.

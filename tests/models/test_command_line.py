@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 
 from models import recipes
-from models.arguments import fraction, integer, radius
 from models.cli import main, parser
 from models.study import plan
+from models.support.arguments import fraction, integer, radius
 
 ROOT = Path(__file__).parents[2]
 

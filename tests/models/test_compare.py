@@ -8,17 +8,18 @@ import pytest
 from matplotlib.figure import Figure
 from matplotlib.text import Annotation
 
-from models import files, recipes
+from models import recipes
 from models.commands import compare as command
 from models.commands import recipe as recipe_command
-from models.comparison import Measured, attack_name, closest, compare, training_differences
-from models.errors import UserError
 from models.evaluation import Accuracy
 from models.figures import comparison as figure
 from models.figures import labels
 from models.figures.labels import Label
 from models.recipes import Recipe
-from models.settings import Settings
+from models.recipes.comparison import Measured, attack_name, closest, compare, training_differences
+from models.runs.settings import Settings
+from models.support import files
+from models.support.errors import UserError
 
 VGG = recipes.load("thesis-vgg")
 FAST = recipes.load("wong-fast")

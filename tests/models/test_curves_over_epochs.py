@@ -13,16 +13,17 @@ from PIL import Image
 from torch import nn
 
 import kafops
-from models import checkpoints, session, trained
 from models.analysis.curves import DictionaryUse, Use, cell_edges, dense_size, evolution, suggested_boundary
-from models.checkpoints import CheckpointError
 from models.cli import main
 from models.commands import curves as command
 from models.data import TensorSource
-from models.errors import UserError
 from models.figures import curve_strip, dictionary_use
-from models.interrupts import Interrupted
-from models.settings import Settings
+from models.runs import session, trained
+from models.runs.settings import Settings
+from models.support import checkpoints
+from models.support.checkpoints import CheckpointError
+from models.support.errors import UserError
+from models.support.interrupts import Interrupted
 from models.training import Recipe, Trainer, curves, outside, trainer
 
 RECIPE = Recipe(epochs=3, batch_size=8, lr=0.05, method="fast", eps=0.1, watch_images=6, watch_steps=2)

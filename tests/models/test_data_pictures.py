@@ -20,8 +20,8 @@ from source_checks import (
 )
 from torchvision import transforms
 
-from models import seeds
 from models.data import DataError, DataSet, load
+from models.support import seeds
 
 SIZE = 16
 CLASSES = ("apple", "bee", "cat")

@@ -9,11 +9,12 @@ import matplotlib.image
 import pytest
 import torch
 
-from models import demo, demo_report, figures
+from models import demo, figures
 from models.cli import main
 from models.demo import LABELS, Demo, Settings
 from models.evaluation import Accuracy
 from models.figures import accuracy, cost
+from models.reports import demo_report
 from models.training import Trainer
 
 TINY = "--epochs 2 --width 2 --train 40 --test 20 --batch-size 16 --pgd-steps 2 --no-compile".split()  # noqa: SIM905

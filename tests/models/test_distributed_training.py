@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from models import checkpoints
+from models.support import checkpoints
 
 ROOT = Path(__file__).parents[2]
 
@@ -21,7 +21,7 @@ import torch
 from torch import nn
 import kafops
 from models.data import TensorSource
-from models.interrupts import Interrupted
+from models.support.interrupts import Interrupted
 from models.training import Recipe, Trainer
 from models.training.processes import Processes
 

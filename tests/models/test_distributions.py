@@ -12,16 +12,17 @@ import torch
 from torch import nn
 
 import kafops
-from models import session, taps
+from models import taps
 from models.activations import KWinners, SharedPSSiLU, SmoothReLU
 from models.analysis.distributions import SIDES, Panel, Recorder, curve
 from models.attacks import pgd
 from models.cli import main
 from models.commands import distributions as command
 from models.commands import looking
-from models.errors import UserError
 from models.figures import distributions as figures
-from models.settings import Settings
+from models.runs import session
+from models.runs.settings import Settings
+from models.support.errors import UserError
 from models.training import Recipe
 
 

@@ -11,19 +11,19 @@ import pytest
 import torch
 from torch import nn
 
-from models import evaluator, outcomes, sanity, session, trained
 from models.activations import KWinners
 from models.attacks import BPDA, Adaptive, LinfAttack, Transfer, fgsm, pgd, search, soft_winners
 from models.cli import main
 from models.commands import evaluate
 from models.commands.evaluate import attack_names
 from models.data import DataSet, TensorSource
-from models.evaluation import Accuracy, Outcome, input_gradients
-from models.evaluator import Plan
+from models.evaluation import Accuracy, Outcome, evaluator, input_gradients, outcomes, sanity
+from models.evaluation.evaluator import Plan
+from models.evaluation.outcomes import Job, OutcomeError, Outcomes, described
 from models.images import ImageFormat
-from models.outcomes import Job, OutcomeError, Outcomes, described
-from models.settings import Settings
-from models.trained import Trained
+from models.runs import session, trained
+from models.runs.settings import Settings
+from models.runs.trained import Trained
 from models.training import Recipe
 
 EPS = 0.1

@@ -9,9 +9,9 @@ from trained_networks import trained_like
 
 from models import images, networks
 from models.activations import KWinners
-from models.analysis.expansion import jacobian_norm, largest_ratio
-from models.analysis.lipschitz import upper_bound
-from models.analysis.traced import steps
+from models.certified.expansion import jacobian_norm, largest_ratio
+from models.certified.lipschitz import upper_bound
+from models.certified.traced import steps
 
 
 def generator() -> torch.Generator:

@@ -8,10 +8,10 @@ import torch
 from torch import nn
 
 import hubconf
-from models import checkpoints
-from models.checkpoints import CheckpointError
 from models.images import CIFAR10, CIFAR100, MNIST, ImageFormat
 from models.networks import NETWORKS, build
+from models.support import checkpoints
+from models.support.checkpoints import CheckpointError
 
 ROOT = Path(__file__).parents[2]
 

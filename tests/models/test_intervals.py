@@ -10,8 +10,8 @@ from trained_networks import NETWORKS, trained_like
 import kafops
 from models import images, networks
 from models.activations import KWinners
-from models.analysis.intervals import Box, l2_ball, linf_box, logits, margins, propagate
-from models.analysis.traced import steps
+from models.certified.intervals import Box, l2_ball, linf_box, logits, margins, propagate
+from models.certified.traced import steps
 
 
 def linear(rows: list[list[float]], bias: list[float]) -> nn.Linear:

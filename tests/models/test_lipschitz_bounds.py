@@ -10,9 +10,9 @@ from trained_networks import NETWORKS, trained_like
 import kafops
 from models import images, networks
 from models.activations import KWinners
-from models.analysis.lipschitz import Chain, upper_bound
-from models.analysis.local_lipschitz import local_bound
-from models.analysis.traced import steps
+from models.certified.lipschitz import Chain, upper_bound
+from models.certified.local_lipschitz import local_bound
+from models.certified.traced import steps
 from models.images import ImageFormat
 from models.networks.blocks import Normalise
 from models.networks.resnet import PadShortcut

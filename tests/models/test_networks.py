@@ -8,11 +8,11 @@ from torch import Tensor, nn
 
 import kafops
 from models.activations import ACTIVATIONS, KWinners, activation
-from models.errors import UserError
 from models.images import CIFAR10, CIFAR100, DIGITS, IMAGENET, MNIST, ImageFormat
 from models.networks import NETWORKS, Normalise, build
 from models.networks.blocks import Entry
 from models.networks.resnet import FORMS
+from models.support.errors import UserError
 
 SMALL = (
     "vgg:width=2,dense=8",

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from models.analysis import operators
-from models.analysis.operators import convolution_norm, matrix_norm, pooling_overlap
+from models.certified import operators
+from models.certified.operators import convolution_norm, matrix_norm, pooling_overlap
 
 # Bounds are above the norm by what rounding may do, which is far below this part of it.
 ROUNDING = 1e-9

@@ -7,11 +7,11 @@ import pytest
 from models import recipes
 from models.activations import ACTIVATIONS
 from models.attacks import ATTACKS
-from models.comparison import attack_name
 from models.data import DATA
 from models.networks import NETWORKS
 from models.recipes import Recipe
-from models.settings import Settings
+from models.recipes.comparison import attack_name
+from models.runs.settings import Settings
 
 EVERY = [recipes.load(name) for name in recipes.names()]
 

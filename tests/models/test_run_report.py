@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from models import run_report
 from models.cli import main
+from models.reports import run_report
 from models.runs import RunError
 
 TRAINING = [

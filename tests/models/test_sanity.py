@@ -1,9 +1,8 @@
 import pytest
 import torch
 
-from models import sanity
-from models.evaluation import Gradients
-from models.sanity import FAIL, PASS, WARNING, Attacked, Comparison, Verdict
+from models.evaluation import Gradients, sanity
+from models.evaluation.sanity import FAIL, PASS, WARNING, Attacked, Comparison, Verdict
 
 
 def broken(*images: int, of: int = 200) -> torch.Tensor:

@@ -9,8 +9,8 @@ from torch import nn
 
 import kafops
 from models.activations import ACTIVATIONS, KWinners, activation
-from models.analysis.scalars import Scalar, scalar
-from models.errors import UserError
+from models.certified.scalars import Scalar, scalar
+from models.support.errors import UserError
 
 CHANNELS = 3
 BASES = ("identity", "relu", "silu", "gelu")

@@ -5,10 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from models import lr_range, session, trained
-from models.errors import UserError
-from models.runs import RunError
-from models.settings import Settings
+from models.runs import RunError, lr_range, session, trained
+from models.runs.settings import Settings
+from models.support.errors import UserError
 from models.training import Recipe
 from models.training.trainer import TrainingError
 

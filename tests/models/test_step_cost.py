@@ -3,8 +3,8 @@ import torch
 from torch import nn
 
 import kafops
-from models import step_cost
-from models.step_cost import CurveBy, kept_bytes, measure
+from models.evaluation import step_cost
+from models.evaluation.step_cost import CurveBy, kept_bytes, measure
 
 
 def network(activation: nn.Module) -> nn.Module:

@@ -9,15 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import matplotlib.image
+import numpy as np
 import pytest
-import scipy.stats
+import torch
+from scipy.stats import t as scipy_t
 
-from models import checkpoints
 from models.cli import main
-from models.study import plan, workers
-from models.study.plan import Study
-from models.study.statistics import estimate, noise, paired, t_quantile
+from models.study import plan, tuning, workers
+from models.study.plan import Study, Tuning
+from models.study.statistics import Difference, difference, estimate, holm, paired
 from models.study.summary import accuracies, summarise
+from models.support import checkpoints
 
 ROOT = Path(__file__).parents[2]
 TINY: dict[str, Any] = {
@@ -53,15 +55,10 @@ def test_mean_and_interval_by_hand() -> None:
     found = estimate([1, 2, 6])
     assert found.mean == 3
     assert found.std == pytest.approx(7**0.5)
-    assert found.high - 3 == pytest.approx(4.303 * (7 / 3) ** 0.5)
+    assert found.high - 3 == pytest.approx(4.303 * (7 / 3) ** 0.5, rel=1e-4)
     assert found.low == pytest.approx(6 - found.high)
     alone = estimate([0.4])
     assert (alone.mean, alone.std, alone.low, alone.high) == (0.4, None, None, None)
-
-
-@pytest.mark.parametrize("freedom", [1, 2, 3, 10, 11, 20, 100])
-def test_quantiles_of_t(freedom: int) -> None:
-    assert t_quantile(freedom) == pytest.approx(scipy.stats.t.ppf(0.975, freedom), rel=2e-4)
 
 
 def test_pairing_removes_what_seeds_have_in_common() -> None:
@@ -70,12 +67,67 @@ def test_pairing_removes_what_seeds_have_in_common() -> None:
     assert found.std == pytest.approx(0, abs=1e-12)
 
 
-def test_noise_between_seeds_is_pooled_by_degrees_of_freedom() -> None:
-    """Variances 2 (1 degree) and 1 (2 degrees): (2 · 1 + 1 · 2) / 3."""
-    found = noise([[0, 2], [1, 2, 3], [5]])
-    assert (found.std, found.freedom) == (pytest.approx((4 / 3) ** 0.5), 3)
-    assert found.difference == pytest.approx(3.182 * (8 / 3) ** 0.5)
-    assert noise([[1], [2]]) is None
+def outcomes(*seeds: str) -> np.ndarray:
+    return np.array([[image == "1" for image in seed] for seed in seeds])
+
+
+def test_a_difference_is_uncertain_by_its_seeds_and_its_images() -> None:
+    """Seeds' differences are 0.25 and 0.75, an image's mean 1, 0.5, 0.5 or 0."""
+    gains = outcomes("1000" * 50, "1110" * 50)
+    found = difference(gains, outcomes("0000" * 50, "0000" * 50))
+    assert (found.mean, found.seeds, found.images) == (0.5, 2, 200)
+    assert found.between_seeds == pytest.approx(0.125**0.5)
+    assert found.of_images == pytest.approx((0.125 / 199) ** 0.5)
+    assert 1 <= found.freedom < 1.2  # nearly all of it is between two seeds
+    low, high = found.interval()
+    assert (low + high) / 2 == pytest.approx(0.5)
+    assert low < 0 < found.p
+    # The bootstrap itself: n seeds that are drawn anew have (n - 1)/n of their variance; 4,000 draws are right to 2 %.
+    generator = np.random.default_rng(0)
+    draws = [gains[generator.integers(2, size=2)][:, generator.integers(200, size=200)].mean() for _ in range(4000)]
+    lacking = 0.125 / 2 * (1 - 1 / 2)
+    assert found.error**2 == pytest.approx(np.var(draws) + lacking, rel=0.04)
+
+
+def test_seeds_that_agree_leave_the_images() -> None:
+    found = difference(outcomes(*3 * ["10" * 100]), outcomes(*3 * ["00" * 100]))
+    assert found.between_seeds == 0
+    assert found.of_images == pytest.approx((0.25 / 199) ** 0.5)
+    assert found.freedom == pytest.approx(199)
+
+
+def test_one_seed_allows_no_interval() -> None:
+    found = difference(outcomes("1100"), outcomes("0000"))
+    assert (found.mean, found.error, found.p, found.interval()) == (0.5, None, None, None)
+    assert holm([found]) == [None]
+    with pytest.raises(ValueError, match="wanted"):
+        difference(outcomes("11"), outcomes("111"))
+
+
+def test_no_difference_is_found_in_nothing() -> None:
+    """Of pairs drawn alike 5 % are found to differ at most: 400 draws, three standard errors."""
+    generator = np.random.default_rng(1)
+    found = 0
+    for _ in range(400):
+        rates = generator.uniform(0.4, 0.6, (2, 5, 1))
+        found += (difference(*(generator.random((2, 5, 100)) < rates)).p or 0) < 0.05
+    assert found <= 400 * 0.05 + 3 * (400 * 0.05 * 0.95) ** 0.5
+
+
+def test_holm_corrects_by_hand() -> None:
+    """p = 0.01, 0.04, 0.03 of three: 0.03, then 0.06 for both; only the first is below 0.05."""
+
+    def of(p: float) -> Difference:
+        freedom = 4.0
+        error = 0.1 / scipy_t.isf(p / 2, freedom)
+        return Difference(0.1, 5, 100, 0.1, 0.01, error, freedom)
+
+    first, second, third = holm([of(0.01), of(0.04), of(0.03)])
+    assert [round(c.p, 6) for c in (first, second, third)] == [0.03, 0.06, 0.06]
+    assert [c.found for c in (first, second, third)] == [True, False, False]
+    assert first.low > 0  # at the level 0.05 / 3
+    assert third.low < 0  # at 0.05 / 2
+    assert holm([]) == []
 
 
 def test_an_image_is_robust_in_the_worst_case_where_nothing_breaks_it() -> None:
@@ -91,19 +143,18 @@ def test_summary_pairs_the_seeds_that_are_there() -> None:
     }
     found = summarise(study(), results)
     assert (found["runs"], found["of"]) == (3, 4)
-    relu, kaf = (found["networks"]["light"]["activations"][a] for a in ("relu", "kaf"))
+    relu, kaf = (found["rates"]["common"]["light"]["activations"][a] for a in ("relu", "kaf"))
     assert relu["PGD"]["values"] == [0.5, 0.25]
     assert relu["worst"]["mean"] == 0.375
     assert "difference" not in relu["PGD"]
     assert kaf["seeds"] == [0]
     assert kaf["PGD"]["difference"]["mean"] == 0.25
     assert kaf["PGD"]["difference"]["low"] is None
-    assert found["networks"]["light"]["noise"]["PGD"]["std"] == pytest.approx(0.25 / 2**0.5)
 
 
 def test_networks_without_results_are_left_out() -> None:
     both = study(networks={"light": "light", "vgg": "vgg"})
-    assert list(summarise(both, {"vgg-relu-0": result("0", PGD="0", FGSM="0")})["networks"]) == ["vgg"]
+    assert list(summarise(both, {"vgg-relu-0": result("0", PGD="0", FGSM="0")})["rates"]["common"]) == ["vgg"]
 
 
 def test_runs_compare_everything_once_before_the_next_seed() -> None:
@@ -273,12 +324,141 @@ def test_a_wrong_study_says_what_is_wrong(
 def test_unknown_study_names_those_there_are(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         main(["study", "mnist5"])
-    assert "unknown study 'mnist5', there are lipschitz, mnist5k; did you mean mnist5k?" in capsys.readouterr().err
+    assert (
+        "unknown study 'mnist5', there are lipschitz, mnist5k, tuned5k; did you mean mnist5k?"
+        in capsys.readouterr().err
+    )
 
 
 @pytest.mark.parametrize("name", plan.names())
 def test_every_study_is_sound(name: str) -> None:
     found = plan.load(name)
-    assert len({run.name for run in found.runs()}) == len(found.runs())
-    assert found.images >= 200
+    assert len({run.name for run in found.at("common")}) == len(found.at("common"))
+    assert all(found.count(attack) >= 200 for attack in found.attacks)
     assert dataclasses.asdict(found)["eps"] == found.eps
+
+
+TUNED = {
+    **TINY,
+    "activations": ["relu", "kaf", "kaf_frozen", "prelu"],
+    "variants": {"kaf_frozen": {"activation": "kaf", "training": {"activation_lr": 0}}},
+    "comparisons": [["kaf", "kaf_frozen"], ["kaf", "relu"]],
+    "rates": ["tuned", "common"],
+    "tuning": {"lr": [0.05, 0.1], "activation_lr": [0.1, 1], "seeds": [7, 8], "attack": "pgd-3", "images": 20},
+    "images": {"PGD": 40, "FGSM": 10},
+}
+
+
+def tuned_study(**changes: Any) -> Study:
+    values = {**TUNED, **changes}
+    return study(
+        **{
+            **values,
+            "tuning": Tuning(**{n: tuple(v) if isinstance(v, list) else v for n, v in values["tuning"].items()}),
+        }
+    )
+
+
+def test_rates_are_tried_on_held_out_images_with_seeds_of_their_own() -> None:
+    tries = tuned_study().tuning_runs()
+    assert tries.part == "validation"
+    assert {run.seed for run in tries.runs()} == {7, 8}
+    of = {a: [r for r in tries.runs() if (r.activation, r.seed) == (a, 7)] for a in TUNED["activations"]}
+    # What learns nothing, or is said to be frozen, has no rate of its own to try.
+    assert {a: len(runs) for a, runs in of.items()} == {"relu": 2, "kaf": 4, "kaf_frozen": 2, "prelu": 4}
+    assert [run.name for run in of["kaf"]][-1] == "light-kaf-lr0.1x1-7"
+    assert (of["kaf"][-1].settings.training.lr, of["kaf"][0].settings.training.activation_lr) == (0.1, 0.1)
+    assert {run.settings.training.activation_lr for run in of["kaf_frozen"]} == {0}
+    part, test = (workers.part(s, 0).tensors(10)[0] for s in (tries, tuned_study()))
+    assert not any(torch.equal(a, b) for a in part for b in test)
+
+
+def test_the_best_rates_of_all_seeds_are_chosen() -> None:
+    tries = tuned_study().tuning_runs()
+    robust = {"relu-lr0.05": ("0001", "0111"), "relu-lr0.1": ("0000", "1111"), "kaf_frozen-lr0.1": ("0000", "0000")}
+    results = {}
+    for run in tries.runs():
+        mask = robust.get(f"{run.activation}-{run.rate}", ("1111", "1111"))[run.seed - 7]
+        results[run.name] = {"wrong": "0000", "found": {"held out": mask}}
+    del results["light-prelu-lr0.1x1-8"]
+    results["light-kaf_frozen-lr0.1-8"] = {"error": "the loss became nan in epoch 1"}  # counts as 0 of its half
+    results["light-kaf-lr0.1x0.1-7"]["found"]["held out"] = "0000"
+    chosen = tuning.chosen(tries, results)
+    assert chosen == {
+        "light": {
+            "relu": {"lr": 0.05, "activation_lr": 1.0},  # 1/2 at both: the lower
+            "kaf": {"lr": 0.1, "activation_lr": 0.1},
+            "kaf_frozen": {"lr": 0.1, "activation_lr": 0},
+        }
+    }
+    assert tuning.at_the_end(tries, "kaf", chosen["light"]["kaf"]) == [
+        "lr 0.1 (largest)",
+        "activation_lr 0.1 (smallest)",
+    ]
+    assert tuning.at_the_end(tries, "relu", chosen["light"]["relu"]) == ["lr 0.05 (smallest)"]
+
+
+def test_runs_at_own_rates_stand_for_those_at_common_ones_where_they_are_the_same() -> None:
+    common = {"lr": 0.05, "activation_lr": 1.0}
+    own = {"relu": common, "kaf": {"lr": 0.1, "activation_lr": 0.1}, "kaf_frozen": {"lr": 0.1, "activation_lr": 0}}
+    found = tuned_study(seeds=[0]).with_tuned({"light": {**own, "prelu": common}})
+    names = [run.name for run in found.runs()]
+    assert names == [
+        "light-relu-0", "light-kaf-tuned-0", "light-kaf_frozen-tuned-0", "light-prelu-0",
+        "light-kaf-0", "light-kaf_frozen-0",
+    ]  # fmt: skip
+    assert [run.name for run in found.at("common")] == [f"light-{a}-0" for a in TUNED["activations"]]
+    assert found.frozen("kaf_frozen")
+    assert not found.frozen("kaf")
+    assert not found.frozen("relu")
+    with pytest.raises(ValueError, match="no rates were chosen for light with prelu"):
+        tuned_study().with_tuned({"light": own})
+
+
+def test_rates_are_tuned_and_used(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    file = write(tmp_path, **{**TUNED, "activations": ["relu", "kaf_frozen"], "comparisons": [["kaf_frozen", "relu"]]})
+    out = tmp_path / "results"
+    options = ["--out", str(out), "--runs", str(tmp_path / "runs"), "--jobs", "1"]
+    with pytest.raises(SystemExit, match="2"):
+        main(["study", str(file), *options])
+    assert "choose the rates first: python -m models tune tiny" in " ".join(capsys.readouterr().err.split())
+    assert main(["tune", str(file), *options]) == 0
+    rates = json.loads((out / "tuned.json").read_text())["light"]
+    assert rates["kaf_frozen"]["activation_lr"] == 0
+    assert "8 of 8 runs" in (out / "tuning/README.md").read_text()
+    assert matplotlib.image.imread(out / "tuning/rates.png")[..., :3].std() > 0.05
+    assert main(["study", str(file), *options]) == 0
+    record = json.loads(next((out / "runs").glob("light-kaf_frozen*-0.json")).read_text())
+    assert (record["frozen"], record["rate"]) == (True, "common" if rates["kaf_frozen"]["lr"] == 0.05 else "tuned")
+    assert {name: len(mask) for name, mask in record["found"].items()} == {"PGD": 40, "FGSM": 10}
+    summary = json.loads((out / "summary.json").read_text())
+    assert list(summary["rates"]) == ["tuned", "common"]
+    assert [(c["pair"], c["attack"], c["seeds"], c["images"]) for c in summary["comparisons"]] == [
+        (["kaf_frozen", "relu"], "PGD", 2, 40),
+        (["kaf_frozen", "relu"], "FGSM", 2, 10),
+    ]
+    page = (out / "README.md").read_text()
+    assert "light, tuned rate" in page
+    assert "light, common rate" in page
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rates": ["fast"]}, "rates must be common, tuned or both, got fast"),
+        ({"tuning": {**TUNED["tuning"], "seeds": [1]}}, "seeds of their own, and 1 are the study's too"),
+        ({"images": {"PGD": 40}}, "images must be a number, or one for each of PGD, FGSM"),
+        ({"comparisons": [["kaf", "silu"]]}, "comparisons must be pairs of activations, got kaf, silu"),
+    ],
+)
+def test_a_wrong_tuning_says_what_is_wrong(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        plan.load(str(write(tmp_path, **{**TUNED, **changes})))
+
+
+def test_a_study_at_tuned_rates_says_how_they_are_chosen(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="must say how they are chosen: tuning"):
+        plan.load(str(write(tmp_path, rates=["tuned"])))

@@ -8,9 +8,9 @@ from trained_networks import NETWORKS, trained_like
 
 import kafops
 from models import images, networks
-from models.analysis import traced
-from models.analysis.intervals import logits
-from models.analysis.traced import BoundError, steps
+from models.certified import traced
+from models.certified.intervals import logits
+from models.certified.traced import BoundError, steps
 from models.evaluation import evaluation_mode
 
 

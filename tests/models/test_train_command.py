@@ -7,8 +7,8 @@ from pathlib import Path
 import matplotlib.image
 import pytest
 
-from models import checkpoints
 from models.cli import main
+from models.support import checkpoints
 from models.training import Trainer
 
 TINY = [

@@ -11,12 +11,12 @@ import torch
 from torch import nn
 
 import kafops
-from models import checkpoints
-from models.checkpoints import CheckpointError
 from models.data import TensorSource
 from models.images import MNIST
-from models.interrupts import Interrupted, StopRequest
 from models.networks import build
+from models.support import checkpoints
+from models.support.checkpoints import CheckpointError
+from models.support.interrupts import Interrupted, StopRequest
 from models.training import Recipe, Trainer, TrainingError, parameter_groups
 from models.training.processes import Processes
 from models.training.schedules import SCHEDULES

@@ -7,14 +7,16 @@ from typing import Any
 
 from torch import Tensor
 
-from models import data, environment, files, networks, session
+from models import data, networks
 from models.analysis.gradients import finite, measure
 from models.data import DataSet
 from models.evaluation import EvaluationError, evaluate_clean
 from models.images import ImageFormat
-from models.interrupts import Interrupted
+from models.runs import session
 from models.study import workers
 from models.study.plan import Run, Study
+from models.support import environment, files
+from models.support.interrupts import Interrupted
 from models.training import EpochRecord, Trainer, TrainingError
 
 DEPTH = Path(__file__).parent / "depth.json"
@@ -76,7 +78,7 @@ def train(study: Study, run: Run, results: Path, folder: Path) -> dict[str, Any]
 def _train(study: Study, run: Run, trainer: Trainer, kept: "_Kept") -> dict[str, Any]:
     try:
         trainer.run(lambda t: workers.say(run, f"training, {t.steps_done / t.steps:.0%}"), kept.add)
-        images, labels = data.load(study.data, run.seed).test.tensors(study.images)
+        images, labels = data.load(study.data, run.seed).test.tensors(study.count())
         clean = evaluate_clean(trainer.result.eval(), images, labels)
     except (TrainingError, EvaluationError) as error:
         return {"error": str(error), "gradients": kept.ratios}

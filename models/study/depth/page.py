@@ -5,11 +5,11 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-from models import files
 from models.figures import gradients as figures
 from models.study.plan import Study
 from models.study.statistics import estimate, paired
 from models.study.summary import CLEAN, accuracies
+from models.support import files
 
 
 def starts(found: list[dict[str, Any]], command: str) -> str:
@@ -78,7 +78,7 @@ def report(study: Study, done: dict[str, dict[str, Any]], results: Path, command
         "\n".join(
             [
                 *(f"- {label}: `{network}`" for label, network in study.networks.items()),
-                f"- images: `{study.data}`; {study.images} test images",
+                f"- images: `{study.data}`; {study.count()} test images",
                 f"- training: {', '.join(f'{k} = {v}' for k, v in study.training.items())}",
             ]
         ),

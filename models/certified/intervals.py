@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from models.analysis.operations import (
+from models.certified.operations import (
     Activation,
     Add,
     Affine,

@@ -6,11 +6,10 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from models import sanity
 from models.activations import KWinners
 from models.attacks import ATTACKS, BPDA, Attack, Transfer, fgsm, pgd, soft_winners
-from models.evaluation import Accuracy, Gradients, Outcome, accuracy
-from models.sanity import Attacked, Verdict
+from models.evaluation import Accuracy, Gradients, Outcome, accuracy, sanity
+from models.evaluation.sanity import Attacked, Verdict
 
 RADII = (0.25, 0.5, 0.75, 1, 1.25, 1.5, 2, 3)  # of eps
 STEPS, FEW_STEPS = (1, 2, 5, 10, 20, 50, 100), (10, 50)

@@ -7,11 +7,12 @@ from typing import Any
 
 from torch import nn
 
-from models import data, environment, networks
-from models.errors import UserError
+from models import data, networks
 from models.images import ImageFormat
 from models.runs import RunFolder
-from models.settings import Settings, completed
+from models.runs.settings import Settings, completed
+from models.support import environment
+from models.support.errors import UserError
 from models.training import EpochRecord, Trainer
 from models.training import curves as curve_files
 from models.training.processes import Processes

@@ -6,8 +6,9 @@ from typing import Any
 
 from torch import nn
 
-from models import checkpoints, data, networks, runs
+from models import data, networks, runs
 from models.data import DataSet
+from models.support import checkpoints
 from models.training.trainer import BEST, LATEST
 
 WHICH = {"best": BEST, "latest": LATEST}
@@ -38,7 +39,7 @@ def load(run: Path, which: str = "best", root: Path | None = None) -> Trained:
     """
     if which not in WHICH:
         raise ValueError(f"which must be best or latest, got {which!r}")
-    settings = runs.settings(run)
+    settings = runs.read_settings(run)
     missing = [name for name in ("data", "network", "activation", "seed") if name not in settings]
     if missing:
         raise runs.RunError(f"{run} is no training run: its run.json has no {', '.join(missing)}")

@@ -12,7 +12,7 @@ import kafops
 from kafops.check import processor
 
 _PACKAGES = ("numpy", "torchvision", "mlxtend", "safetensors", "foolbox", "pyautoattack", "matplotlib")
-_ROOT = Path(__file__).parent.parent
+_ROOT = Path(__file__).parents[2]
 
 
 def describe() -> dict[str, Any]:

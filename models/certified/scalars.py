@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 import kafops
 from models.activations.smooth import PSSiLU, SmoothReLU
-from models.errors import UserError
+from models.support.errors import UserError
 
 Range = tuple[Tensor, Tensor]
 """Least and largest values, each [N, C, *]."""

@@ -11,9 +11,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from models.analysis.intervals import Box, Propagation, l2_ball, linf_box
-from models.analysis.lipschitz import UP, Bound, Chain, Reach
-from models.analysis.operations import Activation, Step
+from models.certified.intervals import Box, Propagation, l2_ball, linf_box
+from models.certified.lipschitz import UP, Bound, Chain, Reach
+from models.certified.operations import Activation, Step
 
 
 def local_bound(network: Sequence[Step], images: Tensor, radius: Tensor | float) -> Bound:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from models.analysis.operations import (
+from models.certified.operations import (
     Activation,
     Add,
     Affine,
@@ -39,7 +39,7 @@ from models.analysis.operations import (
     Unshuffle,
     Winners,
 )
-from models.analysis.operators import convolution_norm, matrix_norm, pooling_overlap
+from models.certified.operators import convolution_norm, matrix_norm, pooling_overlap
 
 UP = 1 + 1e-12
 """Each product is rounded up by this factor, more than the few roundings of float64 in it."""

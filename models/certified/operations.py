@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from models.analysis.scalars import Scalar
+from models.certified.scalars import Scalar
 
 
 @dataclass(frozen=True, eq=False)

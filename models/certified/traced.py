@@ -15,8 +15,8 @@ from torch.nn import functional as F
 import kafops
 from models.activations import KWinners
 from models.activations.smooth import PSSiLU, SmoothReLU
-from models.analysis.intervals import logits
-from models.analysis.operations import (
+from models.certified.intervals import logits
+from models.certified.operations import (
     Activation,
     Add,
     Affine,
@@ -33,11 +33,11 @@ from models.analysis.operations import (
     Unshuffle,
     Winners,
 )
-from models.analysis.scalars import scalar
-from models.errors import UserError
+from models.certified.scalars import scalar
 from models.evaluation import evaluation_mode
 from models.networks.blocks import Normalise
 from models.networks.resnet import PadShortcut
+from models.support.errors import UserError
 
 _ACTIVATIONS = (
     kafops.KAF, nn.ReLU, nn.LeakyReLU, nn.PReLU, nn.ELU, nn.SiLU, nn.GELU, nn.Softplus, nn.Tanh, nn.Sigmoid,

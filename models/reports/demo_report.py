@@ -3,8 +3,8 @@
 from html import escape
 from typing import Any
 
-from models import html
 from models.evaluation import Accuracy
+from models.reports import html
 
 _RESUMED = '<p class="note">Then the run was resumed with:</p>'
 

@@ -5,8 +5,8 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from models import files
-from models.errors import UserError
+from models.support import files
+from models.support.errors import UserError
 
 _FORMAT = 1
 
@@ -73,7 +73,7 @@ class RunFolder:
         files.write_json(self.path / "run.json", self._record)
 
 
-def settings(path: Path) -> dict[str, Any]:
+def read_settings(path: Path) -> dict[str, Any]:
     """Return the settings of the run in a folder.
 
     Raises:

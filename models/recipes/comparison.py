@@ -8,12 +8,12 @@ from typing import Any
 from models.activations import ACTIVATIONS
 from models.attacks import ATTACKS, pgd
 from models.data import DATA
-from models.errors import UserError
 from models.evaluation import Accuracy
 from models.networks import NETWORKS
 from models.recipes import Published, Recipe
 from models.registry import Registry
-from models.settings import Settings
+from models.runs.settings import Settings
+from models.support.errors import UserError
 from models.training.methods import METHODS
 from models.training.schedules import SCHEDULES
 

@@ -17,10 +17,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from models.analysis import intervals
-from models.analysis.lipschitz import Bound
-from models.analysis.local_lipschitz import local_bound
-from models.analysis.operations import Step, Winners
+from models.certified import intervals
+from models.certified.lipschitz import Bound
+from models.certified.local_lipschitz import local_bound
+from models.certified.operations import Step, Winners
 
 LEAST, MOST = 2.0**-30, 1.0
 """Radii in L-infinity that are looked for; images are in [0, 1]."""

@@ -8,8 +8,9 @@ from typing import Any
 
 import torch
 
-from models import data, session
-from models.settings import Settings
+from models import data
+from models.runs import session
+from models.runs.settings import Settings
 from models.training.optimizer import set_learning_rate
 from models.training.processes import Processes, device
 from models.training.trainer import Trainer, TrainingError

@@ -16,10 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from models import environment, files
 from models.attacks import Attack
-from models.errors import UserError
 from models.evaluation import Outcome, evaluate_attack
+from models.support import environment, files
+from models.support.errors import UserError
 
 _FORMAT = 1
 _LIBRARIES = ("pyautoattack", "foolbox")

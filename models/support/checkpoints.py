@@ -12,8 +12,8 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from models import files
-from models.errors import UserError
+from models.support import files
+from models.support.errors import UserError
 
 _RECORD = "kafops.record"
 

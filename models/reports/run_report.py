@@ -11,11 +11,13 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
-from models import files, html, runs, trained
+from models import runs
+from models.evaluation.outcomes import digest
 from models.figures import training
-from models.outcomes import digest
-from models.runs import RunError
-from models.settings import completed
+from models.reports import html
+from models.runs import RunError, trained
+from models.runs.settings import completed
+from models.support import files
 
 _ATTACKS = "Accuracy on test images under each attack, with 95 % Wilson intervals."
 _ALONG = (
@@ -58,7 +60,7 @@ def read(folder: Path, label: str) -> RunReport:
     Raises:
         RunError: the folder is no training run, or a file in it is damaged.
     """
-    settings = runs.settings(folder)
+    settings = runs.read_settings(folder)
     if "activation" not in settings or "training" not in settings:
         raise RunError(f"{folder} is no training run: its run.json has no activation or training")
     record = files.read_json(folder / "run.json")

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models import seeds
 from models.attacks import Attack
 from models.attacks.linf import frozen
-from models.errors import UserError
+from models.support import seeds
+from models.support.errors import UserError
 
 BATCH_SIZE = 250
 

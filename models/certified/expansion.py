@@ -2,7 +2,7 @@
 
 A Lipschitz constant is at least the largest singular value σ of the logits' Jacobian at any image, and at least
 ‖F(x) − F(x′)‖ / ‖x − x′‖ for any two images. Both are computed where data is, and bound from below what
-`models.analysis.lipschitz` bounds from above.
+`models.certified.lipschitz` bounds from above.
 """
 
 import math
