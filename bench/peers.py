@@ -187,7 +187,8 @@ def table(measured: list[Row]) -> str:
         "|---|---|---|---|---|---|---|---|---|",
     ]
     for r in measured:
-        ratio = f"{r.ratio.median:.2g} ({r.ratio.p20:.2g} to {r.ratio.p80:.2g})"
+        median, p20, p80 = (f"{v:.2g}" if v < 99 else f"{v:.0f}" for v in (r.ratio.median, r.ratio.p20, r.ratio.p80))
+        ratio = f"{median} ({p20} to {p80})"
         cells = [
             "" if r.compiled else r.peer,
             "compiled" if r.compiled else "eager",
@@ -203,8 +204,9 @@ def table(measured: list[Row]) -> str:
 def described(at: dict[str, Any]) -> str:
     """Say where it was measured."""
     return (
-        f"On {at['processor']} ({at['backend']}), {at['threads']} thread, torch {at['torch']}, kafops {at['kafops']} "
-        f"at {at['commit'][:10]}, {at['date']}."
+        f"On {at['processor']} ({at['backend']}), {at['threads']} thread,\n"
+        f"torch {at['torch']}, kafops {at['kafops']} at {at['commit'][:10]}, {at['date']}; load average {at['load']:.1f} at "
+        "the start."
     )
 
 
