@@ -205,8 +205,8 @@ def described(at: dict[str, Any]) -> str:
     """Say where it was measured."""
     return (
         f"On {at['processor']} ({at['backend']}), {at['threads']} thread,\n"
-        f"torch {at['torch']}, kafops {at['kafops']} at {at['commit'][:10]}, {at['date']}; load average {at['load']:.1f} at "
-        "the start."
+        f"torch {at['torch']}, kafops {at['kafops']} at {at['commit'][:10]}, {at['date']}; "
+        f"load average {at['load']:.1f} at the start."
     )
 
 
