@@ -9,6 +9,7 @@ from kafops.calibration import Calibration, CalibrationReport, calibrate
 from kafops.compiled import library
 from kafops.conventions import CONVENTIONS, convention
 from kafops.convert import replace_activations
+from kafops.decomposition import decompositions
 from kafops.functional import kaf, kaf_free
 from kafops.modules import KAF, KAF1d, KAF2d, KAF3d, LazyKAF, LazyKAF1d, LazyKAF2d, LazyKAF3d
 from kafops.optimizers import curve_parameters, param_groups
@@ -41,6 +42,7 @@ __all__ = [
     "calibrate",
     "convention",
     "curve_parameters",
+    "decompositions",
     "init",
     "kaf",
     "kaf_free",

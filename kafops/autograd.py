@@ -281,10 +281,16 @@ class _Curve:
 def _differentiable_double_backward(*arguments: Any, **named: Any) -> tuple[Tensor, ...]:
     """`kaf_double_backward` for whoever calls it: its derivatives are those of the sum that it stands for."""
     a = _DOUBLE.bind(arguments, named)
-    tensors = [a[name] for name in _DOUBLE.tensors]
-    if not transforms_active() and not (torch.is_grad_enabled() and any_requires_grad(*tensors)):
+    if not transforms_active() and not (torch.is_grad_enabled() and any_requires_grad(*map(a.get, _DOUBLE.tensors))):
         with AutoDispatchBelowAutograd():
             return ops.kaf_double_backward(*a.values())
+    return composed_double_backward(*a.values())
+
+
+def composed_double_backward(*arguments: Any, **named: Any) -> tuple[Tensor, ...]:
+    """Compute the operator `kaf_double_backward` by calls of the two others."""
+    a = _DOUBLE.bind(arguments, named)
+    tensors = [a[name] for name in _DOUBLE.tensors]
     curve = _Curve(a["boundary"], 0, a["base"], 0, 0)
     grad, x, alpha, gamma, dictionary = tensors[4:]
     gradients = curve.composed_double_backward(tuple(tensors[:4]), grad, x, alpha, gamma, dictionary, a["needs"])

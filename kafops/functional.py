@@ -5,13 +5,15 @@ words for it.
 """
 
 import math
+import warnings
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.overrides import handle_torch_function, has_torch_function
 
-from kafops import autograd, backends, bases, checks, kernels, reference, sharding
+from kafops import autograd, backends, bases, checks, decomposition, kernels, reference, sharding
+from kafops.torch_private import get_tracing_state
 
 __all__ = ["kaf", "kaf_free"]
 
@@ -120,6 +122,10 @@ def _call(
     """Compute a curve; where that fails, find out why."""
     if torch.compiler.is_compiling():  # where checks cost nothing, and errors do not come back as they were raised
         return _checked(x, alpha, gamma, dictionary, boundary, kernel, base, channel_dim)
+    if _exporting_to_onnx():
+        with warnings.catch_warnings():  # of checks in Python: what they ask for does not depend on the batch
+            warnings.simplefilter("ignore", torch.jit.TracerWarning)
+            return _checked(x, alpha, gamma, dictionary, boundary, kernel, base, channel_dim)
     try:
         if channel_dim == 1 and type(channel_dim) is int and kernel == "gaussian" and backends.choose(x) != "reference":
             return autograd.apply(x, alpha, gamma, dictionary, boundary, 0, _BASES[base])
@@ -152,6 +158,8 @@ def _checked(
     _check(x, alpha, gamma, dictionary, kernel, base, channel_dim)
     alpha, gamma = _precise(alpha), _precise(gamma)
     dictionary = None if dictionary is None else _precise(dictionary)
+    if _exporting_to_onnx():
+        return decomposition.kaf(x, alpha, gamma, dictionary, boundary, kernel, base, channel_dim)
     if channel_dim == 1 or all(p is None or p.shape[0] == 1 for p in (alpha, gamma, dictionary)):
         return _compute(x, alpha, gamma, dictionary, boundary, kernel, base)
     if x.dim() == 1:
@@ -174,6 +182,11 @@ def _compute(
             return reference.kaf(x, alpha, gamma, boundary, kernel, base)
         return reference.kaf_free(x, alpha, gamma, dictionary, kernel, base)
     return autograd.apply(x, alpha, gamma, dictionary, boundary, _KERNELS[kernel], _BASES[base])
+
+
+def _exporting_to_onnx() -> bool:
+    traced = torch.compiler.is_compiling() or get_tracing_state() is not None  # asked first: the other takes 1 µs
+    return traced and torch.onnx.is_in_onnx_export()
 
 
 def _stand_ins(*tensors: Any) -> list[Any]:

@@ -240,6 +240,8 @@ def _vmap(operator: Operator, op: Any) -> Callable[..., Any]:
     return rule
 
 
+fakes: dict[Any, Callable[..., Any]] = {}
 for _name, _op in (("kaf", kaf), ("kaf_backward", kaf_backward), ("kaf_double_backward", kaf_double_backward)):
-    torch.library.register_fake(f"kafops::{_name}", _fake(OPERATORS[_name]))
+    fakes[_op] = _fake(OPERATORS[_name])
+    torch.library.register_fake(f"kafops::{_name}", fakes[_op])
     torch.library.register_vmap(f"kafops::{_name}", _vmap(OPERATORS[_name], _op))

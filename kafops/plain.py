@@ -13,8 +13,8 @@ from torch import Tensor
 
 from kafops import bases, checks, kernels, reference
 
-_KERNELS = {k.code: k for k in kernels.KERNELS.values()}
-_BASES = {0: None} | {b.code: b.name for b in bases.BASES.values()}
+KERNELS = {k.code: k for k in kernels.KERNELS.values()}
+BASES = {0: None} | {b.code: b.name for b in bases.BASES.values()}
 
 
 def kaf(
@@ -134,7 +134,7 @@ def complete_kaf_double_backward(
 
 
 def _base(base: int, x: Tensor, n: int) -> Tensor:
-    return bases.value(_BASES[base], x, n)
+    return bases.value(BASES[base], x, n)
 
 
 def _wide(t: Tensor) -> Tensor:
@@ -150,7 +150,7 @@ def _narrow(t: Tensor, x: Tensor) -> Tensor:
 def _curve(terms: "_Terms", alpha: Tensor, base: int, n: int, m: int) -> Tensor:
     total = _base(base, terms.x, n) if base and m == 0 else torch.zeros_like(terms.x)
     for k, psi in enumerate(terms.each(n, m)):
-        total += terms.rows(alpha[:, k]) * psi
+        total = total + terms.rows(alpha[:, k]) * psi
     return torch.where(terms.x.isnan(), terms.x, total)
 
 
@@ -161,7 +161,7 @@ class _Terms:
         self, x: Tensor, alpha: Tensor, gamma: Tensor, dictionary: Tensor | None, boundary: float, kernel: int
     ) -> None:
         checks.arguments(x, alpha, gamma, dictionary)
-        self.of, self.kernel = x, _KERNELS[kernel]
+        self.of, self.kernel = x, KERNELS[kernel]
         self.x = x.to(torch.promote_types(x.dtype, torch.float32))
         if dictionary is None:
             dictionary = reference.uniform_dictionary(alpha.shape[1], boundary, like=alpha.double())
@@ -200,7 +200,12 @@ class _Terms:
 
     def like_x(self, y: Tensor) -> Tensor:
         """Cast to the dtype of x and lay out as x."""
-        return torch.empty_like(self.of).copy_(y)
+        return laid_out_as(self.of, y)
+
+
+def laid_out_as(x: Tensor, y: Tensor) -> Tensor:
+    """Return y with the dtype of x and the strides of an output for it, by operators that exported programs have."""
+    return torch.ops.aten.copy(torch.empty_like(x), y)
 
 
 def _like(gradient: Tensor, p: Tensor) -> Tensor:
