@@ -38,6 +38,14 @@ class Attack(Protocol):
         ...
 
 
+def check_classes(attack: Attack, classes: int) -> None:
+    """Raise an AttackError where an attack, or a member of it, cannot be made on a network of so few classes."""
+    for member in attack.members if isinstance(attack, Strongest) else (attack,):
+        check = getattr(member, "check_classes", None)
+        if check is not None:
+            check(classes)
+
+
 @dataclass(frozen=True)
 class Strongest:
     """For each image the first of several attacks that breaks it: later members get only the survivors."""
@@ -56,6 +64,9 @@ class Strongest:
 
     def search(self, model: nn.Module, x: Tensor, y: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Let one attack after the other look for a misclassified image near each image that is left."""
+        if len(x) and any(hasattr(member, "check_classes") for member in self.members):
+            with torch.no_grad():
+                check_classes(self, model(x[:1]).shape[1])
         adversarial = x.clone()
         found = torch.zeros_like(y, dtype=torch.bool)
         for member in self.members:

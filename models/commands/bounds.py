@@ -17,7 +17,6 @@ from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor, nn
 
-from models.attacks import ATTACKS
 from models.certified.certificates import accuracy_at, certify
 from models.certified.expansion import jacobian_norm, largest_ratio
 from models.certified.lipschitz import Bound, upper_bound
@@ -119,6 +118,8 @@ class _Look:
         self.network: Trained = trained.load(run, options.which, options.data_root)
         self.device = looking.device(options.device)
         self.attack, self.eps = looking.attack_on(self.network, options.attack, options.eps)
+        radii = (share * self.eps for share in _ATTACKED if share * self.eps <= 1)
+        self.attacks = {radius: looking.attack_on(self.network, options.attack, radius)[0] for radius in radii}
         if self.attack.norm != "Linf":
             raise UserError(f"--attack {options.attack} is an attack in {self.attack.norm}; give one in L-infinity")
         source = self.network.data.test
@@ -216,8 +217,7 @@ class _Look:
         images, labels = images.to(self.device), labels.to(self.device)
         outcomes = Outcomes(self.folder, self.checkpoint, model, images, labels, size)
         found = [_point(0.0, evaluate_clean(model, images, labels, size))]
-        for radius in (share * self.eps for share in _ATTACKED if share * self.eps <= 1):
-            attack = ATTACKS.create(self.options.attack, radius)
+        for radius, attack in self.attacks.items():
             task = progress.add_task(f"{attack.name} at ε = {radius:.3g}", total=self.count, status="")
 
             def on_batch(so_far: Outcome, task: Any = task) -> None:

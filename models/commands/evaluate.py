@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from models.attacks import ATTACKS, Attack, Transfer, pgd
+from models.attacks import ATTACKS, Attack, Transfer, check_classes, pgd
 from models.evaluation import (
     Accuracy,
     Outcome,
@@ -193,6 +193,8 @@ class Evaluation:
             raise UserError("the network was not trained for a radius; give --eps, such as --eps 8/255")
         try:
             attacks = {name: ATTACKS.create(name, eps) for name in options.attacks}
+            for attack in attacks.values():
+                check_classes(attack, self.network.data.images.classes)
         except ValueError as error:
             raise UserError(str(error)) from error
         if options.transfer_from is not None:

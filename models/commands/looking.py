@@ -9,7 +9,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from models.attacks import ATTACKS, Attack, LinfAttack, perturb
+from models.attacks import ATTACKS, Attack, LinfAttack, check_classes, perturb
 from models.runs import trained
 from models.runs.trained import Trained
 from models.support import files
@@ -77,7 +77,9 @@ def attack_on(network: Trained, name: str, eps: float | None) -> tuple[Attack, f
     if not eps:
         raise UserError("the network was not trained for a radius; give --eps, such as --eps 8/255")
     try:
-        return ATTACKS.create(name, eps), eps
+        attack = ATTACKS.create(name, eps)
+        check_classes(attack, network.data.images.classes)
+        return attack, eps
     except ValueError as error:
         raise UserError(str(error)) from error
 

@@ -32,7 +32,11 @@ _TRAINING: tuple[tuple[str, Callable[[str], Any], str], ...] = (
     ("nesterov", arguments.yes_or_no, "Nesterov's momentum"),
     ("weight_decay", arguments.not_negative, "of SGD"),
     ("decay", str, f"what decays: {' or '.join(DECAYS)}"),
-    ("activation_lr", arguments.positive, "learning rate of activation parameters, as a multiple of lr"),
+    (
+        "activation_lr",
+        arguments.not_negative,
+        "learning rate of activation parameters, as a multiple of lr, 0 for none",
+    ),
     ("clip", arguments.or_none(arguments.positive), "largest norm of the gradient, or none"),
     ("label_smoothing", arguments.share, "of the cross-entropy"),
     (

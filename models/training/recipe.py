@@ -22,7 +22,7 @@ class Recipe:
         momentum, nesterov, weight_decay: of SGD.
         decay: what decays: "weights" of convolutions and linear layers; those of "linear" layers alone; "all": norms,
             biases and activation parameters too, as in the reference code of Wong et al. 2020.
-        activation_lr: learning rate of activation parameters, as a multiple of lr.
+        activation_lr: learning rate of activation parameters, as a multiple of lr; 0 leaves them as they start.
         clip: largest norm of the gradient of all parameters, or None.
         label_smoothing: of the cross-entropy that is minimised, in [0, 1).
         slope_penalty: weight in the loss of max(0, max |f′| / std f − 1.71)², on average over the curves f of all KAF
@@ -61,9 +61,8 @@ class Recipe:
     def __post_init__(self) -> None:
         for name in ("epochs", "batch_size"):
             _check(name, getattr(self, name), getattr(self, name) >= 1, "at least 1")
-        for name in ("lr", "activation_lr"):
-            _check(name, getattr(self, name), getattr(self, name) > 0, "above 0")
-        for name in ("weight_decay", "slope_penalty", "watch_steps", "watch_images"):
+        _check("lr", self.lr, self.lr > 0, "above 0")
+        for name in ("activation_lr", "weight_decay", "slope_penalty", "watch_steps", "watch_images"):
             _check(name, getattr(self, name), getattr(self, name) >= 0, "at least 0")
         for name in ("momentum", "label_smoothing", "ema"):
             _check(name, getattr(self, name), 0 <= getattr(self, name) < 1, "in [0, 1)")

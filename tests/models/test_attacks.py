@@ -303,3 +303,21 @@ def test_an_attack_made_of_attacks_refuses_other_norms_and_no_members() -> None:
         Strongest("none", ())
     with pytest.raises(ValueError, match=r"got 2 of which \['cw'\] have another"):
         Strongest("mixed", (fgsm(0.1), ATTACKS.create("cw:l2=1", 0.1)))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("pgd-20:step=2", r"step must be in \[0, 1\], the range of the images, such as 2/255, got 2"),
+        ("pgd-20:step=2/255", "20 steps of 0.007843 go 0.1569, and eps is 0.2"),
+        ("nes:step=2", "such as 2/255"),
+        ("spsa:steps=10,step=0.01", "10 steps of 0.01 go 0.1, and eps is 0.2"),
+    ],
+)
+def test_refuses_steps_beyond_the_images_or_short_of_the_radius(text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ATTACKS.create(text, 0.2)
+
+
+def test_takes_a_step_that_reaches_the_radius_but_for_rounding() -> None:
+    assert ATTACKS.create("pgd:steps=3,step=0.1", 0.3) == pgd(0.3, 3, 0.1)

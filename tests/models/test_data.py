@@ -140,6 +140,7 @@ def test_number_of_batches(batch_size: int, batches: int) -> None:
             "uint8 or float32 .* got torch.float64",
         ),
         (torch.zeros(4, 3, 2), torch.zeros(4, dtype=torch.int64), r"got torch.float32 of shape \[4, 3, 2\]"),
+        (torch.zeros(1, 3, 2, 2), torch.tensor([-1]), "labels must not be negative, got -1"),
         (torch.zeros(4, 3, 2, 2), torch.zeros(3, dtype=torch.int64), r"4 images need int64 labels .* of shape \[3\]"),
         (torch.zeros(4, 3, 2, 2), torch.zeros(4), "got torch.float32 of shape"),
     ],

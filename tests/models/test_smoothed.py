@@ -138,7 +138,7 @@ def test_shows_the_network_few_images_at_once_and_none_that_is_broken() -> None:
         ({"eps": 0.1, "samples": 7}, "wanted an even number from 2, got 7"),
         ({"eps": 0.1, "growth": 0}, "growth, steps and restarts must be at least 1, got 0, 40 and 1"),
         ({"eps": 0.1, "sigma": 0}, "sigma must be above 0, or None for eps / 2, got 0"),
-        ({"eps": 0.1, "step": -0.1}, "step must not be negative, or None, got -0.1"),
+        ({"eps": 0.1, "step": -0.1}, r"step must be in \[0, 1\], the range of the images, such as 2/255, got -0.1"),
         ({"eps": 0.1, "momentum": 1}, r"momentum must be in \[0, 1\), got 1"),
     ],
 )

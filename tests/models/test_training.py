@@ -403,3 +403,28 @@ def test_schedules(text: str, epochs: int, wanted: dict[float, float]) -> None:
 def test_schedules_refuse_what_makes_no_sense(text: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         SCHEDULES.create(text, 8)
+
+
+@pytest.mark.parametrize(("pixels", "good"), [(1, False), (2, True)])
+def test_a_last_batch_of_one_image_is_refused_where_a_norm_needs_two(tmp_path: Path, pixels: int, good: bool) -> None:
+    model = nn.Sequential(nn.AdaptiveAvgPool2d(pixels), nn.BatchNorm2d(1), nn.Flatten(), nn.Linear(pixels**2, 2))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    x, y = images()
+
+    def make(batch_size: int) -> Trainer:
+        recipe = dataclasses.replace(RECIPE, batch_size=batch_size, epochs=1)
+        return Trainer(model, recipe, 1, TensorSource(x[:17], y[:17], 1), None, tmp_path)
+
+    if not good:
+        with pytest.raises(TrainingError, match=r"batches of 8 leaves a process one of 17 images.*another batch size"):
+            make(8)
+    assert all(tensor.equal(before[name]) for name, tensor in model.state_dict().items())
+    make(8 if good else 9).run()
+
+
+def test_curves_stay_as_they_start_where_their_learning_rate_is_0(tmp_path: Path) -> None:
+    model = network()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    trainer(tmp_path, dataclasses.replace(RECIPE, activation_lr=0, decay="all", epochs=1), model).run()
+    assert model.state_dict()["2.alpha"].equal(before["2.alpha"])
+    assert not model.state_dict()["0.weight"].equal(before["0.weight"])
