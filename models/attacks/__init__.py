@@ -7,7 +7,7 @@ import re
 from typing import Any
 
 from models.attacks.adaptive import Adaptive
-from models.attacks.attack import Attack, Strongest, check_classes
+from models.attacks.attack import Attack, Halfway, Strongest, check_classes
 from models.attacks.libraries import FOOLBOX, MEMBERS, AttackError, AutoAttackMember, Foolbox, autoattack
 from models.attacks.linf import LinfAttack, fast, fgsm, margin, nfgsm, perturb, pgd, search
 from models.attacks.smoothed import SmoothedAttack
@@ -24,6 +24,7 @@ __all__ = [
     "AttackError",
     "AutoAttackMember",
     "Foolbox",
+    "Halfway",
     "LinfAttack",
     "SmoothedAttack",
     "Strongest",

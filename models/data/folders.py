@@ -66,7 +66,7 @@ def read_folders(root: Path, parts: tuple[str, ...]) -> tuple[FolderImages, list
 
 
 def _list(folder: Path) -> Any:
-    datasets = need("torchvision.datasets", "torchvision", "listing image files")
+    datasets: Any = need("torchvision.datasets", "torchvision", "listing image files")
     names = slice(len(str(folder)), None)
 
     class Visible(datasets.ImageFolder):

@@ -19,7 +19,7 @@ def decode(content: bytes, name: str) -> Image.Image:
         DataError: it cannot be decoded, or nothing says what its largest value means; names the file.
     """
     try:
-        image = Image.open(BytesIO(content))
+        image: Image.Image = Image.open(BytesIO(content))
         if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
             grey = (np.asarray(image).astype(np.int64) + 128) // 257
             image = Image.fromarray(grey.astype(np.uint8))
