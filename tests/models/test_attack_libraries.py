@@ -294,3 +294,11 @@ def test_an_attack_by_gradient_under_no_grad(cifar: tuple, name: str) -> None:
     wanted = ATTACKS.create(name, 0.03).search(model, x[:4], y[:4], generator())[1]
     with torch.no_grad():
         assert ATTACKS.create(name, 0.03).search(model, x[:4], y[:4], generator())[1].equal(wanted)
+
+
+def test_a_point_far_outside_is_cut_to_the_range_before_its_length_is_measured() -> None:
+    """By hand: (9, 0.6) is first (1, 0.6), which is 0.50990 from (0.5, 0.5) and within the ball as it is."""
+    x = torch.full((1, 1, 1, 2), 0.5)
+    points = torch.tensor([9.0, 0.6]).view(1, 1, 1, 2)
+    found = project(points, x, 0.51, "L2")
+    torch.testing.assert_close(found, torch.tensor([1.0, 0.6]).view(1, 1, 1, 2))

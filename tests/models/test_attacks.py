@@ -321,3 +321,15 @@ def test_refuses_steps_beyond_the_images_or_short_of_the_radius(text: str, messa
 
 def test_takes_a_step_that_reaches_the_radius_but_for_rounding() -> None:
     assert ATTACKS.create("pgd:steps=3,step=0.1", 0.3) == pgd(0.3, 3, 0.1)
+
+
+def test_an_images_starts_do_not_depend_on_which_others_are_left() -> None:
+    """`evaluate_attack` promises it: the same random start in every network, whichever images it gets wrong."""
+    attack = LinfAttack(eps=0.1, step=0, noise=0.1, restarts=3)
+    x, y = torch.full((6, 1, 1, 1), 0.56), torch.ones(6, dtype=torch.int64)
+    whole = search(Threshold(), x, y, attack, generator(4))
+    y[0] = 0  # wrong from the start
+    part = search(Threshold(), x, y, attack, generator(4))
+    assert part[0][1:].equal(whole[0][1:])
+    assert part[1][1:].equal(whole[1][1:])
+    assert not whole[1].all()

@@ -253,3 +253,13 @@ def test_a_shard_without_images_is_named(root: Path) -> None:
     write(root / "train-08.tar", range(0))
     with pytest.raises(DataError, match=r"train-08.tar holds no images with labels: it is empty"):
         len(read(root).validation)
+
+
+def test_the_order_within_a_shard_is_another_one_in_each_epoch(tmp_path: Path) -> None:
+    for name in ("train-0", "train-1", "val-0"):
+        write(tmp_path / f"{name}.tar", range(20))
+    text = "webdataset:train=train-{0..1}.tar,val=val-0.tar,classes=100,lanes=1,buffer=20"
+    train = read(tmp_path, images=20, text=text).train
+    orders = [[label for _, labels in train.shuffled(20, epoch) for label in labels.tolist()] for epoch in range(3)]
+    assert all(sorted(order) == list(range(20)) for order in orders)
+    assert orders[0] != orders[1] != orders[2]

@@ -509,3 +509,15 @@ def test_ctrl_c_is_answered_at_once(capfd: pytest.CaptureFixture[str]) -> None:
         assert AFTER_THIS in capfd.readouterr().err
         with pytest.raises(KeyboardInterrupt):
             os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_the_restarts_of_the_curve_have_seeds_of_their_own() -> None:
+    seen: dict[str, int] = {}
+
+    def do(name: str, attack: Any, images: int, seed: int) -> Outcome:
+        seen[name] = seed
+        return Outcome(torch.zeros(images, dtype=torch.bool), 0.0)
+
+    evaluator.curves(Plan(EPS, {}, 4, 4, True, seed=7), Outcome(torch.zeros(4, dtype=torch.bool), 0.0), do)
+    assert [seen[f"start {n}"] for n in range(1, 11)] == list(range(7, 17))
+    assert {seed for name, seed in seen.items() if not name.startswith("start")} == {7}

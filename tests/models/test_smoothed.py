@@ -200,3 +200,18 @@ def test_kwta_looks_robust_to_pgd_and_is_not() -> None:
     assert verdicts["kwta:ratio=0.1"].result == sanity.FAIL
     assert verdicts["relu"].result != sanity.FAIL
     assert sanity.masking([verdicts["kwta:ratio=0.1"]]).startswith("gradient masking: likely, because nes alone breaks")
+
+
+def test_looks_half_a_radius_away_by_default() -> None:
+    seen = []
+
+    class Seeing(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            seen.append(x)
+            return torch.stack([torch.zeros(len(x)), x.flatten(1).sum(1)], 1)
+
+    x, y = torch.full((1, 1, 2, 2), 0.5), torch.ones(1, dtype=torch.int64)
+    attack = SmoothedAttack(0.2, "rademacher", samples=4, steps=1, growth=1)
+    attack.search(Seeing(), x, y, torch.Generator().manual_seed(0))
+    asked = next(points for points in seen if len(points) == 4)
+    torch.testing.assert_close((asked - 0.5).abs(), torch.full_like(asked, 0.1))
