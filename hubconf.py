@@ -3,13 +3,56 @@
 `torch.hub.help` tells the options of each. Only torch is needed, torchvision for resnet50, safetensors for checkpoints.
 """
 
+import contextlib as _contextlib
 import pathlib as _pathlib
+import sys as _sys
 from collections.abc import Callable as _Callable
+from collections.abc import Iterator as _Iterator
+from importlib.machinery import PathFinder as _PathFinder
+from types import ModuleType as _ModuleType
 
 from torch import nn as _nn
 
-from models import images as _images
-from models import networks as _networks
+_ROOT = str(_pathlib.Path(__file__).resolve().parent)
+_modules: "dict[str, _ModuleType]" = {}
+
+
+def _another_there() -> bool:
+    """Whether `models` is, or would be, another package than the one beside this file."""
+    if "models" in _sys.modules:
+        places = [list(getattr(_sys.modules["models"], "__path__", ["a module"]))]
+    else:
+        specs = [_PathFinder.find_spec("models", [entry]) for entry in _sys.path]
+        places = [list(spec.submodule_search_locations or ["a module"]) for spec in specs if spec is not None]
+    ours = _pathlib.Path(_ROOT, "models")
+    return any(_pathlib.Path(place).resolve() != ours for found in places for place in found)
+
+
+@_contextlib.contextmanager
+def _ours() -> "_Iterator[None]":
+    """Within the block `models` is the package beside this file; behind it, it is again whatever the user's is."""
+    if not _another_there():
+        yield
+        return
+
+    def taken() -> "dict[str, _ModuleType]":
+        names = [name for name in _sys.modules if name.partition(".")[0] == "models"]
+        return {name: _sys.modules.pop(name) for name in names}
+
+    theirs = taken()
+    _sys.modules.update(_modules)
+    _sys.path.insert(0, _ROOT)
+    try:
+        yield
+    finally:
+        _sys.path.remove(_ROOT)
+        _modules.update(taken())
+        _sys.modules.update(theirs)
+
+
+with _ours():
+    from models import images as _images
+    from models import networks as _networks
 
 dependencies = ["torch"]
 
@@ -45,8 +88,9 @@ def _entry(name: str, what: str, default_images: str = "cifar10") -> _Callable[.
         checkpoint: "str | _pathlib.Path | None" = None,
         **options: "int | str | bool",
     ) -> _nn.Module:
-        model = _networks.build(_text(name, options), activation, _format(images), seed)
-        return model if checkpoint is None else _load_weights(model, _pathlib.Path(checkpoint))
+        with _ours():
+            model = _networks.build(_text(name, options), activation, _format(images), seed)
+            return model if checkpoint is None else _load_weights(model, _pathlib.Path(checkpoint))
 
     options = ", ".join(f"{p.name}={p.default!r}" for p in _networks.NETWORKS.options(name).values())
     load.__name__ = load.__qualname__ = name

@@ -1,8 +1,18 @@
 """`python -m models`."""
 
+import difflib
 import sys
 
+COMMANDS = (
+    "bounds", "compare", "curves", "demo", "distributions", "evaluate", "find-lr", "gradients", "recipe", "recipes",
+    "report", "study", "train",
+)  # fmt: skip
 _EXTRAS = ("matplotlib", "numpy", "rich", "safetensors", "torchvision")
+_given = sys.argv[1] if len(sys.argv) > 1 else "-"
+if __name__ == "__main__" and not _given.startswith("-") and _given not in COMMANDS:  # before torch is loaded
+    near = " or ".join(difflib.get_close_matches(_given, COMMANDS)) or f"one of {', '.join(COMMANDS)}"
+    print(f"python -m models: error: there is no command {_given!r}; did you mean {near}?", file=sys.stderr)
+    sys.exit(2)
 
 try:
     from models.cli import main

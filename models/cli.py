@@ -1,6 +1,7 @@
 """The command line: `python -m models COMMAND`."""
 
 import argparse
+import io
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -40,6 +41,9 @@ _SETTINGS: tuple[tuple[str, Callable[[str], float], str], ...] = (
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command and return the exit status: 0, 1 after an error, 2 for a wrong option, 130 after Ctrl-C."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
+    for stream in (sys.stdout, sys.stderr):  # ε and – are not in every terminal's alphabet
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
     options = parser().parse_args(arguments)
     # Going on with --restart would discard what there is.
     command = shlex.join(("python", "-m", "models", *(a for a in arguments if a != "--restart")))

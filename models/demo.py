@@ -4,16 +4,12 @@ Every stage leaves a file in the run folder, and a stage whose file is there is 
 """
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
-from rich.table import Table
+from rich.progress import Progress, TaskID
 from torch import nn
 
 import kafops
@@ -27,7 +23,7 @@ from models.figures import style
 from models.reports import demo_report
 from models.runs import RunFolder, session
 from models.runs.settings import Settings as RunSettings
-from models.support import checkpoints, environment, files
+from models.support import checkpoints, environment, files, terminal
 from models.training import Recipe, Trainer
 from models.training.trainer import LATEST
 
@@ -81,13 +77,13 @@ class Demo:
         self.data: DataSet = data.load(settings.of(KAF).data, settings.seed)
         self.folder = RunFolder.open(out, asdict(settings), restart, _OUTPUTS)
         self.implementations = tuple(n for n in step_cost.IMPLEMENTATIONS if compiled or n != "compiled")
-        self.console = Console()
+        self.console = terminal.console()
 
     def run(self) -> None:
         """Do what is left to do, then write metrics.json, the figures and the report."""
-        self.console.print(f"kafops backend: {kafops.backends.explain(torch.empty(1))}", highlight=False)
+        self.console.print(f"kafops backend: {kafops.backends.explain(torch.empty(1))}")
         results = {}
-        with _progress(self.console) as progress:
+        with terminal.progress(self.console, stays=True) as progress:
             for name in LABELS:
                 task = progress.add_task(LABELS[name], total=None, status="")
                 results[name] = self._network(name, progress, task)
@@ -216,18 +212,11 @@ class Demo:
         return session.build(self.settings.of(name), self.data.images)
 
     def _show(self, metrics: dict[str, Any]) -> None:
-        table = Table("network", "clean", f"PGD-{self.settings.pgd_steps}", box=None, header_style="bold")
+        table = terminal.table("network", "clean", f"PGD-{self.settings.pgd_steps}")
         for name, result in metrics["results"].items():
             table.add_row(LABELS[name], _percent(result["clean"]), _percent(result["robust"]))
         self.console.print(table)
-        self.console.print(f"Report: {self.folder.path / 'report.html'}", highlight=False)
-
-
-@contextmanager
-def _progress(console: Console) -> Iterator[Progress]:
-    texts = TextColumn("{task.description:9}"), TextColumn("{task.fields[status]}")
-    with Progress(texts[0], BarColumn(), TimeElapsedColumn(), texts[1], console=console) as progress:
-        yield progress
+        self.console.print(f"Report: {self.folder.path / 'report.html'}")
 
 
 def _record(accuracy: Accuracy) -> dict[str, Any]:

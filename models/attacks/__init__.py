@@ -7,7 +7,7 @@ import re
 from typing import Any
 
 from models.attacks.adaptive import Adaptive
-from models.attacks.attack import Attack, Strongest
+from models.attacks.attack import Attack, Halfway, Strongest, check_classes
 from models.attacks.libraries import FOOLBOX, MEMBERS, AttackError, AutoAttackMember, Foolbox, autoattack
 from models.attacks.linf import LinfAttack, fast, fgsm, margin, nfgsm, perturb, pgd, search
 from models.attacks.smoothed import SmoothedAttack
@@ -24,12 +24,14 @@ __all__ = [
     "AttackError",
     "AutoAttackMember",
     "Foolbox",
+    "Halfway",
     "LinfAttack",
     "SmoothedAttack",
     "Strongest",
     "Transfer",
     "autoattack",
     "backward_of",
+    "check_classes",
     "fast",
     "fgsm",
     "identity",

@@ -1,5 +1,6 @@
 """The attack that an evaluation of activation functions needs: one member for each way to hide a gradient."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -7,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from models.activations import KWinners
-from models.attacks.attack import Attack, Strongest
+from models.attacks.attack import Attack, Halfway, Strongest
 from models.attacks.linf import pgd
 from models.attacks.smoothed import SmoothedAttack
 from models.attacks.wrappers import BPDA, identity, soft_winners
@@ -55,9 +56,17 @@ class Adaptive:
             relaxed = tuple(BPDA(by_gradient, KWinners, smooth) for smooth in (soft_winners, identity))
         return (by_gradient, *relaxed, self._gradient_free())
 
-    def search(self, model: nn.Module, x: Tensor, y: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    def search(
+        self,
+        model: nn.Module,
+        x: Tensor,
+        y: Tensor,
+        generator: torch.Generator,
+        halfway: Halfway | None = None,
+        on_member: Callable[[Halfway], None] = lambda halfway: None,
+    ) -> tuple[Tensor, Tensor]:
         """Let one member after the other look for a misclassified image near each image that is left."""
-        return Strongest(self.name, self.members(model)).search(model, x, y, generator)
+        return Strongest(self.name, self.members(model)).search(model, x, y, generator, halfway, on_member)
 
     def _gradient_free(self) -> SmoothedAttack:
         return SmoothedAttack(self.eps, "gaussian", self.samples, self.growth, steps=self.steps)

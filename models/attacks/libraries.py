@@ -84,14 +84,18 @@ class AutoAttackMember:
     def _points(self, model: nn.Module, x: Tensor, y: Tensor, generator: torch.Generator, seed: int) -> Tensor:
         with torch.no_grad():
             classes = model(x[:1]).shape[1]
+        self.check_classes(classes)
+        attack = self._library_attack(_Plain(model, x.dtype), min(self.targets, classes - 1), seed, x.device)
+        return attack.perturb(x.float().contiguous(), y).to(x.dtype)
+
+    def check_classes(self, classes: int) -> None:
+        """Raise an AttackError where a network has too few classes for the attack's loss."""
         least = _LEAST_CLASSES.get(self.name, 2)
         if classes < least:
             raise AttackError(
                 f"attack {self.name!r} needs a network with at least {least} classes, this one has {classes}; "
                 "use apgd-ce, fab-t and square"
             )
-        attack = self._library_attack(_Contiguous(model), min(self.targets, classes - 1), seed, x.device)
-        return attack.perturb(x.contiguous(), y)
 
     def _library_attack(self, model: nn.Module, targets: int, seed: int, device: torch.device) -> Any:
         apgd = _library("pyautoattack.autopgd_base", self.name)
@@ -188,18 +192,18 @@ class Foolbox:
         return attacks.BoundaryAttack(steps=self.steps or 2000)
 
 
-class _Contiguous(nn.Module):
-    """A model that gives contiguous gradients, of which pyautoattack takes views, whatever its memory format."""
+class _Plain(nn.Module):
+    """A model as pyautoattack wants it: float32 in and out, and gradients contiguous, of which it takes views."""
 
-    def __init__(self, model: nn.Module) -> None:
+    def __init__(self, model: nn.Module, dtype: torch.dtype) -> None:
         super().__init__()
-        self.model = model
+        self.model, self.dtype = model, dtype
 
     def forward(self, x: Tensor) -> Tensor:
         if x.requires_grad:
             x = x.view_as(x)
             x.register_hook(Tensor.contiguous)
-        return self.model(x)
+        return self.model(x.to(self.dtype)).float()
 
 
 def project(points: Tensor, x: Tensor, radius: float, norm: str) -> Tensor:
@@ -226,7 +230,7 @@ def _search(
     todo = (~found).nonzero().squeeze(1)
     if len(todo) == 0:
         return adversarial, found
-    with frozen(model), global_seed(generator, x.device) as seed:
+    with torch.enable_grad(), frozen(model), global_seed(generator, x.device) as seed:
         there = points(model, x[todo], y[todo], generator, seed).detach()
     adversarial[todo] = project(there, x[todo], radius, attack.norm)
     with torch.no_grad():

@@ -79,8 +79,19 @@ def pgd(eps: float, steps: int, step: float | None = None, restarts: int = 1, lo
     """`steps` steps of `step`, 2.5 eps / steps unless given, from a random point of the ball (Madry et al. 2018)."""
     if steps < 1:
         raise ValueError(f"steps must be at least 1, got {steps}")
+    check_step(step, steps, eps)
     name = f"pgd-{steps}" + (f"-{restarts}" if restarts > 1 else "")
     return LinfAttack(eps, 2.5 * eps / steps if step is None else step, steps, eps, True, restarts, loss, name)
+
+
+def check_step(step: float | None, steps: int, eps: float) -> None:
+    """Raise a ValueError for a step that was given and is larger than the images' range, or too small to reach eps."""
+    if step is None:
+        return
+    if not 0 <= step <= 1:
+        raise ValueError(f"step must be in [0, 1], the range of the images, such as 2/255, got {step:g}")
+    if step * steps < eps * (1 - 1e-9):
+        raise ValueError(f"step is too small: {steps} steps of {step:.4g} go {step * steps:.4g}, and eps is {eps:.4g}")
 
 
 def perturb(

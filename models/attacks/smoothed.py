@@ -14,7 +14,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from models.attacks.linf import margin, random_start
+from models.attacks.linf import check_step, margin, random_start
 
 DISTRIBUTIONS = ("gaussian", "rademacher")
 _DIRECTIONS = 64  # drawn at once
@@ -70,8 +70,7 @@ class SmoothedAttack:
             raise ValueError(f"sigma must be above 0, or None for eps / 2, got {self.sigma}")
         if not 0 <= self.momentum < 1:
             raise ValueError(f"momentum must be in [0, 1), got {self.momentum}")
-        if not (self.step is None or self.step >= 0):
-            raise ValueError(f"step must not be negative, or None, got {self.step}")
+        check_step(self.step, self.steps, self.eps)
 
     @property
     def step_size(self) -> float:

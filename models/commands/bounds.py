@@ -11,13 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.markup import escape
 from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor, nn
 
-from models.attacks import ATTACKS
 from models.certified.certificates import accuracy_at, certify
 from models.certified.expansion import jacobian_norm, largest_ratio
 from models.certified.lipschitz import Bound, upper_bound
@@ -30,9 +27,9 @@ from models.figures import bounds as figures
 from models.runs import trained
 from models.runs.settings import completed
 from models.runs.trained import Trained
-from models.support import environment, files, seeds
+from models.support import environment, files, seeds, terminal
 from models.support.errors import UserError
-from models.support.interrupts import Interrupted, StopRequest
+from models.support.interrupts import AFTER_THIS, Interrupted, StopRequest
 
 _ABOUT = """
 Bounds the Lipschitz constants of the networks of runs, from images in [0, 1] to logits in L2: from above, for all
@@ -82,24 +79,24 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
 def _run(options: argparse.Namespace, command: str) -> int:
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    console = Console()
+    console = terminal.console()
     labels = looking.labels(options.folders)
     looks = [_Look(folder, label, options, command) for folder, label in zip(options.folders, labels, strict=True)]
     _one_eps(looks)
-    with StopRequest() as stop, looking.progress(console) as progress:
+    with StopRequest(AFTER_THIS) as stop, terminal.progress(console) as progress:
         results = [look.result(progress, stop) for look in looks]
     if len(results) == 1:
         console.print(_layers(results[0]))
         console.print()
     console.print(_networks(labels, results))
-    console.print(_LEGEND.format(attack=options.attack, eps=results[0]["identity"]["eps"]), highlight=False)
+    console.print(_LEGEND.format(attack=options.attack, eps=results[0]["identity"]["eps"]))
     if len(results) > 1:
         rows = figure_rows(labels, results)
         summary = {"format": FORMAT, "command": command, "runs": _summaries(labels, options.folders, results)}
         files.write_json(options.out / "bounds.json", summary)
         files.write_bytes(options.out / "bounds.png", figures.networks(rows, results[0]["identity"]["eps"]))
     folders = [str(folder / "bounds") for folder in options.folders]
-    console.print(f"Written to {', '.join(folders + [str(options.out)] * (len(folders) > 1))}", highlight=False)
+    console.print(f"Written to {', '.join(folders + [str(options.out)] * (len(folders) > 1))}")
     return 0
 
 
@@ -119,6 +116,8 @@ class _Look:
         self.network: Trained = trained.load(run, options.which, options.data_root)
         self.device = looking.device(options.device)
         self.attack, self.eps = looking.attack_on(self.network, options.attack, options.eps)
+        radii = (share * self.eps for share in _ATTACKED if share * self.eps <= 1)
+        self.attacks = {radius: looking.attack_on(self.network, options.attack, radius)[0] for radius in radii}
         if self.attack.norm != "Linf":
             raise UserError(f"--attack {options.attack} is an attack in {self.attack.norm}; give one in L-infinity")
         source = self.network.data.test
@@ -145,7 +144,7 @@ class _Look:
             Interrupted: a stop was requested; what is done is kept.
         """
         form = self.network.data.images
-        task = progress.add_task(escape(self.label), total=self.count, status="upper bound")
+        task = progress.add_task(self.label, total=self.count, status="upper bound")
         start = time.perf_counter()
         network = steps(self.network.model, (form.channels, form.size, form.size))
         bound = upper_bound(network)
@@ -216,12 +215,11 @@ class _Look:
         images, labels = images.to(self.device), labels.to(self.device)
         outcomes = Outcomes(self.folder, self.checkpoint, model, images, labels, size)
         found = [_point(0.0, evaluate_clean(model, images, labels, size))]
-        for radius in (share * self.eps for share in _ATTACKED if share * self.eps <= 1):
-            attack = ATTACKS.create(self.options.attack, radius)
+        for radius, attack in self.attacks.items():
             task = progress.add_task(f"{attack.name} at ε = {radius:.3g}", total=self.count, status="")
 
             def on_batch(so_far: Outcome, task: Any = task) -> None:
-                progress.update(task, completed=len(so_far.found), status=f"accuracy {so_far.accuracy.value:.1%}")
+                progress.update(task, completed=len(so_far.found), status=so_far.status)
                 if stop.requested:
                     raise Interrupted
 
@@ -374,7 +372,7 @@ def _summaries(
 
 
 def _layers(result: Mapping[str, Any]) -> Table:
-    table = Table("layer", "kind", box=None, header_style="bold")
+    table = terminal.table("layer", "kind")
     for column in ("norm", "largest slope", "bound so far"):
         table.add_column(column, justify="right")
     endless = ""
@@ -388,14 +386,14 @@ def _layers(result: Mapping[str, Any]) -> Table:
 
 def _networks(labels: Sequence[str], results: Sequence[Mapping[str, Any]]) -> Table:
     at = _telling(results)
-    table = Table(box=None, header_style="bold")
+    table = terminal.table()
     table.add_column("run", overflow="fold")  # the end of a name is what tells seeds apart
     for column in ("found", "local", "bound", "clean", "attacked", f"proved at {at:g}", "radius"):
         table.add_column(column, justify="right")
     for label, result in zip(labels, results, strict=True):
         bounds, attacked = _bounds(result), _at_eps(result)
         table.add_row(
-            escape(label),
+            label,
             _number(bounds.lower),
             _number(bounds.local),
             _number(bounds.upper, "∞"),

@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Any
 
 from rich.console import Console
-from rich.table import Table
 
 from models import recipes, runs
+from models.commands import looking
 from models.evaluation import Accuracy
 from models.evaluation.outcomes import digest
 from models.figures import comparison as figure
@@ -16,7 +16,7 @@ from models.recipes import Published, Recipe
 from models.recipes.comparison import Comparison, Line, Measured, closest, compare
 from models.runs import trained
 from models.runs.settings import Settings
-from models.support import files
+from models.support import files, terminal
 from models.support.errors import UserError
 
 _COMPARE = """
@@ -54,7 +54,13 @@ def _compare(options: argparse.Namespace, command: str) -> int:
         options.refuse(str(error))
         raise
     one = options.folders[0] if len(options.folders) == 1 else Path("runs")
-    report([read(folder) for folder in options.folders], recipe, options.out or one / "comparison", command, Console())
+    report(
+        [read(folder) for folder in options.folders],
+        recipe,
+        options.out or one / "comparison",
+        command,
+        terminal.console(),
+    )
     return 0
 
 
@@ -70,7 +76,7 @@ def report(
     files.write_text(out / "comparison.md", markdown(comparisons, command))
     for comparison in comparisons:
         _show(comparison, console)
-    console.print(f"Written to {out}", highlight=False)
+    console.print(f"Written to {out}")
     return comparisons
 
 
@@ -91,7 +97,7 @@ def read(run: Path) -> Measured:
         if record["settings"] != settings or not _current(run, record):
             raise UserError(f"{path} is of another training than {run} holds now; {again}")
         return Measured(
-            run.resolve().name,
+            run.resolve().name + looking.marked(run),
             Settings.from_dict(settings),
             float(record["eps"]),
             _accuracy(record["clean"]),
@@ -150,19 +156,18 @@ _HEAD = ("measure", "here, %", "interval", "published", "difference", "within", 
 
 
 def _show(comparison: Comparison, console: Console) -> None:
-    table = Table(box=None, header_style="bold")
+    table = terminal.table()
     for head in _HEAD:
         table.add_column(head, no_wrap=head != "by")
     for line in comparison.lines:
         table.add_row(*_cells(line))
     run, settings = comparison.measured.run, comparison.measured.settings
     console.print(
-        f"\n{run}, {settings.activation}, and recipe {comparison.recipe.name}", style="bold", highlight=False,
-        markup=False,
+        f"\n{run}, {settings.activation}, and recipe {comparison.recipe.name}", style="bold",
     )  # fmt: skip
     console.print(table)
     for sentence in (comparison.verdict, *_remarks(comparison)):
-        console.print(sentence, highlight=False, markup=False)
+        console.print(sentence)
 
 
 def _cells(line: Line) -> tuple[str, ...]:

@@ -9,9 +9,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import Progress
-from rich.table import Table
 from torch import nn
 
 from models import networks
@@ -20,9 +18,9 @@ from models.commands import looking
 from models.evaluation.outcomes import described, digest
 from models.figures import curve_strip, dictionary_use
 from models.runs import trained
-from models.support import checkpoints, environment, files, seeds
+from models.support import checkpoints, environment, files, seeds, terminal
 from models.support.errors import UserError
-from models.support.interrupts import Interrupted, StopRequest
+from models.support.interrupts import AFTER_THIS, Interrupted, StopRequest
 from models.training import curves as kept
 
 _ABOUT = """
@@ -58,18 +56,18 @@ def _run(options: argparse.Namespace, command: str) -> int:
         torch.set_num_threads(options.threads)
     if options.eps is not None and options.attack is None:
         options.refuse("--eps is the radius of --attack, which is not given; add for example --attack pgd-20")
-    console = Console()
+    console = terminal.console()
     labels = looking.labels(options.folders)
     results = []
-    with StopRequest() as stop, looking.progress(console) as progress:
+    with StopRequest(AFTER_THIS) as stop, terminal.progress(console) as progress:
         for folder, label in zip(options.folders, labels, strict=True):
             results.append(_look(folder, label, options, command, progress, stop))
     if len(results) == 1:
         _show_layers(results[0], console)
     _show_runs(labels, results, console)
     for label, result in zip(labels, results, strict=True):
-        console.print(f"{label}: {advice(result)}", highlight=False, markup=False)
-    console.print(f"Written to {', '.join(str(f / kept.FOLDER) for f in options.folders)}", highlight=False)
+        console.print(f"{label}: {advice(result)}")
+    console.print(f"Written to {', '.join(str(f / kept.FOLDER) for f in options.folders)}")
     return 0
 
 
@@ -112,7 +110,7 @@ def _look(
         "device": device.type,
     }
     identity = json.loads(json.dumps(asked))
-    task = progress.add_task(escape(label), total=images, status="dictionary")
+    task = progress.add_task(label, total=images, status="dictionary")
     path = run / kept.FOLDER / "curves.json"
     result = looking.kept(path, identity, lambda content: (uses_of(content), uses_of(content, "adversarial")))
     if result is None:
@@ -175,7 +173,7 @@ def _states(
 
 def _show_layers(result: dict[str, Any], console: Console) -> None:
     attacked = uses_of(result, "adversarial")
-    table = Table(box=None, header_style="bold")
+    table = terminal.table()
     table.add_column("layer", no_wrap=True)
     columns = ["outside", "attacked", "worst channel", "99 % in", "99.9 % in", "used", "empty"]
     for column in columns if attacked else [column for column in columns if column != "attacked"]:
@@ -191,12 +189,11 @@ def _show_layers(result: dict[str, Any], console: Console) -> None:
     console.print(
         f"Outside: share of inputs beyond the dictionary. Used: points, of {size}, that a channel uses, on average; "
         "empty: those that none of its inputs reached.\n",
-        highlight=False,
     )
 
 
 def _show_runs(labels: list[str], results: list[dict[str, Any]], console: Console) -> None:
-    table = Table(box=None, header_style="bold")
+    table = terminal.table()
     table.add_column("run", overflow="fold")
     for column in ("boundary", "suggested", "99 % in", "outside", "worst layer", "points used"):
         table.add_column(column)
@@ -206,7 +203,7 @@ def _show_runs(labels: list[str], results: list[dict[str, Any]], console: Consol
         used = [share for use in uses for share in use.users]
         size = len(uses[0].cells[0])
         table.add_row(
-            escape(label), f"{max(use.high for use in uses):.3g}", f"{result['suggested_boundary']:g}",
+            label, f"{max(use.high for use in uses):.3g}", f"{result['suggested_boundary']:g}",
             f"±{max(use.reach_99 for use in uses):.3g}", f"{sum(shares) / len(shares):.2%}", f"{max(shares):.2%}",
             f"{size * sum(used) / len(used):.1f} of {size}",
         )  # fmt: skip

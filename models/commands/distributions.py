@@ -10,9 +10,7 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.markup import escape
 from rich.progress import Progress
-from rich.table import Table
 
 from models.analysis.distributions import SIDES, Density, Layer, Moved, Panel, Recorder
 from models.commands import looking
@@ -20,8 +18,8 @@ from models.evaluation.outcomes import described, digest
 from models.figures import distributions as figures
 from models.runs import trained
 from models.runs.trained import Trained
-from models.support import checkpoints, environment, files, seeds
-from models.support.interrupts import Interrupted, StopRequest
+from models.support import checkpoints, environment, files, seeds, terminal
+from models.support.interrupts import AFTER_THIS, Interrupted, StopRequest
 
 _ABOUT = """
 Attacks the networks of runs and compares their activations on clean and on adversarial images, of each layer and
@@ -60,10 +58,10 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
 def _run(options: argparse.Namespace, command: str) -> int:
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    console = Console()
+    console = terminal.console()
     labels = looking.labels(options.folders)
     results = []
-    with StopRequest() as stop, looking.progress(console) as progress:
+    with StopRequest(AFTER_THIS) as stop, terminal.progress(console) as progress:
         for folder, label in zip(options.folders, labels, strict=True):
             results.append(_Look(folder, label, options, command).result(progress, stop))
     networks = [
@@ -78,7 +76,7 @@ def _run(options: argparse.Namespace, command: str) -> int:
         files.write_bytes(options.out / "layers.png", figures.depth(networks))
     _show(networks, console)
     folders = [str(folder / "distributions") for folder in options.folders]
-    console.print(f"Written to {', '.join(folders + [str(options.out)] * (len(folders) > 1))}", highlight=False)
+    console.print(f"Written to {', '.join(folders + [str(options.out)] * (len(folders) > 1))}")
     return 0
 
 
@@ -132,7 +130,7 @@ class _Look:
             Interrupted: a stop was requested; what is done is kept.
         """
         path = self.folder / "distributions.json"
-        task = progress.add_task(escape(self.label), total=self.images, status="")
+        task = progress.add_task(self.label, total=self.images, status="")
         found = looking.kept(path, self.identity, lambda content: (layers_of(content), panels_of(content)))
         if found is None:
             found = self._measure(lambda images: progress.update(task, completed=images), stop)
@@ -202,7 +200,7 @@ def _summaries(labels: list[str], folders: list[Path], results: list[dict[str, A
 
 
 def _show(networks: list[figures.Network], console: Console) -> None:
-    table = Table(box=None, header_style="bold")
+    table = terminal.table()
     table.add_column("run", overflow="fold")
     for column in ("distance", "of the", "first layer", "middle", "last", "mean"):
         table.add_column(column)
@@ -213,7 +211,7 @@ def _show(networks: list[figures.Network], console: Console) -> None:
                 seen = [value for value in values if value is not None]
                 mean = sum(seen) / len(seen) if seen else None
                 cells = (values[0], values[len(values) // 2], values[-1], mean)
-                table.add_row(escape(network.label), name, side, *map(_percent, cells))
+                table.add_row(network.label, name, side, *map(_percent, cells))
     console.print(table)
 
 

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-from rich.table import Table
+from rich.progress import Progress
 
-from models.attacks import ATTACKS, Attack, Transfer, pgd
+from models.attacks import ATTACKS, Attack, Transfer, check_classes, pgd
+from models.data import made_up
 from models.evaluation import (
     Accuracy,
     Outcome,
@@ -29,10 +29,10 @@ from models.figures import evaluation as figures
 from models.figures import style
 from models.registry import split
 from models.runs import trained
-from models.support import environment, files
+from models.support import environment, files, terminal
 from models.support.arguments import integer, radius
 from models.support.errors import UserError
-from models.support.interrupts import Interrupted, StopRequest
+from models.support.interrupts import AFTER_THIS, Interrupted, StopRequest
 
 _ABOUT = """
 Attacks the network of a run and writes to RUN/evaluation: what each attack found, image by image, evaluation.json with
@@ -112,11 +112,11 @@ def _run(options: argparse.Namespace, command: str) -> int:
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     evaluation = Evaluation(options, command)
-    console = Console()
-    with StopRequest() as stop, _progress(console) as progress:
+    console = terminal.console()
+    with StopRequest(AFTER_THIS) as stop, terminal.progress(console) as progress:
         results = evaluation.run(progress, stop)
     _show(results, console)
-    console.print(f"Written to {evaluation.folder}", highlight=False)
+    console.print(f"Written to {evaluation.folder}")
     return 0
 
 
@@ -153,11 +153,15 @@ class Evaluation:
             task = progress.add_task(name, total=images, status="")
 
             def on_batch(so_far: Outcome) -> None:
-                progress.update(task, completed=len(so_far.found), status=f"accuracy {so_far.accuracy.value:.1%}")
+                progress.update(task, completed=len(so_far.found), status=so_far.status)
                 if stop.requested:
                     raise Interrupted
 
-            known[job] = self.outcomes.get(job, on_batch)
+            known[job] = outcome = self.outcomes.get(job, on_batch)
+            if name in self.plan.attacks:
+                low, high = outcome.accuracy.interval
+                told = f"{outcome.accuracy.value:.1%} ({low:.1%} to {high:.1%})"
+                progress.console.print(f"{name}: {told} of {images} images, {outcome.seconds:.1f} s")
             return known[job]
 
         plan, size = self.plan, self.options.batch_size
@@ -193,6 +197,8 @@ class Evaluation:
             raise UserError("the network was not trained for a radius; give --eps, such as --eps 8/255")
         try:
             attacks = {name: ATTACKS.create(name, eps) for name in options.attacks}
+            for attack in attacks.values():
+                check_classes(attack, self.network.data.images.classes)
         except ValueError as error:
             raise UserError(str(error)) from error
         if options.transfer_from is not None:
@@ -290,13 +296,15 @@ def _draw_curves(curves: Mapping[str, list[Point]], eps: float) -> bytes:
 
 
 def _show(results: Mapping[str, Any], console: Console) -> None:
-    attacks = Table("attack", "radius", "accuracy", "95 % interval", "time", box=None, header_style="bold")
+    if made_up(results["settings"]["data"]):
+        console.print("On made-up images, so that accuracies say nothing:", style="bold")
+    attacks = terminal.table("attack", "radius", "accuracy", "95 % interval", "time")
     attacks.add_row("clean", "", *_cells(results["clean"]), "")
     for name, record in results["robust"].items():
         radius = f"{record['radius']:.4g} in {record['norm']}"
         attacks.add_row(name, radius, *_cells(record), f"{record['seconds']:.1f} s")
     attacks.add_row("worst case", f"{results['eps']:.4g} in Linf", *_cells(results["worst_case"]), "", style="bold")
-    classes = Table("class", "images", "clean", "worst case", box=None, header_style="bold")
+    classes = terminal.table("class", "images", "clean", "worst case")
     for record in results["classes"]:
         clean, worst = record["clean"], record["worst_case"]
         classes.add_row(
@@ -306,15 +314,15 @@ def _show(results: Mapping[str, Any], console: Console) -> None:
         console.print(table)
         console.print()
     if results["checks"]:
-        checks = Table("check", "verdict", "evidence", box=None, header_style="bold")
+        checks = terminal.table("check", "verdict", "evidence")
         for verdict in results["checks"]:
             checks.add_row(verdict["check"], verdict["result"], verdict["evidence"], style=_STYLES[verdict["result"]])
         console.print(checks)
         console.print()
     for name, points in results["curves"].items():
         values = ", ".join(f"{point['at']:.3g}: {point['accuracy']:.1%}" for point in points)
-        console.print(f"accuracy over {name}: {values}", highlight=False)
-    console.print(results["masking"], style="bold", highlight=False)
+        console.print(f"accuracy over {name}: {values}")
+    console.print(results["masking"], style="bold")
 
 
 _STYLES = {sanity.PASS: "", sanity.WARNING: "yellow", sanity.FAIL: "red"}
@@ -323,8 +331,3 @@ _STYLES = {sanity.PASS: "", sanity.WARNING: "yellow", sanity.FAIL: "red"}
 def _cells(record: Mapping[str, Any]) -> tuple[str, str]:
     low, high = record["interval"]
     return f"{record['accuracy']:.1%}", f"{low:.1%} to {high:.1%}"
-
-
-def _progress(console: Console) -> Progress:
-    texts = TextColumn("{task.description}"), TextColumn("{task.fields[status]}")
-    return Progress(texts[0], BarColumn(), TimeElapsedColumn(), texts[1], console=console, transient=True)

@@ -5,7 +5,6 @@ import itertools
 from pathlib import Path
 
 import torch
-from rich.console import Console
 from rich.progress import track
 
 from models import data, networks
@@ -15,7 +14,7 @@ from models.figures import gradients as figures
 from models.networks import NETWORKS
 from models.study import depth, plan
 from models.study.depth import page
-from models.support import arguments, files
+from models.support import arguments, files, terminal
 
 _ABOUT = """
 Measures norms of signals and gradients layer by layer: of networks as they start (default), and with --train along the
@@ -76,7 +75,7 @@ def _run(options: argparse.Namespace, command: str) -> int:
     out = options.out or Path("runs/gradients")
     images, labels = depth.batch(sets)
     grid = list(itertools.product(options.networks, options.activations, range(options.seeds)))
-    console, starts = Console(highlight=False), []
+    console, starts = terminal.console(), []
     for network, activation, seed in track(grid, "measuring", console=console):
         starts.append(depth.start(network, activation, seed, sets.images, images, labels))
         if seed:
@@ -86,7 +85,7 @@ def _run(options: argparse.Namespace, command: str) -> int:
     files.write_bytes(out / "initial.png", figures.starts(starts))
     files.write_bytes(out / "signals.png", figures.signals(starts))
     files.write_text(out / "initial.md", text)
-    console.print(text, soft_wrap=True, markup=False)
+    console.print(text, soft_wrap=True)
     console.print(f"Written: {out / 'initial.md'}")
     return 0
 

@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from models.attacks import ATTACKS, Attack, LinfAttack, perturb
+from models import data, runs
+from models.attacks import ATTACKS, Attack, LinfAttack, check_classes, perturb
 from models.runs import trained
 from models.runs.trained import Trained
 from models.support import files
@@ -42,6 +41,8 @@ def add(parser: argparse.ArgumentParser, images: int, source: str, attack: str |
 def labels(folders: list[Path]) -> list[str]:
     """Return a name for each run: that of its folder, or its whole path where two folders have one name.
 
+    A run on made-up images says so.
+
     Raises:
         UserError: a folder is given twice.
     """
@@ -50,7 +51,16 @@ def labels(folders: list[Path]) -> list[str]:
         if resolved.count(folder.resolve()) > 1:
             raise UserError(f"{folder} is given twice; give each run once")
     names = [path.name for path in resolved]
-    return [name if names.count(name) == 1 else str(folder) for name, folder in zip(names, folders, strict=True)]
+    unique = [name if names.count(name) == 1 else str(folder) for name, folder in zip(names, folders, strict=True)]
+    return [name + marked(folder) for name, folder in zip(unique, folders, strict=True)]
+
+
+def marked(run: Path) -> str:
+    """Return what to put behind the name of a run that was trained on made-up images."""
+    try:
+        return " (made-up images)" if data.made_up(str(runs.read_settings(run).get("data"))) else ""
+    except runs.RunError:  # said by whoever reads the run
+        return ""
 
 
 def device(name: str) -> torch.device:
@@ -77,7 +87,9 @@ def attack_on(network: Trained, name: str, eps: float | None) -> tuple[Attack, f
     if not eps:
         raise UserError("the network was not trained for a radius; give --eps, such as --eps 8/255")
     try:
-        return ATTACKS.create(name, eps), eps
+        attack = ATTACKS.create(name, eps)
+        check_classes(attack, network.data.images.classes)
+        return attack, eps
     except ValueError as error:
         raise UserError(str(error)) from error
 
@@ -125,12 +137,6 @@ def count(wanted: int | None, default: int, there: int, what: str) -> int:
     if wanted is not None and wanted > there:
         raise UserError(f"--images {wanted} is more than the {there} images there are: {what}")
     return min(default, there) if wanted is None else wanted
-
-
-def progress(console: Console) -> Progress:
-    """Return the progress bars, one for each run."""
-    texts: Any = TextColumn("{task.description}"), TextColumn("{task.fields[status]}")
-    return Progress(texts[0], BarColumn(), TimeElapsedColumn(), texts[1], console=console, transient=True)
 
 
 def _attack(name: str) -> str:

@@ -1,11 +1,11 @@
 """`python -m models recipes` and `recipe`."""
 
 import argparse
+import shlex
 from pathlib import Path
 from types import ModuleType
 
 from rich.console import Console
-from rich.table import Table
 
 from models import recipes
 from models.commands import compare, evaluate, train
@@ -14,7 +14,7 @@ from models.commands.compare import points, sources
 from models.recipes import Recipe
 from models.recipes.comparison import training_differences
 from models.runs.settings import Settings
-from models.support import arguments
+from models.support import arguments, terminal
 from models.training.processes import Processes
 
 _RECIPE = """
@@ -41,6 +41,7 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
     )
     option = parser.add_argument
     option("name", metavar="NAME", help="a recipe, see `python -m models recipes`, or a .json file like theirs")
+    option("more", nargs="*", help=argparse.SUPPRESS)
     option("--out", dest="folder", type=Path, metavar="RUN", help="folder for all output (default: runs/NAME-...)")
     option("--restart", action="store_true", help="discard the run that RUN holds and start anew")
     option("--fsdp", action="store_true", help="shard the network among processes instead of copying it")
@@ -53,11 +54,11 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
 
 
 def _list(options: argparse.Namespace, command: str) -> int:
-    console = Console()
+    console = terminal.console()
     if options.name is not None:
         _show(_load(options), console)
         return 0
-    table = Table("name", "data", "network", "method", "eps", "epochs", box=None, header_style="bold")
+    table = terminal.table("name", "data", "network", "method", "eps", "epochs")
     abouts = []
     for name in recipes.names():
         recipe = recipes.load(name)
@@ -67,13 +68,13 @@ def _list(options: argparse.Namespace, command: str) -> int:
         table.add_row(name, *words, recipe.evaluation["eps"], str(training.epochs))
         abouts.append(f"{name}: {recipe.about}")
     console.print(table)
-    console.print("", *abouts, sep="\n", highlight=False, markup=False)
+    console.print("", *abouts, sep="\n")
     return 0
 
 
 def _show(recipe: Recipe, console: Console) -> None:
     def say(text: str = "") -> None:
-        console.print(text, highlight=False, markup=False)
+        console.print(text)
 
     say(f"{recipe.name}: {recipe.about}\nSource: {recipe.source}")
     settings = recipe.settings.as_dict()
@@ -95,7 +96,7 @@ def _show(recipe: Recipe, console: Console) -> None:
         say("\nNo numbers are published for it.")
         return
     say()
-    table = Table("network", "activation", "attack", "clean, %", "robust, %", "by", box=None, header_style="bold")
+    table = terminal.table("network", "activation", "attack", "clean, %", "robust, %", "by")
     for row in rows:
         words = row.network, row.activation, row.attack, points(row.clean), points(row.robust), row.label
         table.add_row(*words, style="dim" if row.remembered else None)
@@ -106,6 +107,8 @@ def _show(recipe: Recipe, console: Console) -> None:
 
 
 def _recipe(options: argparse.Namespace, command: str) -> int:
+    if options.more:
+        options.refuse(f"the folder is an option here: --out {shlex.quote(options.more[0])}")
     recipe = _load(options)
     settings = options_of.collect(options, options.name, options.refuse)
     options.folder = options.folder or Path("runs") / "-".join((recipe.name, settings.activation.partition(":")[0]))
@@ -114,7 +117,7 @@ def _recipe(options: argparse.Namespace, command: str) -> int:
         return 0
     chosen = _parser(evaluate, "evaluate").parse_args(_evaluation(options, settings, recipe))
     chosen.run(chosen, command)
-    compare.report([compare.read(options.folder)], recipe, options.folder / "comparison", command, Console())
+    compare.report([compare.read(options.folder)], recipe, options.folder / "comparison", command, terminal.console())
     return 0
 
 

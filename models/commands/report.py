@@ -4,12 +4,10 @@ import argparse
 import shlex
 from pathlib import Path
 
-from rich.console import Console
-
 from models.commands import looking
 from models.reports import run_report
 from models.runs import RunError
-from models.support import files
+from models.support import files, terminal
 
 _ABOUT = """
 Writes one HTML page about runs that needs no other file: settings, training, attacks and the verdicts on them, bounds,
@@ -41,5 +39,5 @@ def _run(options: argparse.Namespace, command: str) -> int:
     labels = looking.labels(options.folders)
     reports = [run_report.read(folder, label) for folder, label in zip(options.folders, labels, strict=True)]
     files.write_text(out, run_report.page(reports, command))
-    Console().print(f"Report: {out}", highlight=False, markup=False, soft_wrap=True)
+    terminal.console().print(f"Report: {out}", soft_wrap=True)
     return 0

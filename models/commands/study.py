@@ -7,14 +7,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
-
 from models.figures import study as figures
 from models.study import page, plan, workers
 from models.study.plan import TUNED, Rates, Run, Study
 from models.study.summary import CLEAN, WORST, accuracies, summarise
 from models.study.workers import Do
-from models.support import arguments, files
+from models.support import arguments, files, terminal
 
 _STUDY = """
 Trains and attacks every network, activation and seed of a study, and writes to the folder OUT: a result for each run,
@@ -76,7 +74,7 @@ def carry_out(study: Study, options: argparse.Namespace, command: str, report: R
     """Do what is left of a study, and report whenever a run is done."""
     results = options.out or Path("results") / study.name
     jobs = options.jobs or len(os.sched_getaffinity(0))
-    console = Console(highlight=False)
+    console = terminal.console()
     done = workers.read(results, study)
     todo = [run for run in study.runs() if run.name not in done]
     console.print(f"{study.about}\n{len(done)} of {len(study.runs())} runs are done, {_left(study, done, jobs)}")

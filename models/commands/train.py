@@ -1,17 +1,16 @@
 """`python -m models train` and `find-lr`."""
 
 import argparse
+import shlex
 from collections.abc import Callable
 from pathlib import Path
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-
+from models import data
 from models.commands import settings as options_of
 from models.figures import learning_rate
 from models.runs import lr_range, session
 from models.runs.settings import Settings
-from models.support import arguments, files
+from models.support import arguments, files, terminal
 from models.training import EpochRecord, Trainer
 from models.training.processes import Processes
 
@@ -77,13 +76,13 @@ def train(options: argparse.Namespace, settings: Settings) -> None:
     """Train with these settings in the folder that the options name, and show how it goes."""
     options_of.use_threads(options)
     processes = Processes.from_environment()
-    console = Console(quiet=not processes.first)
+    console = terminal.console(quiet=not processes.first)
     if processes.first and not options.no_tensorboard:
         session.check_tensorboard()
     trainer = session.prepare(settings, options.folder, options.restart, options.data_root, processes, options.fsdp)
     write, close = _events(options, processes, trainer)
     warned = False
-    with _progress(console) as progress:
+    with terminal.progress(console, stays=True, remaining=True) as progress:
         task = progress.add_task(f"{settings.network}, {settings.activation}", total=trainer.steps, status="")
         progress.update(task, completed=trainer.steps_done)
 
@@ -94,10 +93,10 @@ def train(options: argparse.Namespace, settings: Settings) -> None:
 
         def on_epoch(record: EpochRecord) -> None:
             nonlocal warned
-            console.print(_line(record), highlight=False)
+            console.print(_line(record))
             warning = None if trainer.outside is None else trainer.outside.warning
             if warning is not None and not warned:
-                console.print(f"Warning: {warning}", style="yellow", highlight=False, markup=False)
+                console.print(f"Warning: {warning}", style="yellow")
                 warned = True
             write(record)
 
@@ -108,7 +107,9 @@ def train(options: argparse.Namespace, settings: Settings) -> None:
     if trainer.collapsed:
         console.print(_collapsed(trainer), style="bold")
     which = "" if trainer.watch is not None else " --which latest"
-    console.print(f"Done: {options.folder}; next: python -m models evaluate {options.folder}{which}", highlight=False)
+    made_up = " on made-up images" if data.made_up(settings.data) else ""
+    run = shlex.quote(str(options.folder))
+    console.print(f"Done{made_up}: {options.folder}; next: python -m models evaluate {run}{which}")
 
 
 def _events(
@@ -138,7 +139,7 @@ def _find(options: argparse.Namespace, command: str) -> int:
     if options.low >= options.high:
         options.refuse(f"--from must be below --to, got {options.low:g} and {options.high:g}")
     options_of.use_threads(options)
-    with _progress(Console()) as progress:
+    with terminal.progress(terminal.console(), stays=True, remaining=True) as progress:
         task = progress.add_task("learning rates", total=options.steps, status="")
         found = lr_range.run(
             settings, options.low, options.high, options.steps, options.data_root,
@@ -146,10 +147,5 @@ def _find(options: argparse.Namespace, command: str) -> int:
         )  # fmt: skip
     files.write_json(options.out / "learning-rate.json", {"command": command, **found.as_dict()})
     files.write_bytes(options.out / "learning-rate.png", learning_rate.draw(found))
-    Console().print(found.verdict, highlight=False)
+    terminal.console().print(found.verdict)
     return 0
-
-
-def _progress(console: Console) -> Progress:
-    texts = TextColumn("{task.description}"), TextColumn("{task.fields[status]}")
-    return Progress(texts[0], BarColumn(), TimeElapsedColumn(), TimeRemainingColumn(), texts[1], console=console)

@@ -17,6 +17,7 @@ __all__ = [
     "Source",
     "TensorSource",
     "load",
+    "made_up",
     "stratified_order",
 ]
 
@@ -38,3 +39,8 @@ def load(text: str, seed: int, root: Path | None = None) -> DataSet:
         DataError: the images are not there or are damaged, or an option asks for what there is not.
     """
     return DATA.create(text, seed, root)
+
+
+def made_up(text: str) -> bool:
+    """Say whether a set's images are made up: accuracies on them say nothing, and whoever shows them says so."""
+    return text.partition(":")[0] == "fake"

@@ -66,9 +66,23 @@ def read_folders(root: Path, parts: tuple[str, ...]) -> tuple[FolderImages, list
 
 
 def _list(folder: Path) -> Any:
-    datasets = need("torchvision.datasets", "torchvision", "listing image files")
+    datasets: Any = need("torchvision.datasets", "torchvision", "listing image files")
+    names = slice(len(str(folder)), None)
+
+    class Visible(datasets.ImageFolder):
+        """Without what an editor, a notebook or a system keeps beside the images: names that begin with a dot."""
+
+        def find_classes(self, directory: str) -> tuple[list[str], dict[str, int]]:
+            classes = sorted(entry.name for entry in os.scandir(directory) if entry.is_dir() and entry.name[0] != ".")
+            if not classes:
+                raise FileNotFoundError(f"there is no folder in {directory}")
+            return classes, {name: number for number, name in enumerate(classes)}
+
+    def is_image(path: str) -> bool:
+        return f"{os.sep}." not in path[names] and datasets.folder.is_image_file(path)
+
     try:
-        return datasets.ImageFolder(str(folder))
+        return Visible(str(folder), is_valid_file=is_image)
     except FileNotFoundError as error:
         raise DataError(f"{folder} is not a folder of classes that each have images: {error}") from error
 

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from io import BytesIO
 from typing import Any
 
+import numpy as np
 from PIL import Image
 
 from models.data.loaders import Decoding
@@ -12,13 +13,19 @@ from models.data.source import DataError
 
 
 def decode(content: bytes, name: str) -> Image.Image:
-    """Return the image that a file holds, as RGB.
+    """Return the image that a file holds, as RGB. Grey values of 16 bits are divided by 257.
 
     Raises:
-        DataError: it cannot be decoded; names the file.
+        DataError: it cannot be decoded, or nothing says what its largest value means; names the file.
     """
     try:
-        return Image.open(BytesIO(content)).convert("RGB")
+        image: Image.Image = Image.open(BytesIO(content))
+        if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):
+            grey = (np.asarray(image).astype(np.int64) + 128) // 257
+            image = Image.fromarray(grey.astype(np.uint8))
+        if image.mode in ("I", "F"):
+            raise ValueError(f"grey values of 32 bits (mode {image.mode}) have no range; save it with 8 or 16 bits")
+        return image.convert("RGB")
     except Exception as error:  # decoders raise almost anything for a damaged file
         raise DataError(f"{name} cannot be read as an image: {type(error).__name__}: {error}") from error
 

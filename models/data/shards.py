@@ -32,6 +32,7 @@ from models.data.source import Batch, DataError, Source, check_ordered, check_sh
 from models.support import seeds
 
 _IMAGES = ("jpg", "jpeg", "png")
+_DOTS = "; a name is KEY.jpg or KEY.cls, and its first dot ends the key"
 
 
 @dataclass(frozen=True)
@@ -143,8 +144,8 @@ class ShardSource(Source):
         name = f"{sample['__key__']} in {shard}"
         content = next((sample[suffix] for suffix in _IMAGES if suffix in sample), None)
         if content is None or "cls" not in sample:
-            there = ", ".join(suffix for suffix in sample if not suffix.startswith("__"))
-            raise DataError(f"{name} must have a .cls and one of .{', .'.join(_IMAGES)}, got .{there}")
+            there = ", .".join(suffix for suffix in sample if not suffix.startswith("__"))
+            raise DataError(f"{name} must have a .cls and one of .{', .'.join(_IMAGES)}, got .{there}{_DOTS}")
         try:
             label = int(sample["cls"])
         except ValueError:
@@ -213,7 +214,12 @@ def _count(shard: Path) -> int:
     with _naming(shard), shard.open("rb") as file:
         _check_end(shard, file)
         with tarfile.open(fileobj=file) as entries:
-            return sum(Path(entry.name).name.lower().partition(".")[2] == "cls" for entry in entries)
+            names = [entry.name for entry in entries]
+    labels = sum(Path(name).name.lower().partition(".")[2] == "cls" for name in names)
+    if labels == 0:
+        there = f"it has {names[0]}{_DOTS}" if names else "it is empty"
+        raise DataError(f"{shard} holds no images with labels: {there}")
+    return labels
 
 
 def _check_end(shard: Path, file: BinaryIO) -> None:

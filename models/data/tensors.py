@@ -40,6 +40,8 @@ class TensorSource(IndexedSource):
                 f"{len(images)} images need int64 labels of shape [{len(images)}], got {labels.dtype} of shape "
                 f"{list(labels.shape)}"
             )
+        if len(labels) and labels.min() < 0:
+            raise ValueError(f"labels must not be negative, got {labels.min().item()}")
         self.images, self.augmentation = images, augmentation
 
     def _load(self, batches: Iterable[Tensor], epoch: int | None) -> Iterator[Batch]:

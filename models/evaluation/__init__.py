@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from models.attacks import Attack
+from models.attacks import Adaptive, Attack, Halfway, Strongest
 from models.attacks.linf import frozen
 from models.support import seeds
 from models.support.errors import UserError
@@ -58,10 +58,12 @@ class Outcome:
     Args:
         found: [N] bool, on the CPU: a misclassified image was found near this one, or it is misclassified itself.
         seconds: how long it took.
+        halfway: of the next batch, where members of an attack have been through it.
     """
 
     found: Tensor
     seconds: float
+    halfway: Halfway | None = None
 
     @property
     def accuracy(self) -> Accuracy:
@@ -69,9 +71,19 @@ class Outcome:
         return accuracy(self.found)
 
     @property
+    def status(self) -> str:
+        """What is known so far, in words."""
+        return f"accuracy {self.accuracy.value:.1%}" if len(self.found) else ""
+
+    @property
     def mask(self) -> str:
         """`found` as text, a 0 or 1 for each image."""
-        return "".join("1" if f else "0" for f in self.found.tolist())
+        return as_text(self.found)
+
+
+def as_text(found: Tensor) -> str:
+    """Return a mask [N] bool as text, a 0 or 1 for each image."""
+    return "".join("1" if f else "0" for f in found.tolist())
 
 
 def accuracy(found: Tensor) -> Accuracy:
@@ -112,20 +124,28 @@ def evaluate_attack(
 
     Args:
         model, images, labels, attack, seed, batch_size: as above; images and model are on one device.
-        on_batch: called after each batch with the outcome so far.
+        on_batch: called after each batch with the outcome so far, and within it after each member of an attack.
         done: the outcome so far of an earlier call with the same arguments; nothing of it is done again.
     """
-    found = torch.zeros(0, dtype=torch.bool) if done is None else done.found
-    seconds = 0.0 if done is None else done.seconds
+    done = Outcome(torch.zeros(0, dtype=torch.bool), 0.0) if done is None else done
+    found, seconds, halfway = done.found, done.seconds, done.halfway
     if len(found) % batch_size and len(found) < len(labels):
         raise ValueError(f"{len(found)} images are done, which is no whole number of batches of {batch_size}")
     with evaluation_mode(model):
         for first in range(len(found), len(labels), batch_size):
-            start = time.perf_counter()
+            start = time.perf_counter() - seconds
             x, y = images[first : first + batch_size], labels[first : first + batch_size]
             generator = seeds.generator(x.device, seed, "attack", first // batch_size)
-            found = torch.cat((found, attack.search(model, x, y, generator)[1].cpu()))
-            seconds += time.perf_counter() - start
+            if isinstance(attack, Strongest | Adaptive):
+
+                def on_member(halfway: Halfway, found: Tensor = found, start: float = start) -> None:
+                    on_batch(Outcome(found, time.perf_counter() - start, halfway))
+
+                broken = attack.search(model, x, y, generator, halfway, on_member)[1]
+            else:
+                broken = attack.search(model, x, y, generator)[1]
+            found, halfway = torch.cat((found, broken.cpu())), None
+            seconds = time.perf_counter() - start
             on_batch(Outcome(found, seconds))
     return Outcome(found, seconds)
 

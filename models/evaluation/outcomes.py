@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from models.attacks import Attack
-from models.evaluation import Outcome, evaluate_attack
+from models.attacks import Attack, Halfway
+from models.evaluation import Outcome, as_text, evaluate_attack
 from models.support import environment, files
 from models.support.errors import UserError
 
@@ -111,9 +111,11 @@ class Outcomes:
 
     def path(self, job: Job) -> Path:
         """Return the file of a job."""
-        name = re.sub(r"[^\w.=-]+", "_", job.name)[:80]
+        name = re.sub(r"[^A-Za-z0-9.-]+", "_", job.name.replace("ε", "eps"))[:80]
         content = json.dumps(self.settings(job), sort_keys=True).encode()
-        return self.folder / f"{name}-{hashlib.sha256(content).hexdigest()[:10]}.json"
+        end = f"-{hashlib.sha256(content).hexdigest()[:10]}.json"
+        older = next(self.folder.glob(f"*{end}"), None)  # whatever it is called: the digest says what it is
+        return older or self.folder / f"{name}{end}"
 
 
 def described(value: Any) -> Any:
@@ -141,12 +143,17 @@ def digest(path: Path) -> str:
 
 
 def _record(job: Job, settings: dict[str, Any], so_far: Outcome, where: dict[str, Any]) -> dict[str, Any]:
+    half = so_far.halfway
+    halfway = {} if half is None else {
+        "halfway": {"members": half.members, "found": as_text(half.found), "random": bytes(half.random).hex()}
+    }  # fmt: skip
     return {
         "format": _FORMAT,
         "name": job.name,
         "settings": settings,
         "found": so_far.mask,
         "seconds": round(so_far.seconds, 3),
+        **halfway,
         "environment": where,
     }
 
@@ -159,11 +166,24 @@ def _read(path: Path, settings: dict[str, Any]) -> Outcome:
             return Outcome(torch.zeros(0, dtype=torch.bool), 0.0)
         found = record["found"]
         ours = record["format"] == _FORMAT and record["settings"] == json.loads(json.dumps(settings))
-        if not ours or set(found) - {*"01"} or len(found) > settings["images"]:
+        if not ours or len(found) > settings["images"]:
             raise ValueError("it is not what this program writes")
-        return Outcome(torch.tensor([f == "1" for f in found], dtype=torch.bool), float(record["seconds"]))
+        return Outcome(_mask(found), float(record["seconds"]), _halfway(record.get("halfway")))
     except (ValueError, KeyError, TypeError) as error:
         raise OutcomeError(f"{path} is damaged ({error}); remove it, and the same command makes it anew") from error
+
+
+def _halfway(record: dict[str, Any] | None) -> Halfway | None:
+    if record is None:
+        return None
+    random = torch.frombuffer(bytearray.fromhex(record["random"]), dtype=torch.uint8)
+    return Halfway(int(record["members"]), _mask(record["found"]), random)
+
+
+def _mask(text: str) -> Tensor:
+    if set(text) - {*"01"}:
+        raise ValueError("it is not what this program writes")
+    return torch.tensor([letter == "1" for letter in text], dtype=torch.bool)
 
 
 def _version(package: str) -> str | None:

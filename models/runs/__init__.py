@@ -43,13 +43,13 @@ class RunFolder:
             RunError: the folder holds a run with other settings, or files of something else.
         """
         if path.exists() and not path.is_dir():
-            raise RunError(f"{path} is a file, not a folder; choose another --out")
+            raise RunError(f"{path} is a file, not a folder; choose another")
         record = _read(path)
         if record is not None and not restart:
             _check_settings(path, completed(record["settings"]), settings)
             return cls(path, record)
         if record is None and path.exists() and any(not p.name.startswith(".") for p in path.iterdir()):
-            raise RunError(f"{path} holds files of something else; choose another --out, or empty it yourself")
+            raise RunError(f"{path} holds files of something else; choose another folder, or empty it yourself")
         if record is not None:
             for pattern in outputs:
                 for old in path.glob(pattern):
@@ -89,11 +89,11 @@ def _read(path: Path) -> dict[str, Any] | None:
     try:
         record = files.read_json(path / "run.json")
     except ValueError as error:
-        raise RunError(f"{path / 'run.json'} is not valid JSON ({error}); choose another --out") from error
+        raise RunError(f"{path / 'run.json'} is not valid JSON ({error}); choose another folder") from error
     if record is None:
         return None
     if not isinstance(record, dict) or record.get("format") != _FORMAT or not isinstance(record.get("settings"), dict):
-        raise RunError(f"{path} holds a run of another version or program; choose another --out")
+        raise RunError(f"{path} holds a run of another version or program; choose another folder")
     return record
 
 
@@ -109,6 +109,6 @@ def _check_settings(path: Path, theirs: dict[str, Any], ours: dict[str, Any]) ->
     if names:
         differences = ", ".join(f"{name} is {theirs.get(name)} there and {ours.get(name)} here" for name in names)
         raise RunError(
-            f"{path} holds a run with other settings: {differences}. Give the same settings to continue it, another "
-            f"--out to keep it, or --restart to discard it"
+            f"{path} holds a run with other settings: {differences}. Give the same settings to continue it, "
+            f"another folder to keep it, or --restart, which train, recipe and demo have, to discard it"
         )

@@ -4,6 +4,7 @@ One file, so tensors and record can never be of different moments; no pickle, so
 """
 
 import json
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from torch import Tensor, nn
 from models.support import files
 from models.support.errors import UserError
 
-_RECORD = "kafops.record"
+_RECORD, _CHECKSUM = "kafops.record", "kafops.crc32"
 
 
 class CheckpointError(UserError):
@@ -28,11 +29,10 @@ def save(path: Path, tensors: dict[str, Tensor], record: dict[str, Any]) -> None
     Raises:
         CheckpointError: it could not be written; the previous one is intact.
     """
-    content = safetensors.torch.save(
-        # Cloned, since safetensors refuses tensors that share memory, as parameters shared by layers do.
-        {name: t.detach().cpu().clone(memory_format=torch.contiguous_format) for name, t in tensors.items()},
-        metadata={_RECORD: json.dumps(record)},
-    )
+    # Cloned, since safetensors refuses tensors that share memory, as parameters shared by layers do.
+    copies = {name: t.detach().cpu().clone(memory_format=torch.contiguous_format) for name, t in tensors.items()}
+    said = json.dumps(record)
+    content = safetensors.torch.save(copies, metadata={_RECORD: said, _CHECKSUM: _checksum(copies, said)})
     try:
         files.write_bytes(path, content)
     except OSError as error:
@@ -48,12 +48,27 @@ def load(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """
     try:
         with safetensors.safe_open(path, framework="pt") as file:
-            record = json.loads((file.metadata() or {})[_RECORD])
-            return {name: file.get_tensor(name) for name in file.keys()}, record  # noqa: SIM118  (not a dict)
+            metadata = file.metadata() or {}
+            record = json.loads(metadata[_RECORD])
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  (not a dict)
+        # Checkpoints of earlier versions have no checksum, and no other name either.
+        if set(metadata) != {_RECORD} and metadata.get(_CHECKSUM) != _checksum(tensors, metadata[_RECORD]):
+            raise CheckpointError(f"{path} is damaged: its checksum is that of another content")
+        return tensors, record
     except KeyError as error:
         raise CheckpointError(f"{path} is a safetensors file but no checkpoint of this package") from error
     except (safetensors.SafetensorError, ValueError, OSError) as error:
         raise CheckpointError(f"{path} cannot be read as a checkpoint: {error}") from error
+
+
+def _checksum(tensors: dict[str, Tensor], record: str) -> str:
+    """Return what one changed bit changes, as a file's own errors do."""
+    checksum = zlib.crc32(record.encode())
+    for name in sorted(tensors):
+        tensor = tensors[name]
+        checksum = zlib.crc32(f"{name} {tensor.dtype} {list(tensor.shape)}".encode(), checksum)
+        checksum = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy().data, checksum)
+    return f"{checksum:08x}"
 
 
 def prefixed(prefix: str, tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -5,6 +5,8 @@ import os
 from pathlib import Path
 from typing import Any
 
+_LINE, _RECORD = 120, 2000  # characters
+
 
 def write_bytes(path: Path, content: bytes) -> None:
     """Write a file whole or not at all: a failure leaves what was there before, and no litter.
@@ -31,8 +33,28 @@ def write_text(path: Path, text: str) -> None:
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Write a value as indented JSON, whole or not at all. NaN and infinity are refused: JSON has neither."""
-    write_text(path, json.dumps(value, indent=2, ensure_ascii=False, allow_nan=False) + "\n")
+    """Write a value as JSON, whole or not at all. NaN and infinity are refused: JSON has neither."""
+    write_text(path, as_json(value) + "\n")
+
+
+def as_json(value: Any, indent: str = "") -> str:
+    """Return a value as JSON in which each record, an element of a list, is a line, and so is all that fits on one."""
+    line = json.dumps(value, ensure_ascii=False, allow_nan=False)
+    if len(indent) + len(line) <= _LINE or not isinstance(value, dict | list):
+        return line
+    inner = indent + " "
+    if isinstance(value, dict):
+        parts = [f"{json.dumps(name, ensure_ascii=False)}: {as_json(item, inner)}" for name, item in value.items()]
+        first, last = "{}"
+    elif any(isinstance(item, dict | list) for item in value):
+        lines = (json.dumps(item, ensure_ascii=False) for item in value)
+        parts = [
+            text if len(text) <= _RECORD else as_json(item, inner) for text, item in zip(lines, value, strict=True)
+        ]
+        first, last = "[]"
+    else:
+        return line
+    return f"{first}\n{inner}" + f",\n{inner}".join(parts) + f"\n{indent}{last}"
 
 
 def read_json(path: Path) -> Any:

@@ -1,5 +1,6 @@
 """Ctrl-C that waits for a good moment."""
 
+import os
 import signal
 import threading
 from types import FrameType, TracebackType
@@ -10,8 +11,14 @@ class Interrupted(Exception):
     """Work stopped on request, at a point from which it can go on."""
 
 
+AFTER_THIS = "Stopping when the attack under way is through with its images; Ctrl-C again stops at once."
+
+
 class StopRequest:
     """Within the block, the first Ctrl-C or SIGTERM only sets `requested`; a second Ctrl-C acts at once.
+
+    Args:
+        note: shown at the first one, where it takes long until it is heeded.
 
     Example:
         >>> with StopRequest() as stop:
@@ -20,6 +27,9 @@ class StopRequest:
     """
 
     requested = False
+
+    def __init__(self, note: str = "") -> None:
+        self._note = note
 
     def __enter__(self) -> "StopRequest":
         self._previous: dict[int, Any] = {}
@@ -38,3 +48,5 @@ class StopRequest:
         if self.requested:
             raise KeyboardInterrupt
         self.requested = True
+        if self._note:
+            os.write(2, f"\n{self._note}\n".encode())  # print is not for handlers: it could be at work already

@@ -4,6 +4,7 @@ Every random number is a function of (seed, step), so a state is the weights, th
 """
 
 import contextlib
+import copy
 import json
 import math
 import time
@@ -108,6 +109,7 @@ class Trainer:
         self.device = self.processes.device
         _check_shares(len(source), recipe.batch_size, self.processes.world)
         self.model = model.to(self.device)
+        _check_one_image(self.model, source, recipe.batch_size, self.processes)
         if shard:
             _check_shardable(recipe, self.processes)
             several.shard(self.model, _large_units(self.model))
@@ -404,6 +406,22 @@ def _check_shares(images: int, batch_size: int, world: int) -> None:
             f"the last batch of an epoch has {last} of {images} images, fewer than the {world} processes to share it; "
             f"choose another batch size than {batch_size}"
         )
+
+
+def _check_one_image(model: nn.Module, source: Source, batch_size: int, processes: Processes) -> None:
+    """Refuse a batch that leaves a process one image, where a norm over the batch has one value of a channel then."""
+    last = len(source) % batch_size or batch_size
+    if last // processes.world > 1:
+        return
+    image = next(source.ordered(1, 1))[0].to(processes.device)
+    try:
+        with torch.no_grad(), _own_random_numbers(processes.device):
+            copy.deepcopy(model).train()(image)
+    except ValueError as error:
+        raise TrainingError(
+            f"the last of an epoch's batches of {batch_size} leaves a process one of {len(source)} images, on which "
+            f"this network cannot be trained ({error}); choose another batch size"
+        ) from error
 
 
 def _check_shardable(recipe: Recipe, processes: Processes) -> None:

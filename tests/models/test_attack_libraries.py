@@ -256,3 +256,49 @@ def test_an_l2_attack_has_a_radius_of_its_own() -> None:
 def test_refuses_impossible_settings(make: object, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize("name", ["apgd-ce", "apgd-dlr", "apgd-t", "fab-t", "square", "deepfool"])
+def test_a_network_in_float64_is_broken_where_it_is_in_float32(name: str) -> None:
+    """The points are near the boundary, which float64 puts elsewhere by some 1e-7: the radius is well beyond it."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(16, 5))
+    x = torch.rand(6, 1, 4, 4)
+    y = model(x).argmax(1)
+    attack = ATTACKS.create(name + (":queries=50" if name == "square" else ":steps=10"), 0.4)
+    in_float32 = attack.search(model, x, y, generator())[1]
+    points, found = attack.search(model.double(), x.double(), y, generator())
+    assert points.dtype == torch.float64
+    assert found.equal(in_float32)
+    assert found.any() or name == "square"
+    assert (points - x.double()).abs().max() <= 0.4 + 1e-12
+
+
+def test_autoattack_on_few_classes_is_refused_before_the_first_member() -> None:
+    called = []
+
+    class Counting(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            called.append(len(x))
+            return x.flatten(1)[:, :3]
+
+    x = torch.rand(4, 1, 2, 2)
+    with pytest.raises(AttackError, match="'apgd-t' needs a network with at least 4 classes, this one has 3"):
+        ATTACKS.create("autoattack", 0.1).search(Counting(), x, Counting()(x).argmax(1), generator())
+    assert called == [4, 1]
+
+
+@pytest.mark.parametrize("name", ["deepfool", "fmn:steps=5", "apgd-ce:steps=5", "cw:l2=1,steps=5"])
+def test_an_attack_by_gradient_under_no_grad(cifar: tuple, name: str) -> None:
+    model, x, y = cifar
+    wanted = ATTACKS.create(name, 0.03).search(model, x[:4], y[:4], generator())[1]
+    with torch.no_grad():
+        assert ATTACKS.create(name, 0.03).search(model, x[:4], y[:4], generator())[1].equal(wanted)
+
+
+def test_a_point_far_outside_is_cut_to_the_range_before_its_length_is_measured() -> None:
+    """By hand: (9, 0.6) is first (1, 0.6), which is 0.50990 from (0.5, 0.5) and within the ball as it is."""
+    x = torch.full((1, 1, 1, 2), 0.5)
+    points = torch.tensor([9.0, 0.6]).view(1, 1, 1, 2)
+    found = project(points, x, 0.51, "L2")
+    torch.testing.assert_close(found, torch.tensor([1.0, 0.6]).view(1, 1, 1, 2))

@@ -303,3 +303,33 @@ def test_an_attack_made_of_attacks_refuses_other_norms_and_no_members() -> None:
         Strongest("none", ())
     with pytest.raises(ValueError, match=r"got 2 of which \['cw'\] have another"):
         Strongest("mixed", (fgsm(0.1), ATTACKS.create("cw:l2=1", 0.1)))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("pgd-20:step=2", r"step must be in \[0, 1\], the range of the images, such as 2/255, got 2"),
+        ("pgd-20:step=2/255", "20 steps of 0.007843 go 0.1569, and eps is 0.2"),
+        ("nes:step=2", "such as 2/255"),
+        ("spsa:steps=10,step=0.01", "10 steps of 0.01 go 0.1, and eps is 0.2"),
+    ],
+)
+def test_refuses_steps_beyond_the_images_or_short_of_the_radius(text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ATTACKS.create(text, 0.2)
+
+
+def test_takes_a_step_that_reaches_the_radius_but_for_rounding() -> None:
+    assert ATTACKS.create("pgd:steps=3,step=0.1", 0.3) == pgd(0.3, 3, 0.1)
+
+
+def test_an_images_starts_do_not_depend_on_which_others_are_left() -> None:
+    """`evaluate_attack` promises it: the same random start in every network, whichever images it gets wrong."""
+    attack = LinfAttack(eps=0.1, step=0, noise=0.1, restarts=3)
+    x, y = torch.full((6, 1, 1, 1), 0.56), torch.ones(6, dtype=torch.int64)
+    whole = search(Threshold(), x, y, attack, generator(4))
+    y[0] = 0  # wrong from the start
+    part = search(Threshold(), x, y, attack, generator(4))
+    assert part[0][1:].equal(whole[0][1:])
+    assert part[1][1:].equal(whole[1][1:])
+    assert not whole[1].all()

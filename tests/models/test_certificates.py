@@ -135,3 +135,15 @@ def test_a_tiny_network_is_proved_nearly_as_far_as_it_is_robust() -> None:
 def test_accuracies_by_hand() -> None:
     radii = torch.tensor([0.0, 0.1, 0.2, 0.2])
     assert accuracy_at(radii, [0.0, 0.1, 0.15, 0.2, 0.3]) == pytest.approx([0.75, 0.75, 0.5, 0.5, 0])
+
+
+def test_a_margin_that_rounding_could_make_proves_nothing() -> None:
+    """Logits of 1 and 1 + 1e-12: float64 rounds such sums by as much."""
+    layer = nn.Linear(1, 2).double()
+    layer.weight.data = torch.tensor([[1.0], [0.0]], dtype=torch.float64)
+    layer.bias.data = torch.tensor([0.5 + 1e-12, 1.0], dtype=torch.float64)
+    x = torch.full((1, 1, 1, 1), 0.5)
+    found = certificates(nn.Sequential(nn.Flatten(), layer), x, torch.tensor([0]))
+    assert found.lipschitz.item() == found.local.item() == found.linf.item() == 0
+    layer.bias.data[0] = 0.51
+    assert certificates(nn.Sequential(nn.Flatten(), layer), x, torch.tensor([0])).lipschitz.item() > 0.009

@@ -82,3 +82,23 @@ def test_json_has_no_nan(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="not JSON compliant"):
         files.write_json(tmp_path / "a.json", {"loss": float("nan")})
     assert files.read_json(tmp_path / "a.json") is None
+
+
+def test_a_changed_byte_is_noticed_wherever_it_is(tmp_path: Path) -> None:
+    path = tmp_path / "latest.safetensors"
+    tensors = {"a": torch.rand(5), "b": torch.arange(3), "c": torch.rand(2).bfloat16()}
+    checkpoints.save(path, tensors, {"epoch": 3})
+    content = path.read_bytes()
+    for place in range(len(content)):
+        changed = bytearray(content)
+        changed[place] ^= 1
+        path.write_bytes(changed)
+        with pytest.raises(CheckpointError):
+            checkpoints.load(path)
+
+
+def test_a_checkpoint_of_before_there_were_checksums_can_be_read(tmp_path: Path) -> None:
+    safetensors.torch.save_file({"a": torch.ones(2)}, tmp_path / "old", metadata={"kafops.record": '{"epoch": 3}'})
+    tensors, record = checkpoints.load(tmp_path / "old")
+    assert tensors["a"].tolist() == [1, 1]
+    assert record == {"epoch": 3}

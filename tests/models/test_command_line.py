@@ -1,4 +1,5 @@
 import argparse
+import os
 import shlex
 import subprocess
 import sys
@@ -7,7 +8,9 @@ from pathlib import Path
 import pytest
 
 from models import recipes
+from models.__main__ import COMMANDS as COMMAND_NAMES
 from models.cli import main, parser
+from models.commands import looking
 from models.study import plan
 from models.support.arguments import fraction, integer, radius
 
@@ -104,3 +107,51 @@ def test_commands_of_the_documents_exist(line: str) -> None:
             load(given)
     if options.run.__module__ == "models.commands.recipe" and options.name is not None:
         recipes.load(options.name)
+
+
+def module(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run `python -m models` in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-m", "models", *arguments],
+        cwd=ROOT, env=os.environ | environment, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+
+
+def test_a_command_that_is_none_is_answered_without_torch() -> None:
+    code = "import sys, runpy; sys.modules['torch'] = None; sys.argv[1:] = ['evalute', 'runs/kaf']; "
+    code += "runpy.run_module('models', run_name='__main__', alter_sys=True)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr == "python -m models: error: there is no command 'evalute'; did you mean evaluate?\n"
+
+
+def test_all_commands_are_known_without_torch() -> None:
+    there = next(a for a in parser()._actions if isinstance(a, argparse._SubParsersAction)).choices
+    assert tuple(sorted(there)) == COMMAND_NAMES
+
+
+def test_a_terminal_that_has_no_greek_gets_question_marks() -> None:
+    done = module("recipes", "wong-fast", PYTHONIOENCODING="ascii")
+    assert done.returncode == 0, done.stderr
+    assert "Wong" in done.stdout
+
+
+def test_recipe_says_where_the_folder_goes(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["recipe", "thesis-vgg", "runs/my vgg"])
+    assert "the folder is an option here: --out 'runs/my vgg'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["[kaf] seed 0", "[/kaf]"])
+def test_brackets_in_paths_are_no_markup(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = tmp_path / name
+    options = "--fake-data --data digits --network light:width=2 --batch-size 2048 --epochs 1 --watch-steps 0"
+    assert main(["train", str(run), *options.split(), "--no-tensorboard"]) == 0
+    shown = capsys.readouterr().out.replace("\n", "")
+    assert f"Done on made-up images: {run}".replace(" ", "") in shown.replace(" ", "")
+    options = "--which latest --attacks fgsm --images 20 --check-images 0"
+    assert main(["evaluate", str(run), *options.split()]) == 0
+    shown = capsys.readouterr().out
+    assert "On made-up images" in shown
+    assert shown.index("fgsm: ") < shown.index("95 % interval")
+    assert looking.labels([run]) == [f"{run.name} (made-up images)"]

@@ -140,6 +140,7 @@ def test_number_of_batches(batch_size: int, batches: int) -> None:
             "uint8 or float32 .* got torch.float64",
         ),
         (torch.zeros(4, 3, 2), torch.zeros(4, dtype=torch.int64), r"got torch.float32 of shape \[4, 3, 2\]"),
+        (torch.zeros(1, 3, 2, 2), torch.tensor([-1]), "labels must not be negative, got -1"),
         (torch.zeros(4, 3, 2, 2), torch.zeros(3, dtype=torch.int64), r"4 images need int64 labels .* of shape \[3\]"),
         (torch.zeros(4, 3, 2, 2), torch.zeros(4), "got torch.float32 of shape"),
     ],
@@ -361,3 +362,23 @@ def test_missing_packages_are_explained(text: str, module: str, package: str, mo
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(DataError, match=rf"needs the package {package}.*Run `pip install {package}`"):
         load(text, 0)
+
+
+def test_augmentation_depends_on_the_seed() -> None:
+    images, labels = torch.rand(12, 1, 8, 8), torch.arange(12)
+    first, same, other = (
+        {int(y): x for batch in source.shuffled(12, 0) for x, y in zip(*batch, strict=True)}
+        for source in (TensorSource(images, labels, seed, CropAndFlip(3, True)) for seed in (0, 0, 1))
+    )
+    assert all(first[label].equal(same[label]) for label in range(12))
+    assert sum(not first[label].equal(other[label]) for label in range(12)) > 6  # of 49 crops and two sides
+
+
+def test_stratified_order_by_hand() -> None:
+    """Image i of a class of n stands at (i + 1/2) / n: two of class 1 at 1/4 and 3/4, six of class 0 between them."""
+    labels = torch.tensor([0, 0, 0, 0, 0, 0, 1, 1])
+    # 0 at 1/12, 3/12, 5/12, ...; where two meet, at 1/4 and 3/4, the earlier of the shuffled images comes first.
+    for seed in range(5):
+        order = labels[stratified_order(labels, seed)].tolist()
+        assert order[0] == order[3] == order[4] == order[7] == 0
+        assert sorted(order[1:3]) == sorted(order[5:7]) == [0, 1]

@@ -286,3 +286,9 @@ def test_truncated_mat_and_npz_files_are_named(svhn: Path) -> None:
         (svhn / "cifar10.npz").write_bytes(archive[: int(share * len(archive))])
         with pytest.raises(DataError, match=r"cifar10.npz must hold the arrays"):
             load("cifar10", 0, svhn)
+
+
+def test_the_split_decides_which_official_test_images_are_taken(cifar10: Path) -> None:
+    zero, again, one = (load(f"cifar10:validation=20,test=20,split={split}", 0, cifar10.parent) for split in (0, 0, 1))
+    assert zero.test.tensors()[0].equal(again.test.tensors()[0])
+    assert not zero.test.tensors()[0].equal(one.test.tensors()[0])

@@ -1,6 +1,7 @@
 """Image files in folders, decoded by worker processes."""
 
 import os
+import shutil
 import signal
 import threading
 from pathlib import Path
@@ -20,7 +21,7 @@ from source_checks import (
 )
 from torchvision import transforms
 
-from models.data import DataError, DataSet, load
+from models.data import DataError, DataSet, load, pictures
 from models.support import seeds
 
 SIZE = 16
@@ -209,3 +210,35 @@ def test_folders_that_do_not_fit_are_explained(own_root: Path) -> None:
 def test_options_that_ask_for_what_there_is_not(options: str, message: str, root: Path) -> None:
     with pytest.raises(DataError, match=message):
         load(f"imagenet:{options}", 0, root)
+
+
+@pytest.mark.parametrize(
+    ("kind", "end", "scale"), [(np.uint8, "png", 257), (np.uint16, "png", 1), (np.uint16, "tiff", 1)]
+)
+def test_grey_images_keep_their_values_whatever_their_depth(kind: type, end: str, scale: int, tmp_path: Path) -> None:
+    ramp = np.linspace(0, 65535, 32 * 32).reshape(32, 32)
+    path = tmp_path / f"ramp.{end}"
+    Image.fromarray((ramp / scale).astype(kind)).save(path)
+    pixels = np.asarray(pictures.decode(path.read_bytes(), "ramp"))
+    assert pixels.shape == (32, 32, 3)
+    np.testing.assert_allclose(pixels[..., 0], ramp / 257, atol=1)
+
+
+@pytest.mark.parametrize("kind", [np.int32, np.float32])
+def test_grey_images_without_a_range_are_refused(kind: type, own_root: Path) -> None:
+    path = own_root / "val" / "cat" / "9.tiff"
+    Image.fromarray(np.ones((30, 30), kind)).save(path)
+    with pytest.raises(DataError, match=f"{path} cannot be read as an image: .*grey values of 32 bits"):
+        read(own_root).test.tensors()
+
+
+def test_names_that_begin_with_a_dot_are_no_classes_and_no_images(own_root: Path) -> None:
+    before = read(own_root).test.tensors()
+    for part in ("train", "val"):
+        for hidden in (".ipynb_checkpoints", "bee/.thumbnails"):
+            (own_root / part / hidden).mkdir()
+            shutil.copy(own_root / part / "cat" / "1.png", own_root / part / hidden / "1.png")
+        shutil.copy(own_root / part / "cat" / "1.png", own_root / part / "apple" / "._1.png")
+    after = read(own_root)
+    assert after.images.classes == 3
+    assert all(a.equal(b) for a, b in zip(before, after.test.tensors(), strict=True))

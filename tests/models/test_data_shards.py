@@ -149,8 +149,8 @@ def test_a_broken_image_is_named(root: Path) -> None:
 @pytest.mark.parametrize(
     ("entries", "message"),
     [
-        ({"a.jpg": b"x"}, r"a in .*val-0.tar must have a .cls and one of .jpg, .jpeg, .png, got .jpg"),
-        ({"a.cls": b"1", "a.gif": b"x"}, r"got .cls, gif"),
+        ({"a.jpg": b"x"}, r"val-0.tar holds no images with labels: it has a.jpg; a name is KEY.jpg or KEY.cls"),
+        ({"a.cls": b"1", "a.gif": b"x"}, r"got .cls, .gif"),
         ({"a.png": b"x", "a.cls": b"100"}, r"a label from 0 to 99 in its .cls, got b'100'"),
         ({"a.png": b"x", "a.cls": b"cat"}, r"got b'cat'"),
         ({"a.png": b"x", "a.cls": b"-1"}, r"got b'-1'"),
@@ -234,3 +234,32 @@ def test_absolute_paths(root: Path, tmp_path_factory: pytest.TempPathFactory) ->
     )
     data = load(text, 0, tmp_path_factory.mktemp("elsewhere"))
     assert len(rows(data.test.tensors()[0])) == 3
+
+
+def test_names_with_dots_before_the_end_are_explained(root: Path) -> None:
+    for name in ("train-00.tar", "train-08.tar"):
+        with tarfile.open(root / name, "w") as shard:
+            for i in range(3):
+                add(shard, f"n01.{i}.png", b"x")
+                add(shard, f"n01.{i}.cls", b"1")
+    data = read(root)
+    with pytest.raises(DataError, match=r"train-08.tar holds no images with labels: it has n01.0.png; .* first dot"):
+        len(data.validation)
+    with pytest.raises(DataError, match=r"n01 in .*train-00.tar must have a .cls .*, got .0.png, .0.cls.*first dot"):
+        list(data.train.ordered(8))
+
+
+def test_a_shard_without_images_is_named(root: Path) -> None:
+    write(root / "train-08.tar", range(0))
+    with pytest.raises(DataError, match=r"train-08.tar holds no images with labels: it is empty"):
+        len(read(root).validation)
+
+
+def test_the_order_within_a_shard_is_another_one_in_each_epoch(tmp_path: Path) -> None:
+    for name in ("train-0", "train-1", "val-0"):
+        write(tmp_path / f"{name}.tar", range(20))
+    text = "webdataset:train=train-{0..1}.tar,val=val-0.tar,classes=100,lanes=1,buffer=20"
+    train = read(tmp_path, images=20, text=text).train
+    orders = [[label for _, labels in train.shuffled(20, epoch) for label in labels.tolist()] for epoch in range(3)]
+    assert all(sorted(order) == list(range(20)) for order in orders)
+    assert orders[0] != orders[1] != orders[2]

@@ -2,6 +2,7 @@ import argparse
 import dataclasses
 import json
 import os
+import re
 import signal
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ import torch
 from torch import nn
 
 from models.activations import KWinners
-from models.attacks import BPDA, Adaptive, LinfAttack, Transfer, fgsm, pgd, search, soft_winners
+from models.attacks import BPDA, Adaptive, LinfAttack, Strongest, Transfer, fgsm, pgd, search, soft_winners
 from models.cli import main
 from models.commands import evaluate
 from models.commands.evaluate import attack_names
@@ -24,6 +25,7 @@ from models.images import ImageFormat
 from models.runs import session, trained
 from models.runs.settings import Settings
 from models.runs.trained import Trained
+from models.support.interrupts import AFTER_THIS, StopRequest
 from models.training import Recipe
 
 EPS = 0.1
@@ -454,3 +456,68 @@ def test_a_trained_run_from_end_to_end(tmp_path: Path) -> None:
     assert record["images"] == 40
     assert record["worst_case"]["correct"] <= record["clean"]["correct"]
     assert record["format"] == evaluate.FORMAT
+
+
+def test_file_names_are_plain_and_older_ones_are_found(tmp_path: Path) -> None:
+    job = Job("PGD at ε = 0.1, nes:steps=5", pgd(EPS, 5), 60, seed=0)
+    here = kept(tmp_path, Bright())
+    here.get(job)
+    path = here.path(job)
+    assert re.fullmatch(r"PGD_at_eps_0.1_nes_steps_5-[0-9a-f]{10}\.json", path.name)
+    older = path.rename(path.with_name(f"PGD_at_ε_=_0.1_nes_steps=5{path.name[-16:]}"))
+    assert here.path(job) == older
+
+
+@pytest.mark.parametrize("stop_at", [(0, 1), (1, 2), (2, 1)])
+def test_an_attack_made_of_attacks_goes_on_after_the_member_at_which_it_stopped(
+    tmp_path: Path, stop_at: tuple[int, int]
+) -> None:
+    """Members draw from one generator, so what comes after the stop depends on its state."""
+    noise = LinfAttack(EPS / 2, step=0, noise=EPS / 2)
+    job = Job("all", Strongest("all", (noise, noise, fgsm(EPS / 3), noise)), 60, seed=0)
+    whole = kept(tmp_path / "whole", Bright()).get(job)
+    batch, member = stop_at
+
+    def stop(so_far: Outcome) -> None:
+        if len(so_far.found) == 25 * batch and so_far.halfway is not None and so_far.halfway.members == member:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        kept(tmp_path, Bright()).get(job, stop)
+    told: list[Outcome] = []
+    model = Bright()
+    assert kept(tmp_path, model).get(job, told.append).found.equal(whole.found)
+    assert len(told[0].found) == (25 * batch if member < 3 else 25 * (batch + 1))
+    assert told[0].halfway is not None
+    assert told[0].halfway.members == member + 1
+    assert whole.found.any()
+    assert not whole.found.all()
+
+
+def test_attacks_that_two_classes_do_not_allow_are_refused_before_the_first(
+    run: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command(run, "--attacks", "pgd-5,autoattack") == 1
+    assert "'apgd-t' needs a network with at least 4 classes, this one has 2" in capsys.readouterr().err
+    assert not (run / "evaluation").exists()
+
+
+def test_ctrl_c_is_answered_at_once(capfd: pytest.CaptureFixture[str]) -> None:
+    with StopRequest(AFTER_THIS) as stop:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert stop.requested
+        assert AFTER_THIS in capfd.readouterr().err
+        with pytest.raises(KeyboardInterrupt):
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+def test_the_restarts_of_the_curve_have_seeds_of_their_own() -> None:
+    seen: dict[str, int] = {}
+
+    def do(name: str, attack: Any, images: int, seed: int) -> Outcome:
+        seen[name] = seed
+        return Outcome(torch.zeros(images, dtype=torch.bool), 0.0)
+
+    evaluator.curves(Plan(EPS, {}, 4, 4, True, seed=7), Outcome(torch.zeros(4, dtype=torch.bool), 0.0), do)
+    assert [seen[f"start {n}"] for n in range(1, 11)] == list(range(7, 17))
+    assert {seed for name, seed in seen.items() if not name.startswith("start")} == {7}

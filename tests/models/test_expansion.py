@@ -105,3 +105,18 @@ def test_what_makes_no_ball_is_refused(radius: float, norm: str, message: str) -
     model, _ = linear()
     with pytest.raises(ValueError, match=message):
         largest_ratio(model, torch.rand(1, 1, 3, 3).double(), radius, torch.ones(1, 1, 3, 3).double(), norm)
+
+
+def test_the_direction_is_the_one_of_the_ratio() -> None:
+    """In a linear network a ratio is that of its direction, whatever its length: the best one's, not the last one's.
+
+    From the best one of all every step leads away: there the gradient is nothing but rounding, of which a step makes as
+    much as of any other.
+    """
+    model, norm = linear()
+    x = torch.full((1, 1, 3, 3), 0.5, dtype=torch.float64)
+    start = torch.linalg.svd(model[1].weight.detach()).Vh[0].view_as(x)
+    found = largest_ratio(model, x, 0.05, start, steps=2)
+    assert found.ratio.item() == pytest.approx(norm, rel=1e-12)
+    along = (model(x + found.direction) - model(x)).norm()
+    assert along.item() == pytest.approx(norm, rel=1e-9)

@@ -306,3 +306,16 @@ def test_norms_missing_after_a_kill_are_measured_on_resuming(tmp_path: Path):
     assert [g["epoch"] for g in result["gradients"]] == [2]
     assert "layers" in whole
     assert "layers" not in result
+
+
+def test_growth_takes_the_mean_square_of_uneven_weights(batch):
+    """Weights 0 and w√2 of a branch's norm grow gradients as much as w and w do: both have the same mean square."""
+    images, labels = batch
+    found = []
+    for weights in ([0.3, 0.3], [0.0, 0.3 * math.sqrt(2)]):
+        model = networks.build(SMALL, "silu", MNIST, 0)
+        with torch.no_grad():
+            model.blocks[0].norm2.weight.copy_(torch.tensor(weights))
+        found.append(measure(model, images, labels).growth[0])
+    assert found[1] == pytest.approx(found[0], rel=0.05)  # E[f₂′²] is of other signals
+    assert found[0] > 1e-3

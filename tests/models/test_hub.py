@@ -1,4 +1,5 @@
 import inspect
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -125,3 +126,24 @@ def test_needs_torch_only() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd="/", check=False)
     assert done.stdout.strip() == "[2, 10]", done.stderr
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        "import models; {load}; assert hasattr(models, 'Net'); import models.part",
+        "{load}; import models; assert hasattr(models, 'Net'); {load}",
+        "{load}; import sys; assert not [name for name in sys.modules if name.startswith('models')]",
+    ],
+)
+def test_beside_a_package_models_of_the_users_own(code: str, tmp_path: Path) -> None:
+    (tmp_path / "models").mkdir()
+    (tmp_path / "models" / "__init__.py").write_text("class Net: pass\n")
+    (tmp_path / "models" / "part.py").touch()
+    load = f"torch.hub.load({str(ROOT)!r}, 'resnet20', source='local', activation='kaf_silu', images='mnist')"
+    (tmp_path / "main.py").write_text("import torch; " + code.format(load=load))
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(
+        [sys.executable, "main.py"], cwd=tmp_path, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr

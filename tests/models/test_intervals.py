@@ -12,6 +12,7 @@ from models import images, networks
 from models.activations import KWinners
 from models.certified.intervals import Box, l2_ball, linf_box, logits, margins, propagate
 from models.certified.traced import steps
+from models.networks.blocks import Normalise
 
 
 def linear(rows: list[list[float]], bias: list[float]) -> nn.Linear:
@@ -183,3 +184,29 @@ def test_what_makes_no_box_is_refused(values: tuple[float, ...], radius: float, 
     for make in (linf_box, l2_ball):
         with pytest.raises(ValueError, match=message):
             make(pixels(*values), radius)
+
+
+def test_a_ball_behind_a_norm_by_hand() -> None:
+    """(0.5, 0.5) divided by 1/4 is (2, 2), and the ball of 0.1 one of 0.4: w = (3, 4) moves it from 14 by 5 · 0.4."""
+    model = nn.Sequential(Normalise((0.0,), (0.25,)), nn.Flatten(), linear([[3.0, 4.0]], [0.0]))
+    found = propagate(steps(model, (1, 1, 2)), l2_ball(pixels(0.5, 0.5), 0.1))
+    assert listed(found.lower) == pytest.approx([12.0])
+    assert listed(found.upper) == pytest.approx([16.0])
+
+
+@pytest.mark.parametrize("layer", [nn.BatchNorm2d(2), nn.Conv2d(2, 2, 1)])
+def test_the_worst_point_of_a_ball_is_within_the_bounds(layer: nn.Module) -> None:
+    """x + R J / ‖J‖, where a linear output is extreme, which random directions in 18 dimensions do not come near."""
+    generator = torch.Generator().manual_seed(0)
+    trained_like(layer)
+    last = nn.Linear(2 * 9, 3)
+    model = nn.Sequential(layer, nn.Flatten(), last).double().eval()
+    x, radius = torch.rand(1, 2, 3, 3, generator=generator, dtype=torch.float64) * 0.2 + 0.4, 0.05
+    found = propagate(steps(model, (2, 3, 3)), l2_ball(x, radius))
+    jacobian = torch.autograd.functional.jacobian(lambda image: model(image)[0], x)[:, 0].flatten(1)
+    worst = radius * jacobian.norm(dim=1)
+    y = model(x)[0].detach()
+    assert (found.upper[0] >= y + worst).all()
+    assert (found.lower[0] <= y - worst).all()
+    if isinstance(layer, nn.BatchNorm2d):  # one factor a channel: the ball is followed exactly
+        torch.testing.assert_close(found.upper[0], y + worst, rtol=1e-6, atol=1e-6)

@@ -226,3 +226,37 @@ def test_the_table_ends_with_the_bound() -> None:
     activations = [layer for layer in bound.layers if layer.kind == "activation"]
     slopes = [m.bounds().lipschitz.max().item() for m in model.modules() if isinstance(m, kafops.KAF)]
     assert [layer.slope for layer in activations] == pytest.approx(slopes)
+
+
+def test_negative_weights_of_a_norm_stretch_as_much_as_positive_ones() -> None:
+    norm = nn.BatchNorm2d(2, eps=0.0)
+    norm.weight.data = torch.tensor([-10.0, 1.0])
+    assert upper(nn.Sequential(norm, nn.ReLU(), nn.Flatten()), 2, 3, 3) == pytest.approx(10)
+    model = nn.Sequential(nn.Conv2d(1, 2, 1), norm, nn.ReLU(), nn.Flatten(), linear([[1.0] * 8]))
+    model[0].weight.data = torch.ones(2, 1, 1, 1)
+    x = torch.full((1, 1, 2, 2), 0.5, requires_grad=True)
+    norm.bias.data.fill_(20.0)
+    slope = torch.autograd.grad(model.eval()(x).sum(), x)[0].norm().item()
+    assert slope == pytest.approx(2 * 9)  # 1 - 10 in each of 4 pixels
+    assert upper(model, 1, 2, 2) >= slope
+
+
+def test_with_one_channel_an_images_bound_is_its_own_alone() -> None:
+    """Steep around 0 and flat far from it: the image where the curve is flat must not get the other one's reach."""
+    torch.manual_seed(0)
+    model = nn.Sequential(
+        nn.Flatten(),
+        linear([[3.0]]),
+        nn.Tanh(),
+        linear([[3.0]]),
+        nn.Tanh(),
+        linear([[2.0]]),
+        nn.Tanh(),
+        linear([[1.0]]),
+    )
+    network = steps(model.eval(), (1, 1, 1))
+    x = torch.tensor([0.0, 1.0]).view(2, 1, 1, 1)
+    both = local_bound(network, x, 0.1).upper
+    alone = torch.cat([local_bound(network, one[None], 0.1).upper for one in x])
+    torch.testing.assert_close(both, alone, rtol=1e-9, atol=0)
+    assert alone[0] > 10 * alone[1]

@@ -263,3 +263,13 @@ def test_noise_of_the_shares_makes_the_noise_of_the_whole() -> None:
     assert (alone.around(x, 0.2) - x).abs().max() <= 0.2 + 1e-6
     assert torch.equal(alone.around(x, 0), x)
     assert math.isclose(Noise(torch.Generator().manual_seed(0)).normal(torch.zeros(4000), 0.1).std(), 0.1, rel_tol=0.05)
+
+
+def test_trades_crafts_in_evaluation_mode() -> None:
+    """Two passes count for the statistics of a batch norm, that of the images and that of the perturbed ones."""
+    assert METHODS.create("trades", EPS).mode == "eval"
+    model = nn.Sequential(nn.BatchNorm2d(1), nn.Flatten(), nn.Linear(16, 3)).train()
+    x, y = torch.rand(5, 1, 4, 4), torch.arange(5) % 3
+    step = Step(model, model, F.cross_entropy, Noise(torch.Generator().manual_seed(0)))
+    next(METHODS.create("trades:steps=3", EPS)(step, x, y))
+    assert model[0].num_batches_tracked == 2

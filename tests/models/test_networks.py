@@ -418,3 +418,11 @@ def test_refuses_images_that_would_broadcast() -> None:
         model(torch.rand(2, 1, 32, 32))
     with pytest.raises(ValueError, match=r"wanted images \[N, 3, H, W\], got shape \[3, 32, 32\]"):
         model(torch.rand(3, 32, 32))
+
+
+@pytest.mark.parametrize(("depth", "blocks"), [(8, 3), (20, 9)])
+def test_branches_start_with_one_over_the_root_of_their_number(depth: int, blocks: int) -> None:
+    model = build(f"resnet:depth={depth},width=2,form=post", "relu", MNIST, 0)
+    assert len(model.blocks) == blocks
+    for block in model.blocks:
+        torch.testing.assert_close(block.norm2.weight, torch.full_like(block.norm2.weight, blocks**-0.5))

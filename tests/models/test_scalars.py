@@ -203,3 +203,13 @@ def test_what_is_no_scalar_is_named() -> None:
         scalar(KWinners())
     with pytest.raises(UserError, match="GELU with approximate='none', got 'tanh'"):
         scalar(nn.GELU(approximate="tanh"))
+
+
+def test_softplus_above_its_threshold_is_x_itself() -> None:
+    """There log(1 + exp(x)) is more than PyTorch's value, x: a range of the former alone would miss it."""
+    x = torch.linspace(20.0, 21.0, 11, dtype=torch.float64)[1:, None]
+    y = nn.Softplus()(x)
+    assert y.equal(x)
+    least, most = scalar(nn.Softplus()).values(x, x)
+    assert (least <= y).all()
+    assert (most >= y).all()

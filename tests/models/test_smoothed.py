@@ -138,7 +138,7 @@ def test_shows_the_network_few_images_at_once_and_none_that_is_broken() -> None:
         ({"eps": 0.1, "samples": 7}, "wanted an even number from 2, got 7"),
         ({"eps": 0.1, "growth": 0}, "growth, steps and restarts must be at least 1, got 0, 40 and 1"),
         ({"eps": 0.1, "sigma": 0}, "sigma must be above 0, or None for eps / 2, got 0"),
-        ({"eps": 0.1, "step": -0.1}, "step must not be negative, or None, got -0.1"),
+        ({"eps": 0.1, "step": -0.1}, r"step must be in \[0, 1\], the range of the images, such as 2/255, got -0.1"),
         ({"eps": 0.1, "momentum": 1}, r"momentum must be in \[0, 1\), got 1"),
     ],
 )
@@ -200,3 +200,18 @@ def test_kwta_looks_robust_to_pgd_and_is_not() -> None:
     assert verdicts["kwta:ratio=0.1"].result == sanity.FAIL
     assert verdicts["relu"].result != sanity.FAIL
     assert sanity.masking([verdicts["kwta:ratio=0.1"]]).startswith("gradient masking: likely, because nes alone breaks")
+
+
+def test_looks_half_a_radius_away_by_default() -> None:
+    seen = []
+
+    class Seeing(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            seen.append(x)
+            return torch.stack([torch.zeros(len(x)), x.flatten(1).sum(1)], 1)
+
+    x, y = torch.full((1, 1, 2, 2), 0.5), torch.ones(1, dtype=torch.int64)
+    attack = SmoothedAttack(0.2, "rademacher", samples=4, steps=1, growth=1)
+    attack.search(Seeing(), x, y, torch.Generator().manual_seed(0))
+    asked = next(points for points in seen if len(points) == 4)
+    torch.testing.assert_close((asked - 0.5).abs(), torch.full_like(asked, 0.1))

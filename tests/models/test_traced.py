@@ -213,3 +213,11 @@ def test_channels_of_a_kaf_must_be_in_dimension_1() -> None:
         message = rf"0 of the network cannot be bounded: its channels are in dimension {dim} of \[1, 4, 4, 4\]; bounds"
         with pytest.raises(BoundError, match=message):
             steps(model, (4, 4, 4))
+
+
+@pytest.mark.parametrize(("kernel", "dilation"), [(2, 1), (4, 1), (2, 3), (3, 2)])
+def test_same_padding_puts_the_odd_pixel_behind(kernel: int, dilation: int) -> None:
+    conv = nn.Conv2d(1, 2, kernel, padding="same", dilation=dilation).double()
+    x = torch.rand(2, 1, 7, 7, dtype=torch.float64)
+    model = nn.Sequential(conv, nn.Flatten())
+    torch.testing.assert_close(logits(steps(model, (1, 7, 7)), x), model(x).detach(), rtol=1e-12, atol=1e-12)

@@ -20,6 +20,7 @@ from models.support.interrupts import Interrupted, StopRequest
 from models.training import Recipe, Trainer, TrainingError, parameter_groups
 from models.training.processes import Processes
 from models.training.schedules import SCHEDULES
+from models.training.watch import Watch, Watched
 
 RECIPE = Recipe(epochs=3, batch_size=8, lr=0.05, method="fast", eps=0.1, watch_images=6)
 RECIPES = {
@@ -403,3 +404,93 @@ def test_schedules(text: str, epochs: int, wanted: dict[float, float]) -> None:
 def test_schedules_refuse_what_makes_no_sense(text: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         SCHEDULES.create(text, 8)
+
+
+@pytest.mark.parametrize(("pixels", "good"), [(1, False), (2, True)])
+def test_a_last_batch_of_one_image_is_refused_where_a_norm_needs_two(tmp_path: Path, pixels: int, good: bool) -> None:
+    model = nn.Sequential(nn.AdaptiveAvgPool2d(pixels), nn.BatchNorm2d(1), nn.Flatten(), nn.Linear(pixels**2, 2))
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    x, y = images()
+
+    def make(batch_size: int) -> Trainer:
+        recipe = dataclasses.replace(RECIPE, batch_size=batch_size, epochs=1)
+        return Trainer(model, recipe, 1, TensorSource(x[:17], y[:17], 1), None, tmp_path)
+
+    if not good:
+        with pytest.raises(TrainingError, match=r"batches of 8 leaves a process one of 17 images.*another batch size"):
+            make(8)
+    assert all(tensor.equal(before[name]) for name, tensor in model.state_dict().items())
+    make(8 if good else 9).run()
+
+
+def test_curves_stay_as_they_start_where_their_learning_rate_is_0(tmp_path: Path) -> None:
+    model = network()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    trainer(tmp_path, dataclasses.replace(RECIPE, activation_lr=0, decay="all", epochs=1), model).run()
+    assert model.state_dict()["2.alpha"].equal(before["2.alpha"])
+    assert not model.state_dict()["0.weight"].equal(before["0.weight"])
+
+
+def test_a_resumed_training_remembers_its_best(tmp_path: Path) -> None:
+    """A network that is worse after the stop must not take the best one's place."""
+    recipe = dataclasses.replace(RECIPE, epochs=8, watch_drop=0.0)
+    first = trainer(tmp_path, recipe)
+    with pytest.raises(Interrupted):
+        first.run(press_ctrl_c_after(19))
+    kept = checkpoints.load(tmp_path / "best.safetensors")[0]
+    again = trainer(tmp_path, recipe)
+    assert again.resume()
+    assert again.best == first.best
+
+    def spoil(run: Trainer) -> None:
+        run.model[5].weight.data.mul_(-50)
+        run.model[5].bias.data.mul_(-50)
+
+    again.run(spoil)
+    assert max(record.robust for record in again.history[6:]) < again.best
+    assert all(t.equal(kept[n]) for n, t in checkpoints.load(tmp_path / "best.safetensors")[0].items())
+
+
+def test_the_average_has_the_average_statistics(tmp_path: Path) -> None:
+    run = trainer(tmp_path, dataclasses.replace(RECIPE, ema=0.75, epochs=1))
+    seen: list[torch.Tensor] = []
+    run.run(lambda t: seen.append(t.model[1].running_mean.clone()))
+    average = seen[0]
+    for mean in seen[1:]:
+        average = 0.75 * average + 0.25 * mean
+    torch.testing.assert_close(run.result[1].running_mean, average)
+    assert not run.result[1].running_mean.equal(seen[-1])
+
+
+def test_clip_is_of_the_gradient_and_not_of_its_scaled_one(tmp_path: Path) -> None:
+    """The scaler's 65,536 clipped with it would leave a step of lr · clip / 65,536; a rounding of a weight is 1e-7."""
+    recipe = dataclasses.replace(
+        RECIPE, clip=0.1, momentum=0.0, weight_decay=0.0, epochs=1, schedule="constant", precision="float16"
+    )
+    run = trainer(tmp_path, recipe)
+    before = [p.detach().clone() for p in run.model.parameters()]
+    moves: list[float] = []
+
+    def on_step(t: Trainer) -> None:
+        now = [p.detach().clone() for p in t.model.parameters()]
+        moves.append(math.sqrt(sum((a - b).square().sum().item() for a, b in zip(now, before, strict=True))))
+        before[:] = now
+
+    run.run(on_step)
+    assert all(move <= recipe.lr * 0.1 * 1.001 for move in moves)
+    assert max(moves) > recipe.lr * 0.1 * 0.9
+
+
+def test_norms_of_any_kind_do_not_decay() -> None:
+    for norm in (nn.GroupNorm(1, 2), nn.LayerNorm(2), nn.InstanceNorm1d(2, affine=True), nn.BatchNorm1d(2)):
+        (group,) = parameter_groups(nn.Sequential(norm), 5e-4)
+        assert group["name"] == "norms and biases"
+        assert group["weight_decay"] == 0
+
+
+def test_a_fall_of_just_the_drop_is_no_collapse() -> None:
+    x, y = images()
+    watch = Watch(dataclasses.replace(RECIPE, watch_drop=0.25), x, y)
+    assert not watch.collapsed(0.75, Watched(1.0, 0.5))
+    assert watch.collapsed(0.75, Watched(1.0, 0.4375))
+    assert not watch.collapsed(0.75, Watched(0.0, None))

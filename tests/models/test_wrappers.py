@@ -236,3 +236,29 @@ def test_adaptive_refuses_impossible_settings_at_once() -> None:
         Adaptive(0.1, pgd_steps=0)
     with pytest.raises(ValueError, match="wanted an even number from 2, got 1"):
         Adaptive(0.1, samples=1)
+
+
+def test_eot_does_not_depend_on_the_global_seed() -> None:
+    class Noisy(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            score = (x * torch.randn_like(x)).flatten(1).mean(1)
+            return torch.stack([torch.zeros_like(score), score], 1)
+
+    x, y = torch.rand(4, 1, 3, 3, generator=generator(3)), torch.ones(4, dtype=torch.int64)
+    found = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        found.append(EOT(LinfAttack(0.1, step=0.02, steps=3), draws=2).search(Noisy(), x, y, generator())[0])
+    assert found[0].equal(found[1])
+    other = EOT(LinfAttack(0.1, step=0.02, steps=3), draws=2).search(Noisy(), x, y, generator(1))[0]
+    assert not other.equal(found[0])
+
+
+def test_transfer_goes_on_after_a_restart_that_misses() -> None:
+    """0.51 falls to the dark side with a chance of 0.45: of 40 images, and with 20 starts each, all do."""
+    source, model = Mean(nn.Identity()), Mean(nn.Identity())
+    x, y = torch.full((40, 1, 1, 1), 0.51), torch.ones(40, dtype=torch.int64)
+    one = Transfer(source, LinfAttack(eps=0.1, step=0, noise=0.1)).search(model, x, y, generator())[1]
+    assert 0 < one.sum() < 40
+    many = LinfAttack(eps=0.1, step=0, noise=0.1, restarts=20)
+    assert Transfer(source, many).search(model, x, y, generator())[1].all()
