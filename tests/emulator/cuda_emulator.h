@@ -6,7 +6,7 @@
 // shuffled by that seed. Shared memory is full of NaN before every block. What CUDA leaves undefined is an exception of
 // launch() as far as it can be seen: a divergent barrier, a wrong mask, a deadlock, an impossible grid.
 //
-// Not here: <<<>>>, streams, atomics, textures, inline PTX, memory of the device (pointers are the host's), a spinning
+// Not here: <<<>>>, streams, atomics but atomicAdd, textures, inline PTX, memory of the device (pointers are the host's), a spinning
 // wait of one thread for another. It shows logic, bounds and order, never speed.
 #pragma once
 #include <link.h>
@@ -777,6 +777,14 @@ template <class T>
 T __ldg(const T* pointer) {
   return *pointer;
 }
+template <class T>
+T __ldcg(const T* pointer) {
+  return *pointer;
+}
+
+// One thread runs at a time, and blocks one after another: no fence is ever missed.
+inline void __threadfence() {}
+inline unsigned atomicAdd(unsigned* at, unsigned v) { return std::exchange(*at, *at + v); }
 
 #define KAF_EMULATOR_VECTORS(T, name)                                                                     \
   struct alignas(2 * sizeof(T)) name##2 {                                                                 \
