@@ -1,8 +1,8 @@
 """Turns what was measured on a GPU into a JSON file, a Markdown page, and the GPU tables of the README.
 
 A record is one result of `bench.gpu`: its `kind` is "test", "kernel", "host", "step" or "failure", and `seconds` has
-[median, 20th, 80th percentile] for each of those who took turns, or [median] alone. A share is a copy's time for as many
-bytes, over the kernel's, from one record.
+[median, 20th, 80th percentile] for each of those who took turns, or [median] alone. A share is a copy's time for as
+many bytes, over the kernel's, from one record.
 """
 
 import json

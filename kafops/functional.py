@@ -122,7 +122,7 @@ def _call(
         return _checked(x, alpha, gamma, dictionary, boundary, kernel, base, channel_dim)
     try:
         if channel_dim == 1 and type(channel_dim) is int and kernel == "gaussian" and backends.choose(x) != "reference":
-            return autograd.apply(x, alpha, gamma, dictionary, boundary, 0, _BASES[base])
+            return autograd.apply_eagerly(x, alpha, gamma, dictionary, boundary, 0, _BASES[base])
     except Exception:
         if not _stand_ins(x, alpha, gamma, dictionary):
             _check(x, alpha, gamma, dictionary, kernel, base, channel_dim)

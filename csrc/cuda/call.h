@@ -1,5 +1,6 @@
 // What one launch computes, as data: filled in by ops.cpp, read by the kernels. No device code, no torch.
 #pragma once
+#include <bit>
 #include <cstddef>
 #include <cstdint>
 
@@ -114,6 +115,13 @@ using Stream = void*;
 // The cells that D points need whose bandwidth is at most γΔ² = 0.51 in the mean.
 KAF_FN int cells_for(int size) { return static_cast<int>((0.714 * (size - 1) + 8.95) / (0.52 * 1.12)) + 4; }
 constexpr size_t kCellBytes = 32 * kCoefficients * sizeof(float);  // in shared memory, with a copy for each lane
+// Powers of two that a table of all answers holds, where there is room for so many cells.
+inline int powers_for(int capacity) { return 20 + std::bit_width(static_cast<unsigned>(2 * capacity)); }
+// Bytes of shared memory that a call's tables take in a block.
+inline size_t table_bytes(const Call& call) {
+  if (call.powers) return 2 * (128 * call.powers + 2) * sizeof(float);
+  return call.tables.count * call.tables.capacity * kCellBytes;
+}
 
 Uniform uniform(double boundary, int64_t size);
 

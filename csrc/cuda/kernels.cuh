@@ -287,12 +287,9 @@ template <class A> __global__ void __launch_bounds__(kThreads) reduce_kernel(con
 }
 
 template <class T, Order order> size_t shared_bytes(const Call& call) {
-  const Tables& t = call.tables;
-  if (!t.cells) return DirectShared<typename Arithmetic<T>::type, order>::bytes(call);
-  const size_t answers = 2 * (128 * call.powers + 2) * sizeof(float);
-  const size_t tables = call.powers ? answers : t.count * t.capacity * kCellBytes;
+  if (!call.tables.cells) return DirectShared<typename Arithmetic<T>::type, order>::bytes(call);
   const size_t sums = sizeof(float) * kEvenWindow * call.tiling.threads;
-  return order == kForward ? tables : std::max(tables, sums);
+  return order == kForward ? table_bytes(call) : std::max(table_bytes(call), sums);
 }
 using Kernel = void (*)(Call);
 template <Order order, class T, bool kVector> Kernel kernel_of(const Call& call) {

@@ -186,7 +186,7 @@ struct Arguments {
                     shape_of(alpha));
 
     // Where a block has no more than twice as many elements as there are numbers, cells cost less.
-    const int powers = 20 + std::bit_width(static_cast<unsigned>(2 * call.tables.capacity));
+    const int powers = powers_for(call.tables.capacity);
     if (few_numbers() && t.vectors && by_count(t.run * t.rows_per_block >= 2 * 2 * 128 * powers)) call.powers = powers;
   }
 

@@ -223,6 +223,7 @@ struct State {
   unsigned predicates = 0, predicates_of_last_barrier = 0;
   bool cancelling = false;
   std::exception_ptr failure;
+  uint64_t launches = 0;
 };
 inline State state;
 
@@ -627,6 +628,7 @@ void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_
   } call{kernel, std::tuple<Parameters...>(static_cast<Parameters>(arguments)...)};
   state.run = [](void* c) { std::apply(static_cast<Call*>(c)->kernel, static_cast<Call*>(c)->values); };
   state.arguments = &call;
+  ++state.launches;
   run_grid(grid, block, shared_bytes);
 }
 

@@ -1,8 +1,10 @@
 """The operators in C++ of the CUDA kernels, run by the emulator: what they refuse, and what they leave to Python."""
 
+import ctypes
 import json
 import subprocess
 import sys
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -43,6 +45,57 @@ def test_says_what_came_as_grad(library):
     says = r"grad must have the shape and dtype of x, \[4, 3\] Float, got \[4, 2\] Half"
     with pytest.raises(RuntimeError, match=says):
         torch.ops.kafops_emulated.kaf_backward(torch.ones(4, 2, dtype=torch.float16), *arguments(), 15)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What the host does for a call: launches, and allocations."""
+
+    launches: int
+    allocations: int
+
+
+def cost(library, call) -> Cost:
+    launches = ctypes.CDLL(str(library)).kafops_emulator_launches
+    before = launches()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        call()
+    memory = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    return Cost(launches() - before, sum(e.nbytes() > 0 for e in memory))
+
+
+X, ALPHA, GAMMA = 1, 2, 4
+LAST = torch.channels_last
+
+
+@pytest.mark.parametrize(
+    ("shape", "layout", "tables", "needs", "expected"),
+    [
+        # One launch and no workspace, or one where a block has all of a channel: y; dx, dalpha and the sums; dalpha.
+        ((8, 3, 8, 8), None, False, None, Cost(1, 1)),
+        ((8, 3, 8, 8), None, False, X | ALPHA, Cost(1, 3)),
+        ((8, 3, 8, 8), LAST, False, X, Cost(1, 1)),
+        ((8, 3, 8, 8), LAST, False, ALPHA, Cost(2, 2)),
+        # Tables take another launch, and the workspace is one.
+        ((8, 3, 16, 16), None, True, None, Cost(2, 2)),
+        ((8, 3, 16, 16), None, True, X | ALPHA | GAMMA, Cost(2, 4)),
+        ((8, 3, 16, 16), LAST, True, X | ALPHA, Cost(2, 3)),
+        # Many sums take a third.
+        ((20_000, 3), None, True, X | ALPHA, Cost(3, 3)),
+    ],
+)
+def test_what_the_host_does_for_a_call(shape, layout, tables, needs, expected, library, monkeypatch):
+    monkeypatch.delenv("KAFOPS_EMULATOR_TABLES", raising=False)
+    if tables:
+        monkeypatch.setenv("KAFOPS_EMULATOR_TABLES", "1")
+    x = torch.randn(shape)
+    x = x.contiguous(memory_format=layout) if layout else x
+    grad, curve = torch.ones_like(x), (x, torch.randn(3, 20), torch.rand(3) + 1, None, 3.0)
+    operators = torch.ops.kafops_emulated
+    if needs is None:
+        assert cost(library, lambda: operators.kaf(*curve)) == expected
+    else:
+        assert cost(library, lambda: operators.kaf_backward(grad, *curve, needs)) == expected
 
 
 PROGRAM = """
