@@ -70,7 +70,7 @@ def kaf(
     """
     if type(boundary) is not float or not 0 < boundary < math.inf:
         boundary = checks.boundary_of(boundary)
-    return _call(x, alpha, gamma, None, boundary, kernel, base, channel_dim)
+    return call(x, alpha, gamma, None, boundary, kernel, base, channel_dim)
 
 
 def kaf_free(
@@ -104,10 +104,10 @@ def kaf_free(
     """
     if dictionary is None:
         raise TypeError("dictionary must be a torch.Tensor, got NoneType; kafops.kaf has an even one")
-    return _call(x, alpha, gamma, dictionary, 0.0, kernel, base, channel_dim)
+    return call(x, alpha, gamma, dictionary, 0.0, kernel, base, channel_dim)
 
 
-def _call(
+def call(
     x: Tensor,
     alpha: Tensor,
     gamma: Tensor,
@@ -117,7 +117,7 @@ def _call(
     base: str | None,
     channel_dim: int,
 ) -> Tensor:
-    """Compute a curve; where that fails, find out why."""
+    """Compute `kaf_free`, or without a dictionary `kaf`; where that fails, find out why. The boundary is not checked."""
     if torch.compiler.is_compiling():  # where checks cost nothing, and errors do not come back as they were raised
         return _checked(x, alpha, gamma, dictionary, boundary, kernel, base, channel_dim)
     try:

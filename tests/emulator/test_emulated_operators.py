@@ -64,7 +64,8 @@ def cost(library, call) -> Cost:
     return Cost(launches() - before, sum(e.nbytes() > 0 for e in memory))
 
 
-X, ALPHA, GAMMA = 1, 2, 4
+X, ALPHA, GAMMA = 1, 2, 4  # of needs
+F64 = torch.float64
 LAST = torch.channels_last
 
 
@@ -123,3 +124,13 @@ def test_without_the_python_package(library):
     assert second == pytest.approx(3 / 2.718281828, rel=1e-6)
     reason = "left to the operator kafops::plain_kaf of the Python package kafops, which is not imported here"
     assert [reason in line for line in refusals if "CUDA kernels" in line] == [True] * 4
+
+
+def test_more_windows_of_points_than_a_grid_has_rows(library):
+    """A dictionary of 655,370 points is summed in more than 65,535 windows, the most that gridDim.y could count."""
+    size, boundary = 655_370, 3.0
+    x, grad, gamma = torch.tensor([[0.7]], dtype=F64), torch.tensor([[2.0]], dtype=F64), torch.tensor([1.5], dtype=F64)
+    alpha = torch.zeros(1, size, dtype=F64)
+    _, got, *_ = torch.ops.kafops_emulated.kaf_backward(grad, x, alpha, gamma, None, boundary, ALPHA)
+    points = boundary * (2 * torch.arange(size, dtype=F64) / (size - 1) - 1)
+    torch.testing.assert_close(got, 2 * torch.exp(-1.5 * (0.7 - points) ** 2)[None], rtol=1e-14, atol=0)
