@@ -117,7 +117,7 @@ def call(
     base: str | None,
     channel_dim: int,
 ) -> Tensor:
-    """Compute `kaf_free`, or without a dictionary `kaf`; where that fails, find out why. The boundary is not checked."""
+    """Compute `kaf_free`, or `kaf` without a dictionary; where that fails, find out why. Checks no boundary."""
     if torch.compiler.is_compiling():  # where checks cost nothing, and errors do not come back as they were raised
         return _checked(x, alpha, gamma, dictionary, boundary, kernel, base, channel_dim)
     try:
