@@ -180,7 +180,7 @@ __device__ __forceinline__ void finish(const Tile& tile, const Call& call, int w
     for (int i = threadIdx.x; i < count * tile.t.columns_at_once; i += tile.t.threads) {
       const int column = i / count, k = begin + i % count;
       if (!tile.is_active(column)) continue;
-      const int64_t channel = tile.channel_of(column), stride = tile.t.columns * call.slots;
+      const int64_t channel = tile.j - tile.column + column, stride = tile.t.columns * call.slots;  // a column is a channel
       const A* partial = static_cast<const A*>(call.partial) + channel * call.slots + g.slot + k;
       double total = 0;
 #pragma unroll 4
