@@ -225,16 +225,16 @@ def measure(run: Run, training: Training = Training()) -> None:  # noqa: B008
     """Test, then time everything, the most important first."""
     test(run)
     chosen, *others = run.device.backends()
-    run.part("kernels", lambda: kernels(run, gpu_table.FIRST, [chosen]))
-    run.part("the host's part of a call", lambda: host(run))
+    run.part("kernels", functools.partial(kernels, run, gpu_table.FIRST, [chosen]))
+    run.part("the host's part of a call", functools.partial(host, run))
     for mode in ("eager", "CUDA graph"):
-        run.part(f"training steps, {mode}", lambda mode=mode: steps(run, training, mode))
+        run.part(f"training steps, {mode}", functools.partial(steps, run, training, mode))
     if run.quick:
         return
-    run.part("more kernels", lambda: kernels(run, gpu_table.REST, [chosen]))
+    run.part("more kernels", functools.partial(kernels, run, gpu_table.REST, [chosen]))
     large = [case for case in gpu_table.FIRST if case.shape == gpu_table.LARGE]
-    run.part("kernels of other backends", lambda: kernels(run, large, others))
-    run.part("training steps, compiled", lambda: steps(run, training, "compiled", needed=60))
+    run.part("kernels of other backends", functools.partial(kernels, run, large, others))
+    run.part("training steps, compiled", functools.partial(steps, run, training, "compiled", needed=60))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

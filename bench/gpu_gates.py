@@ -151,9 +151,9 @@ def find(work: Work, binaries: Iterable[Binary]) -> Iterator[Binary]:
 def count(work: Work, binary: Binary) -> Counted:
     """Count a kernel's costs.
 
-    Its hot loop is the one that loads and stores most, in float32: what blocks leave is added in float64. It turns as often as the block's elements want, by the shortest
-    path that looks up what it has to; longer ones are for what has no table. Of the loops that fill shared memory the
-    widest turns until the table is there. All else is passed once.
+    Its hot loop is the one that loads and stores most, in float32: what blocks leave is added in float64. It turns as
+    often as the block's elements want, by the shortest path that looks up what it has to; longer ones are for what has
+    no table. Of the loops that fill shared memory the widest turns until the table is there. All else is passed once.
 
     Raises:
         CannotProve: it has no such loop.
