@@ -101,7 +101,7 @@ struct Call {
   Gradient dalpha, ddictionary, dgamma;
   void* partial;         // sums, [chunks, columns, slots] in the arithmetic's type
   int slots;
-  unsigned* counters;    // [columns / columns_at_once, windows]: blocks that have left their sums; the tables' launch puts 0
+  unsigned* counters;    // [sets of columns, windows]: blocks that have left their sums; the tables' launch puts 0
   bool finishes;         // whether the last of these blocks adds up what all have left; else a second launch does
 };
 

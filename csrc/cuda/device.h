@@ -19,14 +19,15 @@ struct Guard {
   explicit Guard(const torch::stable::Tensor& x) : guard(x.get_device_index()) {}
 };
 
-// A new tensor, on the device of another. PyTorch's functions for it that are found by name cost as much as all else that
-// the host does for a call.
+// A new tensor, on the device of another. PyTorch's functions for it that are found by name cost as much as all else
+// that the host does for a call.
 inline torch::stable::Tensor empty(torch::headeronly::IntHeaderOnlyArrayRef sizes,
                                    torch::headeronly::IntHeaderOnlyArrayRef strides, int32_t dtype,
                                    const torch::stable::Tensor& like) {
   AtenTensorHandle handle = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), dtype,
-                                                  aoti_torch_device_type_cuda(), like.get_device_index(), &handle));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
+                                                  dtype, aoti_torch_device_type_cuda(), like.get_device_index(),
+                                                  &handle));
   return torch::stable::Tensor(handle);
 }
 

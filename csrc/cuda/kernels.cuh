@@ -10,6 +10,8 @@
 namespace kaf {
 
 template <class T> constexpr bool kHasTables = std::is_same_v<typename Arithmetic<T>::type, float>;
+// Single elements of half precision are half as many bytes: twice as many are under way, where registers are left.
+template <class T> constexpr int kMore = sizeof(T) == 2 ? 2 : 1;
 template <bool kAnswers> using Lookup = std::conditional_t<kAnswers, Answers, SharedCurves>;
 static_assert(kWindow<float> == kEvenWindow, "calls with and without tables divide the points into the same windows");
 
@@ -51,9 +53,9 @@ enum Sums { kNoSums, kOfAlpha, kOfAlphaAndDictionary };  // over elements, for e
 
 // What a block of backward or double backward has: elements, and the window of points whose sums it forms. The blocks of
 // the first window write what is not a sum over elements, and sum for γ.
-template <class T, bool kVector> struct Share {
+template <class T, bool kVector, int kApart = 4> struct Share {
   const int window, begin, count;  // the window, its first point, and how many
-  const Tile<T, kVector> tile;
+  const Tile<T, kVector, kApart> tile;
 
   __device__ __forceinline__ Share(const Call& call, uint32_t block)
       : window(static_cast<int>(block % static_cast<unsigned>(call.windows))), begin(window * kEvenWindow),
@@ -103,10 +105,11 @@ template <class T, bool kVector, Sums kSums, bool kAnswers>
 __global__ void __launch_bounds__(kBackwardThreads, kSums == kOfAlphaAndDictionary ? 2 : 3)
     backward_kernel(const Call call) {
   KAF_DYNAMIC_SHARED(memory);
-  constexpr int V = Tile<T, kVector>::kElements;
+  using Own = Share<T, kVector, kSums == kNoSums ? 4 * kMore<T> : 4>;
   float* const shared = reinterpret_cast<float*>(memory);
-  const Share<T, kVector> share(call, blockIdx.x);
+  const Own share(call, blockIdx.x);
   const auto& tile = share.tile;
+  constexpr int V = std::decay_t<decltype(tile)>::kElements;
   if (share.window == 0) Lookup<kAnswers>::prepare(call, tile.channel(), shared);
   const Lookup<kAnswers> curve(call, tile.channel(), shared);
   const EvenSums even(call, curve.cells.gamma, share.window);
@@ -166,7 +169,7 @@ __global__ void __launch_bounds__(kBackwardThreads, kSums == kOfAlphaAndDictiona
       for (int v = 0; v < V; ++v) out[v] *= -2 * curve.cells.gamma;
     });
   }
-  const Share<T, kVector> own(call, again(blockIdx.x));
+  const Own own(call, again(blockIdx.x));
   sums.put(
       own, call, shared,
       [&](int64_t channel, int k) {
@@ -275,7 +278,8 @@ template <class A> __global__ void __launch_bounds__(kThreads) reduce_kernel(con
       output -= outputs;
       continue;
     }
-    const int64_t row = output / g->size, k = output % g->size, columns = g->rows == 1 ? t.columns : t.columns_per_channel;
+    const int64_t row = output / g->size, k = output % g->size;
+    const int64_t columns = g->rows == 1 ? t.columns : t.columns_per_channel;
     const A* partial = static_cast<const A*>(call.partial) + row * columns * call.slots + g->slot + k;
     const int64_t count = chunks_of(t) * columns;
     double total = 0;

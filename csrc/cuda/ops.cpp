@@ -181,9 +181,9 @@ struct Arguments {
       t.run_magic = static_cast<uint32_t>(((uint64_t{1} << (31 + s)) + t.run - 1) / t.run);
       t.run_shift = s - 1;
     }
-    STD_TORCH_CHECK(blocks_of(t) < (int64_t{1} << 31) / call.windows, "x and alpha are too large for one launch: ", blocks_of(t),
-                    " blocks for the elements of x, ", shape_of(x), ", each ", call.windows, " times for alpha, ",
-                    shape_of(alpha));
+    STD_TORCH_CHECK(blocks_of(t) < (int64_t{1} << 31) / call.windows, "x and alpha are too large for one launch: ",
+                    blocks_of(t), " blocks for the elements of x, ", shape_of(x), ", each ", call.windows,
+                    " times for alpha, ", shape_of(alpha));
 
     // Where a block has no more than twice as many elements as there are numbers, cells cost less.
     const int powers = powers_for(call.tables.capacity);
@@ -236,8 +236,8 @@ struct Arguments {
     return out;
   }
 
-  // Whether blocks add up what they leave, which spares a launch: where nothing is to be added over columns, and the sums
-  // are few. In calls without tables nothing is launched before that could set counters to 0, and one chunk needs none.
+  // Whether blocks add up what they leave, which spares a launch: where nothing is to be added over columns, and sums are
+  // few. In calls without tables nothing is launched before that could set counters to 0, and one chunk needs none.
   bool finishes() const {
     const Tiling& t = call.tiling;
     bool own = call.slots > 0 && t.columns_per_channel == 1;

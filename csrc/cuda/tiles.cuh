@@ -93,8 +93,13 @@ template <class T, bool kVector, int kApart = sizeof(T) == 8 ? 2 : 4> struct Til
     for (int a = 0; a < kAccesses; ++a) {
       const int q = kVector ? (tile * group + lane) * kElements : (tile * kElements + a) * group + lane;
       p.exists[a] = is_active(column) && q < count;
-      p.offset[a] = q * t.step + (__umulhi(q, t.run_magic) >> t.run_shift) * t.row_step;
+      p.offset[a] = q * t.step;
+      if (kVector) p.offset[a] += (__umulhi(q, t.run_magic) >> t.run_shift) * t.row_step;
     }
+    if (!kVector && t.row_step)  // of columns 0, which spares three instructions an element
+#pragma unroll
+      for (int a = 0; a < kAccesses; ++a)
+        p.offset[a] += (__umulhi((tile * kElements + a) * group + lane, t.run_magic) >> t.run_shift) * t.row_step;
     return p;
   }
 
@@ -158,20 +163,21 @@ __device__ __forceinline__ void put_partial(const Tile& tile, const Call& call, 
   static_cast<A*>(call.partial)[(tile.chunk * tile.t.columns + j) * call.slots + slot] = total;
 }
 
-// Where the call has its blocks finish: the block that is the last of its columns and window to come here adds up what all
-// of these have left, in the order of the chunks. All threads of a block come here, after its last put_partial.
+// Where the call has its blocks finish: the block that is the last of its columns and window to come here adds up what
+// all of these have left, in the order of the chunks. All threads of a block come here, after its last put_partial.
 template <class A, class Tile>
 __device__ __forceinline__ void finish(const Tile& tile, const Call& call, int window) {
   if (!call.finishes) return;
   const uint32_t chunks = static_cast<uint32_t>(chunks_of(tile.t)), windows = static_cast<uint32_t>(call.windows);
-  // The sums that this block's threads have stored come before the barrier, the barrier before the first fence of thread
-  // 0, and this before its addition to the counter: whoever sees the sum of all additions sees all sums. There the second
-  // fence keeps what follows the barrier from being read earlier, and __ldcg from a line of L1 that is older.
+  // What this block's threads have stored comes before the barrier, the barrier before the first fence of thread 0, and
+  // that before its addition to the counter: whoever sees the sum of all additions sees all sums. There the second fence
+  // keeps what follows the barrier from being read earlier, and __ldcg from a line of L1 that is older.
   __syncthreads();
   bool last = false;
   if (threadIdx.x == 0) {
     __threadfence();
-    last = chunks == 1 || atomicAdd(call.counters + blockIdx.x / (chunks * windows) * windows + window, 1u) == chunks - 1;
+    const uint32_t counter = blockIdx.x / (chunks * windows) * windows + window;
+    last = chunks == 1 || atomicAdd(call.counters + counter, 1u) == chunks - 1;
     __threadfence();
   }
   if (!__syncthreads_or(last)) return;
@@ -180,7 +186,8 @@ __device__ __forceinline__ void finish(const Tile& tile, const Call& call, int w
     for (int i = threadIdx.x; i < count * tile.t.columns_at_once; i += tile.t.threads) {
       const int column = i / count, k = begin + i % count;
       if (!tile.is_active(column)) continue;
-      const int64_t channel = tile.j - tile.column + column, stride = tile.t.columns * call.slots;  // a column is a channel
+      const int64_t channel = tile.j - tile.column + column;  // which has one column
+      const int64_t stride = tile.t.columns * call.slots;
       const A* partial = static_cast<const A*>(call.partial) + channel * call.slots + g.slot + k;
       double total = 0;
 #pragma unroll 4

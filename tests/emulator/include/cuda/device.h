@@ -24,8 +24,8 @@ inline torch::stable::Tensor empty(torch::headeronly::IntHeaderOnlyArrayRef size
                                    torch::headeronly::IntHeaderOnlyArrayRef strides, int32_t dtype,
                                    const torch::stable::Tensor&) {
   AtenTensorHandle handle = nullptr;
-  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(), dtype,
-                                                  aoti_torch_device_type_cpu(), 0, &handle));
+  TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(static_cast<int64_t>(sizes.size()), sizes.data(), strides.data(),
+                                                  dtype, aoti_torch_device_type_cpu(), 0, &handle));
   const torch::stable::Tensor made(handle);
   int64_t bytes = 0;
   TORCH_ERROR_CODE_CHECK(aoti_torch_get_storage_size(handle, &bytes));
