@@ -2,7 +2,8 @@
 
 Tests come first, and where one fails nothing is timed. Then the kernels of large and small maps, the host's part of a
 call, training steps of a ResNet50 eager, as a CUDA graph and compiled, and more kernels, until the time is up. Each
-result is written to bench/out/NAME.json as it comes; at the end bench/results/NAME.{json,md} and the README's table.
+result is written to bench/out/NAME.json as it comes; at the end bench/results/NAME.{json,md} and the README's table. A
+part that fails does not keep the others from being measured, unless the device itself has failed.
 """
 
 import argparse
@@ -11,6 +12,7 @@ import os
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -22,7 +24,7 @@ from torch import nn
 import kafops
 from bench import gpu_device, gpu_report, gpu_table
 from bench.gpu_device import Device, Times
-from bench.gpu_report import Record, Summary
+from bench.gpu_report import FAILURE, Record, Summary
 from bench.gpu_table import ACTIVATIONS, Case, Training
 from bench.paired import Work, spread
 from models.support.errors import UserError
@@ -60,6 +62,16 @@ class Run:
         print(gpu_report.say(record), flush=True)
         self.device.release()
 
+    def part(self, what: str, measurement: Callable[[], None]) -> None:
+        """Measure a part; where that fails, keep why, and let the next part begin."""
+        try:
+            measurement()
+        except torch.AcceleratorError:
+            raise  # nothing that comes after it could be trusted
+        except Exception as error:
+            traceback.print_exc()
+            self.add({"kind": "failure", "what": what, "failed": {FAILURE: _first_line(error)}})
+
 
 # ---------------------------------------------------------------------------------------------------------------- tests
 
@@ -67,12 +79,12 @@ class Run:
 def tests(backends: Sequence[str], quick: bool) -> Iterator[tuple[dict[str, str], list[str]]]:
     """Yield what is run before anything is timed: a command, and what it has in its environment."""
     first, *others = ({"KAFOPS_BACKEND": name} for name in backends)
-    check = ["-m", "kafops.check", "--device", "cuda"]
+    check, pytest = ["-m", "kafops.check", "--device", "cuda"], ["-m", "pytest", "-q", "--maxfail=5"]
     yield first, check
-    if not quick:
-        chosen = ["-m", "not slow and not cpu_kernels", *_KERNEL_TESTS]
-        yield first | {"KAFOPS_TEST_DEVICE": "cuda"}, ["-m", "pytest", "-q", "-x", *chosen]
-        yield {}, ["-m", "pytest", "-q", "-x", "tests/gpu"]
+    if quick:
+        return  # no other backend is timed
+    yield first | {"KAFOPS_TEST_DEVICE": "cuda"}, [*pytest, "-m", "not slow and not cpu_kernels", *_KERNEL_TESTS]
+    yield {}, [*pytest, "tests/gpu"]
     for other in others:
         yield other, check
 
@@ -93,10 +105,10 @@ def test(run: Run) -> None:
         except subprocess.TimeoutExpired:
             outcome = "none failed before time was up"
         else:
-            if done.returncode != 0:
-                raise UserError(f"nothing is timed, as this fails: {what}")
-            outcome = "passed"
+            outcome = "failed" if done.returncode else "passed"
         run.add({"kind": "test", "what": what, "outcome": outcome, "took": round(run.clock() - start, 1)})
+        if outcome == "failed":
+            raise UserError(f"nothing is timed, as this fails: {what}")
 
 
 # -------------------------------------------------------------------------------------------------------------- timing
@@ -111,9 +123,13 @@ def attempt(device: Device, name: str, work: Callable[[], Any], failed: dict[str
     except torch.AcceleratorError:
         raise  # nothing that comes after it could be trusted
     except Exception as error:
-        failed[name] = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+        failed[name] = _first_line(error)
     device.release()  # not while the error's traceback holds tensors
     return None
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
 
 
 def within(backend: str, work: Work) -> Work:
@@ -141,7 +157,9 @@ def kernels(run: Run, cases: Sequence[Case], backends: Sequence[str]) -> None:
         for name in list(works):  # the first call compiles
             attempt(device, name, works[name], failed)
         device.wait()
-        times = device.time({n: w for n, w in works.items() if n not in failed}, run.rounds, kernels=True)
+        works = {n: w for n, w in works.items() if n not in failed}
+        timing = functools.partial(device.time, works, run.rounds, kernels=True)
+        times = attempt(device, FAILURE, timing, failed) or {}
         run.add({"kind": "kernel", **asdict(case), "title": case.title, "seconds": spreads(times), "failed": failed})
 
 
@@ -197,7 +215,8 @@ def steps(run: Run, training: Training, mode: str, needed: float = 0) -> None:
             works[name] = work
     if not works and not failed:
         return
-    times = device.time(works, run.rounds, kernels=False)
+    timing = functools.partial(device.time, works, run.rounds, kernels=False)
+    times = attempt(device, FAILURE, timing, failed) or {}
     record = {"kind": "step", "what": mode, "network": "ResNet50", **asdict(training), "seconds": spreads(times)}
     run.add(record | {"peak_bytes": peak, "failed": failed})
 
@@ -206,15 +225,16 @@ def measure(run: Run, training: Training = Training()) -> None:  # noqa: B008
     """Test, then time everything, the most important first."""
     test(run)
     chosen, *others = run.device.backends()
-    kernels(run, gpu_table.FIRST, [chosen])
-    host(run)
-    steps(run, training, "eager")
-    steps(run, training, "CUDA graph")
+    run.part("kernels", functools.partial(kernels, run, gpu_table.FIRST, [chosen]))
+    run.part("the host's part of a call", functools.partial(host, run))
+    for mode in ("eager", "CUDA graph"):
+        run.part(f"training steps, {mode}", functools.partial(steps, run, training, mode))
     if run.quick:
         return
-    kernels(run, gpu_table.REST, [chosen])
-    kernels(run, [case for case in gpu_table.FIRST if case.shape == gpu_table.LARGE], others)
-    steps(run, training, "compiled", needed=60)
+    run.part("more kernels", functools.partial(kernels, run, gpu_table.REST, [chosen]))
+    large = [case for case in gpu_table.FIRST if case.shape == gpu_table.LARGE]
+    run.part("kernels of other backends", functools.partial(kernels, run, large, others))
+    run.part("training steps, compiled", functools.partial(steps, run, training, "compiled", needed=60))
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -233,9 +253,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise UserError(problem)
         minutes = options.minutes or (QUICK_MINUTES if options.quick else MINUTES)
         run = Run(gpu_device.Cuda(), options.quick, minutes)
-        measure(run)
-        for path in gpu_report.write(run.summary):
-            print(f"wrote {path}")
+        try:
+            measure(run)
+        finally:
+            if any(record["kind"] == "kernel" for record in run.summary["results"]):
+                for path in gpu_report.write(run.summary):
+                    print(f"wrote {path}")
         wrong = gpu_report.failures(run.summary)
         if wrong:
             raise UserError(f"kafops failed: {'; '.join(wrong)}")

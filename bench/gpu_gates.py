@@ -151,9 +151,9 @@ def find(work: Work, binaries: Iterable[Binary]) -> Iterator[Binary]:
 def count(work: Work, binary: Binary) -> Counted:
     """Count a kernel's costs.
 
-    Its hot loop is the one that loads and stores most. It turns as often as the block's elements want, by the shortest
-    path that looks up what it has to; longer ones are for what has no table. Of the loops that fill shared memory the
-    widest turns until the table is there. All else is passed once.
+    Its hot loop is the one that loads and stores most, in float32: what blocks leave is added in float64. It turns as
+    often as the block's elements want, by the shortest path that looks up what it has to; longer ones are for what has
+    no table. Of the loops that fill shared memory the widest turns until the table is there. All else is passed once.
 
     Raises:
         CannotProve: it has no such loop.
@@ -191,8 +191,11 @@ def count(work: Work, binary: Binary) -> Counted:
 
 
 def _hot_loop(code: Code) -> Loop:
-    turns = [(turn.stored, turn.slots, loop) for loop in code.loops if (turn := code.path(loop).cost).loaded]
-    turns = [t for t in turns if t[0]]
+    turns = []
+    for loop in code.loops:
+        turn = code.path(loop).cost
+        if turn.loaded and turn.stored and not any(code.blocks[at].cost.pipes["fp64"] for at in loop.blocks):
+            turns.append((turn.stored, turn.slots, loop))
     if not turns:
         raise CannotProve(f"{code.name}: no loop that loads and stores elements")
     return max(turns, key=lambda t: t[:2])[2]

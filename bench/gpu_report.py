@@ -1,8 +1,8 @@
 """Turns what was measured on a GPU into a JSON file, a Markdown page, and the GPU tables of the README.
 
-A record is one result of `bench.gpu`: its `kind` is "test", "kernel", "host" or "step", and `seconds` has [median,
-20th, 80th percentile] for each of those who took turns, or [median] alone. A share is a copy's time for as many bytes,
-over the kernel's, from one record.
+A record is one result of `bench.gpu`: its `kind` is "test", "kernel", "host", "step" or "failure", and `seconds` has
+[median, 20th, 80th percentile] for each of those who took turns, or [median] alone. A share is a copy's time for as
+many bytes, over the kernel's, from one record.
 """
 
 import json
@@ -22,6 +22,7 @@ Summary = dict[str, Any]  # {"format", "machine": facts, "results": records}
 FORMAT = "kafops: times on a GPU, 2"  # tells these files from others in bench/results
 RESULTS = Path(__file__).parent / "results"
 README = Path(__file__).parent.parent / "README.md"
+FAILURE = "error"  # of a part that failed
 MARKERS = ("<!-- gpu-table -->", "<!-- /gpu-table -->")
 BACKENDS = {"cuda": "CUDA C++", "triton": "Triton"}
 _LAYERS = tuple(gpu_table.ACTIVATIONS)
@@ -43,7 +44,7 @@ def share(record: Record, name: str) -> float | None:
 
 def failures(summary: Summary) -> list[str]:
     """Name what kafops failed at, but for lack of memory."""
-    ours = {*BACKENDS, KAF, "inputs"}
+    ours = {*BACKENDS, KAF, FAILURE, "inputs"}
     return [
         f"{record.get('title', record['what'])}, {name}: {why}"
         for record in summary["results"]
@@ -57,6 +58,8 @@ def say(record: Record) -> str:
     if record["kind"] == "test":
         return f"  {record['outcome']} ({record['took']:g} s)"
     parts = [f"{name} {why}" for name, why in record.get("failed", {}).items()]
+    if record["kind"] == "failure":
+        return f"{record['what']}: {', '.join(parts)}"
     for name, seconds in record["seconds"].items():
         of = share(record, name) if record["kind"] == "kernel" and name != COPY else None
         more = f" {of:.2f}" if of else f" {_times(record, name):.3f}x" if record["kind"] != "kernel" else ""
@@ -113,7 +116,7 @@ def markdown(summary: Summary) -> str:
     ]
     if clocks := _clocks(results):
         lines += ["", clocks]
-    of = {kind: [r for r in results if r["kind"] == kind] for kind in ("test", "kernel", "host", "step")}
+    of = {kind: [r for r in results if r["kind"] == kind] for kind in ("test", "kernel", "host", "step", "failure")}
     if of["test"]:
         lines += ["", "## Tests", "", *(f"- `{r['what']}`: {r['outcome']} ({r['took']:g} s)" for r in of["test"])]
     if of["kernel"]:
@@ -123,6 +126,8 @@ def markdown(summary: Summary) -> str:
         lines += ["", "## The host's part of a call", "", *_layers(of["host"])]
     if of["step"]:
         lines += ["", "## Training steps", "", *_layers(of["step"])]
+    if of["failure"]:
+        lines += ["", "## Failed", "", *(f"- {r['what']}: {r['failed'][FAILURE]}" for r in of["failure"])]
     return "\n".join(lines) + "\n"
 
 

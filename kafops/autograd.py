@@ -23,7 +23,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.overrides import has_torch_function
 
 from kafops import ops
 from kafops.ops import OPERATORS, Needs
@@ -31,9 +30,10 @@ from kafops.torch_private import (
     AutoDispatchBelowAutograd,
     SingleLevelFunction,
     any_requires_grad,
-    get_tracing_state,
+    function_of,
     gradients_wanted,
     transforms_active,
+    watched,
 )
 from kafops.transforms import add, below, product, register
 
@@ -41,6 +41,7 @@ Gradients = tuple[Tensor | None, ...]
 
 _KAF, _BACKWARD, _DOUBLE = (OPERATORS[name] for name in ("kaf", "kaf_backward", "kaf_double_backward"))
 _FLAGS = _BACKWARD.flags
+_kaf, _kaf_backward = function_of(ops.kaf), function_of(ops.kaf_backward)
 _HALF = (torch.float16, torch.bfloat16)
 
 
@@ -54,17 +55,21 @@ def apply(
     base: int,
 ) -> Tensor:  # [N, C, *]
     """Compute kaf by the quickest route that supports what is active."""
-    if torch.compiler.is_compiling() or transforms_active() or _watched((x, alpha, gamma, dictionary)):
+    if torch.compiler.is_compiling():
+        return ops.kaf(x, alpha, gamma, dictionary, boundary, kernel, base)
+    return apply_eagerly(x, alpha, gamma, dictionary, boundary, kernel, base)
+
+
+def apply_eagerly(
+    x: Tensor, alpha: Tensor, gamma: Tensor, dictionary: Tensor | None, boundary: float, kernel: int, base: int
+) -> Tensor:
+    """`apply` where nothing is compiled."""
+    if watched((x, alpha, gamma, dictionary)):
         return ops.kaf(x, alpha, gamma, dictionary, boundary, kernel, base)
     if torch.is_grad_enabled() and any_requires_grad(x, alpha, gamma, dictionary):
         return KAFEagerFunction.apply(x, alpha, gamma, dictionary, boundary, kernel, base)
     with AutoDispatchBelowAutograd():
-        return ops.kaf(x, alpha, gamma, dictionary, boundary, kernel, base)
-
-
-def _watched(tensors: tuple[Tensor | None, ...]) -> bool:
-    """Whether something above autograd handles operators: __torch_function__, its modes, make_fx or torch.jit.trace."""
-    return has_torch_function(tensors) or get_tracing_state() is not None
+        return _kaf(x, alpha, gamma, dictionary, boundary, kernel, base)
 
 
 class KAFEagerFunction(torch.autograd.Function):
@@ -80,7 +85,7 @@ class KAFEagerFunction(torch.autograd.Function):
         ctx.rest = inputs[4:]
         ctx.set_materialize_grads(False)
         with AutoDispatchBelowAutograd():
-            return ops.kaf(*inputs)
+            return _kaf(*inputs)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None) -> Gradients:
@@ -90,12 +95,11 @@ class KAFEagerFunction(torch.autograd.Function):
         needs = _needs(ctx)
         x, alpha, gamma, dictionary = tensors = ctx.saved_tensors
         boundary, kernel, base = ctx.rest
-        asked = torch.is_grad_enabled() or torch.compiler.is_compiling() or transforms_active()
-        if asked or _watched((grad, *tensors)):
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or watched((grad, *tensors)):
             gradients = ops.kaf_backward(grad, x, alpha, gamma, dictionary, boundary, needs, kernel, base)
         else:
             with AutoDispatchBelowAutograd():
-                gradients = ops.kaf_backward(grad, x, alpha, gamma, dictionary, boundary, needs, kernel, base)
+                gradients = _kaf_backward(grad, x, alpha, gamma, dictionary, boundary, needs, kernel, base)
         return *_only(gradients, needs), None, None, None
 
 

@@ -72,7 +72,7 @@ def kaf(
     """
     if type(boundary) is not float or not 0 < boundary < math.inf:
         boundary = checks.boundary_of(boundary)
-    return _call(x, alpha, gamma, None, boundary, kernel, base, channel_dim)
+    return call(x, alpha, gamma, None, boundary, kernel, base, channel_dim)
 
 
 def kaf_free(
@@ -106,10 +106,10 @@ def kaf_free(
     """
     if dictionary is None:
         raise TypeError("dictionary must be a torch.Tensor, got NoneType; kafops.kaf has an even one")
-    return _call(x, alpha, gamma, dictionary, 0.0, kernel, base, channel_dim)
+    return call(x, alpha, gamma, dictionary, 0.0, kernel, base, channel_dim)
 
 
-def _call(
+def call(
     x: Tensor,
     alpha: Tensor,
     gamma: Tensor,
@@ -119,7 +119,7 @@ def _call(
     base: str | None,
     channel_dim: int,
 ) -> Tensor:
-    """Compute a curve; where that fails, find out why."""
+    """Compute `kaf_free`, or `kaf` without a dictionary; where that fails, find out why. Checks no boundary."""
     if torch.compiler.is_compiling():  # where checks cost nothing, and errors do not come back as they were raised
         return _checked(x, alpha, gamma, dictionary, boundary, kernel, base, channel_dim)
     if _exporting_to_onnx():
@@ -128,7 +128,7 @@ def _call(
             return _checked(x, alpha, gamma, dictionary, boundary, kernel, base, channel_dim)
     try:
         if channel_dim == 1 and type(channel_dim) is int and kernel == "gaussian" and backends.choose(x) != "reference":
-            return autograd.apply(x, alpha, gamma, dictionary, boundary, 0, _BASES[base])
+            return autograd.apply_eagerly(x, alpha, gamma, dictionary, boundary, 0, _BASES[base])
     except Exception:
         if not _stand_ins(x, alpha, gamma, dictionary):
             _check(x, alpha, gamma, dictionary, kernel, base, channel_dim)

@@ -14,7 +14,7 @@ from torch.overrides import has_torch_function
 from kafops import bases, kernels, reference, same
 from kafops import bounds as certified
 from kafops import init as initial
-from kafops.functional import kaf, kaf_free
+from kafops.functional import call
 from kafops.sharding import placed_as
 from kafops.torch_private import is_fake, real_tensors
 
@@ -249,10 +249,7 @@ class KAF(nn.Module):
         held, fixed = self._parameters.get("alpha"), self._buffers.get("gamma")  # which spares three lookups by name
         alpha = self.alpha if held is None else held
         gamma = self.bandwidths() if fixed is None else fixed
-        if self.dictionary is not None:
-            y = kaf_free(x, alpha, gamma, self.dictionary, self.kernel, self._fused_base, channel_dim)
-        else:
-            y = kaf(x, alpha, gamma, self.boundary, self.kernel, self._fused_base, channel_dim)
+        y = call(x, alpha, gamma, self.dictionary, self.boundary, self.kernel, self._fused_base, channel_dim)
         if self.old is None:
             return y
         if isinstance(self.old, nn.Module) and not isinstance(x, Tensor):  # torch.fx, which knows submodules only

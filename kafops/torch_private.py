@@ -12,6 +12,7 @@ from torch._functorch import utils as _functorch_utils
 from torch._subclasses import fake_tensor as _fake_tensor
 from torch.autograd import forward_ad as _forward_ad
 from torch.autograd import function as _function
+from torch.overrides import has_torch_function
 
 __all__ = [
     "AutoDispatchBelowAutograd",
@@ -20,6 +21,7 @@ __all__ = [
     "assumed_constant",
     "enable_forward_mode",
     "enable_single_level_functions",
+    "function_of",
     "get_tracing_state",
     "gradients_wanted",
     "is_fake",
@@ -27,6 +29,7 @@ __all__ = [
     "register_decomposition",
     "transforms_active",
     "unregister",
+    "watched",
 ]
 
 _F = TypeVar("_F", bound=Callable)
@@ -34,11 +37,18 @@ _F = TypeVar("_F", bound=Callable)
 # An eager call that needs no derivative goes below PyTorch's registered ones, which spares half of a small call. 2.0
 AutoDispatchBelowAutograd = torch._C._AutoDispatchBelowAutograd
 
+
+def function_of(operator: Callable[..., Any]) -> Callable[..., Any]:
+    """Return what an operator calls: an eager call of it spares 0.4 µs; torch.compile knows operators only. 2.0."""
+    return operator._op  # type: ignore[attr-defined]
+
+
 # Whether it needs one: one call in place of a loop in Python. 2.4
 any_requires_grad = torch._C._any_requires_grad
 
 # Not None while torch.jit.trace records operators, which a call below autograd would hide from it. 2.0
 get_tracing_state = torch._C._get_tracing_state
+_functorch_transforms_active = torch._C._are_functorch_transforms_active
 
 # An autograd.Function of one level of derivatives: a kernel on the Autograd key may apply it under any transform. 2.0
 SingleLevelFunction = _function._SingleLevelFunction
@@ -57,7 +67,19 @@ real_tensors = _fake_tensor.unset_fake_temporarily
 
 def transforms_active() -> bool:
     """Whether a torch.func transform or a forward-mode level is active, which need derivatives of their own. 2.0."""
-    return torch._C._are_functorch_transforms_active() or _forward_ad._current_level >= 0
+    return _functorch_transforms_active() or _forward_ad._current_level >= 0
+
+
+def watched(tensors: tuple[torch.Tensor | None, ...]) -> bool:
+    """Whether something above autograd handles operators: a transform, or __torch_function__, its modes, make_fx or
+    torch.jit.trace. One call, as every call of a curve asks. 2.0.
+    """
+    return (
+        _functorch_transforms_active()
+        or _forward_ad._current_level >= 0
+        or has_torch_function(tensors)
+        or get_tracing_state() is not None
+    )
 
 
 def gradients_wanted(ctx: Any) -> tuple[bool, ...]:

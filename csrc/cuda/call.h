@@ -1,5 +1,6 @@
 // What one launch computes, as data: filled in by ops.cpp, read by the kernels. No device code, no torch.
 #pragma once
+#include <bit>
 #include <cstddef>
 #include <cstdint>
 
@@ -11,6 +12,7 @@ namespace kaf {
 constexpr int kForwardThreads = 512, kBackwardThreads = 256, kThreads = 128;
 constexpr int kTablePoints = 512;  // D; larger dictionaries have no tables
 constexpr int kMaxCurves = 6;      // of a call
+constexpr int kFinished = 64;      // partial sums that a thread adds at most where blocks finish: see tiles.cuh
 template <class A> constexpr int kWindow = 80 / sizeof(A);  // points whose sums one block forms
 
 enum class Type : uint8_t { f32, f64, bf16, f16 };
@@ -72,6 +74,14 @@ KAF_FN int64_t bytes_of(const Tables& t, int size) {  // of a channel
   return sizeof(Cells) + sizeof(Point) * size + sizeof(float) * t.count * t.capacity * kCoefficients;
 }
 
+// A parameter's gradient, [rows, size], contiguous.
+struct Gradient {
+  void* data = nullptr;
+  bool is_double = false;
+  int slot = -1;  // of the first of its partial sums; -1: not wanted
+  int64_t rows = 0, size = 0;
+};
+
 // A uniform dictionary, all that does not depend on the channel.
 struct Uniform {
   Split<float> step, inverse_step, kappa_by_gamma;  // Δ, 1 / Δ, 2Δ log2 e
@@ -88,25 +98,11 @@ struct Call {
   int windows;           // of points, of which a block forms the sums
   const void *x, *grad, *v_x;
   void *y, *dx, *dgrad;  // nullptr: not wanted
-  void* partial;         // [chunks, columns, slots] in the arithmetic's type
+  Gradient dalpha, ddictionary, dgamma;
+  void* partial;         // sums, [chunks, columns, slots] in the arithmetic's type
   int slots;
-  int alpha_slot, dictionary_slot, gamma_slot;  // of the partial sums; -1: not wanted
-};
-
-// The second stage: partial sums to the gradients of parameters.
-struct Gradient {
-  void* data;
-  bool is_double;
-  int slot;
-  int64_t rows, size;
-};
-struct Reduction {
-  const void* partial;
-  bool is_double;
-  int64_t chunks, columns, columns_per_channel;
-  int slots;
-  int count;
-  Gradient gradients[3];
+  unsigned* counters;    // [sets of columns, windows]: blocks that have left their sums; the tables' launch puts 0
+  bool finishes;         // whether the last of these blocks adds up what all have left; else a second launch does
 };
 
 KAF_FN int64_t chunks_of(const Tiling& t) { return t.row_blocks * t.run_blocks; }
@@ -119,6 +115,13 @@ using Stream = void*;
 // The cells that D points need whose bandwidth is at most γΔ² = 0.51 in the mean.
 KAF_FN int cells_for(int size) { return static_cast<int>((0.714 * (size - 1) + 8.95) / (0.52 * 1.12)) + 4; }
 constexpr size_t kCellBytes = 32 * kCoefficients * sizeof(float);  // in shared memory, with a copy for each lane
+// Powers of two that a table of all answers holds, where there is room for so many cells.
+inline int powers_for(int capacity) { return 20 + std::bit_width(static_cast<unsigned>(2 * capacity)); }
+// Bytes of shared memory that a call's tables take in a block.
+inline size_t table_bytes(const Call& call) {
+  if (call.powers) return 2 * (128 * call.powers + 2) * sizeof(float);
+  return call.tables.count * call.tables.capacity * kCellBytes;
+}
 
 Uniform uniform(double boundary, int64_t size);
 
@@ -127,6 +130,6 @@ int launch_tables(const Call&, Stream);
 int launch_forward(const Call&, Type, Stream);
 int launch_backward(const Call&, Type, Stream);
 int launch_double_backward(const Call&, Type, Stream);
-int launch_reduction(const Reduction&, Stream);
+int launch_reduction(const Call&, Type, Stream);
 
 }  // namespace kaf

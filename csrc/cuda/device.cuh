@@ -3,6 +3,10 @@
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
+#include <map>
+#include <mutex>
+#include <utility>
+
 #include "call.h"
 
 #define KAF_DYNAMIC_SHARED(name) extern __shared__ __align__(16) unsigned char name[]
@@ -27,13 +31,25 @@ __device__ __forceinline__ float reciprocal_approx(float v) {
   return r;
 }
 
+// Has a kernel get more shared memory than 48 KB on the current device, where it was not given as much before.
+inline cudaError_t allow_shared(const void* kernel, size_t bytes) {
+  static std::mutex mutex;
+  static std::map<std::pair<const void*, int>, size_t> allowed;
+  int device = 0;
+  if (const auto error = cudaGetDevice(&device)) return error;
+  const std::lock_guard lock(mutex);
+  size_t& most = allowed[{kernel, device}];
+  if (bytes <= most) return cudaSuccess;
+  const auto error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes));
+  if (!error) most = bytes;
+  return error;
+}
+
 // Starts a kernel, and returns CUDA's error code.
 template <class Kernel, class Argument>
 int launch(Kernel kernel, dim3 grid, int threads, size_t shared, Stream stream, const Argument& argument) {
-  if (shared > 48 << 10) {
-    const int bytes = static_cast<int>(shared);
-    if (const auto error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes)) return error;
-  }
+  if (shared > 48 << 10)
+    if (const auto error = allow_shared(reinterpret_cast<const void*>(kernel), shared)) return error;
   kernel<<<grid, threads, shared, static_cast<cudaStream_t>(stream)>>>(argument);
   return cudaGetLastError();
 }

@@ -27,7 +27,7 @@ template <class A, Order order> struct DirectShared {
   __device__ __forceinline__ explicit DirectShared(unsigned char* memory)
       : points(reinterpret_cast<A*>(memory)), sums(points + kFields * kStaged<A>) {}
   static size_t bytes(const Call& call) {
-    const int kinds = (call.alpha_slot >= 0) + (call.dictionary_slot >= 0), single = call.gamma_slot >= 0;
+    const int kinds = (call.dalpha.slot >= 0) + (call.ddictionary.slot >= 0), single = call.dgamma.slot >= 0;
     return sizeof(A) * (kFields * kStaged<A> + (kinds * kWindow<A> + single) * call.tiling.threads);
   }
 };
@@ -65,8 +65,8 @@ __device__ __forceinline__ void direct(const Tile<T, kVector, kApart>& tile, con
   T* result = order == kForward ? tile.column_of(static_cast<T*>(call.y)) : tile.column_of(static_cast<T*>(call.dx));
   T* dgrad = order == kDoubleBackward ? tile.column_of(static_cast<T*>(call.dgrad)) : nullptr;
 
-  const bool writes = window == 0, want_alpha = call.alpha_slot >= 0, want_dictionary = call.dictionary_slot >= 0;
-  const bool want_gamma = writes && call.gamma_slot >= 0, want_sums = want_alpha || want_dictionary;
+  const bool writes = window == 0, want_alpha = call.dalpha.slot >= 0, want_dictionary = call.ddictionary.slot >= 0;
+  const bool want_gamma = writes && call.dgamma.slot >= 0, want_sums = want_alpha || want_dictionary;
   const int window_begin = window * kWindow<A>, window_end = min(window_begin + kWindow<A>, call.size);
   A *const alpha_sums = shared.sums + threadIdx.x, *const dictionary_sums = alpha_sums + (want_alpha ? kWindow<A> * threads : 0);
   if (want_sums)
@@ -147,18 +147,19 @@ __device__ __forceinline__ void direct(const Tile<T, kVector, kApart>& tile, con
   const int in_window = window_end - window_begin;
   if (want_alpha)
     sum_over_threads(shared.sums, in_window, tile, [&](int w, int column, A total) {
-      put_partial(tile, call, call.alpha_slot + window_begin + w, column, total);
+      put_partial(tile, call, call.dalpha.slot + window_begin + w, column, total);
     });
   if (want_dictionary)
     sum_over_threads(dictionary_sums - threadIdx.x, in_window, tile, [&](int w, int column, A total) {
       const A factor = order == kBackward ? 2 * read<A>(call.gamma, tile.channel_of(column), 0) : A(-1);
-      put_partial(tile, call, call.dictionary_slot + window_begin + w, column, factor * total);
+      put_partial(tile, call, call.ddictionary.slot + window_begin + w, column, factor * total);
     });
   if (want_gamma) {
     A* const sums = dictionary_sums - threadIdx.x + (want_dictionary ? kWindow<A> * threads : 0);
     sums[threadIdx.x] = order == kBackward ? -gamma_sum : gamma_sum;
-    sum_over_threads(sums, 1, tile, [&](int, int column, A total) { put_partial(tile, call, call.gamma_slot, column, total); });
+    sum_over_threads(sums, 1, tile, [&](int, int column, A total) { put_partial(tile, call, call.dgamma.slot, column, total); });
   }
+  if constexpr (order != kForward) finish<A>(tile, call, window);
 }
 
 }  // namespace kaf

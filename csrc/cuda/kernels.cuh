@@ -10,6 +10,8 @@
 namespace kaf {
 
 template <class T> constexpr bool kHasTables = std::is_same_v<typename Arithmetic<T>::type, float>;
+// Single elements of half precision are half as many bytes: twice as many are under way, where registers are left.
+template <class T> constexpr int kMore = sizeof(T) == 2 ? 2 : 1;
 template <bool kAnswers> using Lookup = std::conditional_t<kAnswers, Answers, SharedCurves>;
 static_assert(kWindow<float> == kEvenWindow, "calls with and without tables divide the points into the same windows");
 
@@ -51,9 +53,9 @@ enum Sums { kNoSums, kOfAlpha, kOfAlphaAndDictionary };  // over elements, for e
 
 // What a block of backward or double backward has: elements, and the window of points whose sums it forms. The blocks of
 // the first window write what is not a sum over elements, and sum for γ.
-template <class T, bool kVector> struct Share {
+template <class T, bool kVector, int kApart = 4> struct Share {
   const int window, begin, count;  // the window, its first point, and how many
-  const Tile<T, kVector> tile;
+  const Tile<T, kVector, kApart> tile;
 
   __device__ __forceinline__ Share(const Call& call, uint32_t block)
       : window(static_cast<int>(block % static_cast<unsigned>(call.windows))), begin(window * kEvenWindow),
@@ -65,23 +67,24 @@ template <class T, bool kVector> struct Share {
   __device__ __forceinline__ T* output(void* data) const {
     return window == 0 ? tile.column_of(static_cast<T*>(data)) : nullptr;
   }
-  __device__ __forceinline__ bool wants_gamma(const Call& call) const { return window == 0 && call.gamma_slot >= 0; }
+  __device__ __forceinline__ bool wants_gamma(const Call& call) const { return window == 0 && call.dgamma.slot >= 0; }
 };
 
 // A thread's sums.
 template <Sums kSums> struct Totals {
   float alpha[kEvenWindow] = {}, point[kSums == kOfAlphaAndDictionary ? kEvenWindow : 1] = {}, gamma[1] = {};
 
-  // Leaves them for the second stage, summed over the threads of each column in the memory where the tables were, and
+  // Leaves them in the partial sums, summed over the threads of each column in the memory where the tables were, and
   // times what of_alpha(channel, k) and of_point(channel, k) say for the window's k-th point.
   template <class Share, class OfAlpha, class OfPoint>
   __device__ __forceinline__ void put(const Share& own, const Call& call, float* shared, OfAlpha of_alpha,
                                       OfPoint of_point) const {
-    if (kSums != kNoSums && call.alpha_slot >= 0)
-      put(alpha, own.count, call.alpha_slot + own.begin, own, call, shared, of_alpha);
+    if (kSums != kNoSums && call.dalpha.slot >= 0)
+      put(alpha, own.count, call.dalpha.slot + own.begin, own, call, shared, of_alpha);
     if constexpr (kSums == kOfAlphaAndDictionary)
-      put(point, own.count, call.dictionary_slot + own.begin, own, call, shared, of_point);
-    if (own.wants_gamma(call)) put(gamma, 1, call.gamma_slot, own, call, shared, [](int64_t, int) { return 1.0f; });
+      put(point, own.count, call.ddictionary.slot + own.begin, own, call, shared, of_point);
+    if (own.wants_gamma(call)) put(gamma, 1, call.dgamma.slot, own, call, shared, [](int64_t, int) { return 1.0f; });
+    finish<float>(own.tile, call, own.window);
   }
 
  private:
@@ -102,10 +105,11 @@ template <class T, bool kVector, Sums kSums, bool kAnswers>
 __global__ void __launch_bounds__(kBackwardThreads, kSums == kOfAlphaAndDictionary ? 2 : 3)
     backward_kernel(const Call call) {
   KAF_DYNAMIC_SHARED(memory);
-  constexpr int V = Tile<T, kVector>::kElements;
+  using Own = Share<T, kVector, kSums == kNoSums ? 4 * kMore<T> : 4>;
   float* const shared = reinterpret_cast<float*>(memory);
-  const Share<T, kVector> share(call, blockIdx.x);
+  const Own share(call, blockIdx.x);
   const auto& tile = share.tile;
+  constexpr int V = std::decay_t<decltype(tile)>::kElements;
   if (share.window == 0) Lookup<kAnswers>::prepare(call, tile.channel(), shared);
   const Lookup<kAnswers> curve(call, tile.channel(), shared);
   const EvenSums even(call, curve.cells.gamma, share.window);
@@ -165,7 +169,7 @@ __global__ void __launch_bounds__(kBackwardThreads, kSums == kOfAlphaAndDictiona
       for (int v = 0; v < V; ++v) out[v] *= -2 * curve.cells.gamma;
     });
   }
-  const Share<T, kVector> own(call, again(blockIdx.x));
+  const Own own(call, again(blockIdx.x));
   sums.put(
       own, call, shared,
       [&](int64_t channel, int k) {
@@ -264,32 +268,32 @@ __global__ void __launch_bounds__(kThreads, order == kBackward ? 3 : 4) direct_k
 
 // One warp to an output: the sum of its partial sums over blocks, over the columns of its channel, and over channels
 // where they share a row.
-template <class A> __global__ void __launch_bounds__(kThreads) reduce_kernel(const Reduction r) {
+template <class A> __global__ void __launch_bounds__(kThreads) reduce_kernel(const Call call) {
   int64_t output = static_cast<int64_t>(blockIdx.x) * (kThreads / 32) + threadIdx.x / 32;
   const int lane = threadIdx.x % 32;
-  int which = 0;
-  for (; which < r.count && output >= r.gradients[which].rows * r.gradients[which].size; ++which)
-    output -= r.gradients[which].rows * r.gradients[which].size;
-  if (which == r.count) return;
-  const Gradient& g = r.gradients[which];
-  const int64_t row = output / g.size, k = output % g.size, columns = g.rows == 1 ? r.columns : r.columns_per_channel;
-  const A* partial = static_cast<const A*>(r.partial) + row * columns * r.slots + g.slot + k;
-  double total = 0;
-  for (int64_t i = lane; i < r.chunks * columns; i += 32)
-    total += partial[(i / columns * r.columns + i % columns) * r.slots];
-  for (int offset = 16; offset > 0; offset /= 2) total += __shfl_xor_sync(0xffffffffu, total, offset);
-  if (lane > 0) return;
-  if (g.is_double) static_cast<double*>(g.data)[output] = total;
-  else static_cast<float*>(g.data)[output] = static_cast<float>(total);
+  const Tiling& t = call.tiling;
+  for (const Gradient* g : {&call.dalpha, &call.ddictionary, &call.dgamma}) {
+    const int64_t outputs = g->rows * g->size;
+    if (output >= outputs) {
+      output -= outputs;
+      continue;
+    }
+    const int64_t row = output / g->size, k = output % g->size;
+    const int64_t columns = g->rows == 1 ? t.columns : t.columns_per_channel;
+    const A* partial = static_cast<const A*>(call.partial) + row * columns * call.slots + g->slot + k;
+    const int64_t count = chunks_of(t) * columns;
+    double total = 0;
+    for (int64_t i = lane; i < count; i += 32) total += partial[(i / columns * t.columns + i % columns) * call.slots];
+    for (int offset = 16; offset > 0; offset /= 2) total += __shfl_xor_sync(0xffffffffu, total, offset);
+    if (lane == 0) store(*g, output, total);
+    return;
+  }
 }
 
 template <class T, Order order> size_t shared_bytes(const Call& call) {
-  const Tables& t = call.tables;
-  if (!t.cells) return DirectShared<typename Arithmetic<T>::type, order>::bytes(call);
-  const size_t answers = 2 * (128 * call.powers + 2) * sizeof(float);
-  const size_t tables = call.powers ? answers : t.count * t.capacity * kCellBytes;
+  if (!call.tables.cells) return DirectShared<typename Arithmetic<T>::type, order>::bytes(call);
   const size_t sums = sizeof(float) * kEvenWindow * call.tiling.threads;
-  return order == kForward ? tables : std::max(tables, sums);
+  return order == kForward ? table_bytes(call) : std::max(table_bytes(call), sums);
 }
 using Kernel = void (*)(Call);
 template <Order order, class T, bool kVector> Kernel kernel_of(const Call& call) {
@@ -308,8 +312,8 @@ template <Order order, class T, bool kVector> Kernel kernel_of(const Call& call)
           return along ? double_backward_kernel<T, kVector, sums(), true>
                        : double_backward_kernel<T, kVector, sums(), false>;
       };
-      if (call.dictionary_slot >= 0) return with(std::integral_constant<Sums, kOfAlphaAndDictionary>());
-      if (call.alpha_slot >= 0) return with(std::integral_constant<Sums, kOfAlpha>());
+      if (call.ddictionary.slot >= 0) return with(std::integral_constant<Sums, kOfAlphaAndDictionary>());
+      if (call.dalpha.slot >= 0) return with(std::integral_constant<Sums, kOfAlpha>());
       return with(std::integral_constant<Sums, kNoSums>());
     }
   return direct_kernel<order, T, kVector>;

@@ -37,11 +37,11 @@ int launch_tables(const Call& call, Stream stream) {
   const dim3 grid(static_cast<unsigned>(call.tables.channels * call.tables.count));
   return launch(table_kernel, grid, kTableThreads, 0, stream, call);
 }
-int launch_reduction(const Reduction& r, Stream stream) {
+int launch_reduction(const Call& call, Type type, Stream stream) {
   int64_t outputs = 0;
-  for (int i = 0; i < r.count; ++i) outputs += r.gradients[i].rows * r.gradients[i].size;
+  for (const Gradient* g : {&call.dalpha, &call.ddictionary, &call.dgamma}) outputs += g->rows * g->size;
   const dim3 grid(static_cast<unsigned>((outputs + kThreads / 32 - 1) / (kThreads / 32)));
-  return launch(r.is_double ? reduce_kernel<double> : reduce_kernel<float>, grid, kThreads, 0, stream, r);
+  return launch(type == Type::f64 ? reduce_kernel<double> : reduce_kernel<float>, grid, kThreads, 0, stream, call);
 }
 
 Uniform uniform(double boundary, int64_t size) {

@@ -20,6 +20,7 @@
 namespace kaf {
 namespace {
 
+using torch::headeronly::IntHeaderOnlyArrayRef;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
@@ -56,6 +57,27 @@ Parameter parameter(const Tensor& t, const char* name, int64_t dim, int64_t rows
   return {t.data_ptr(), rows == 1 ? 0 : t.stride(0), dim == 2 ? t.stride(1) : 0, type == Type::f64};
 }
 
+// Whether t's elements lie side by side in memory, in whatever order.
+bool is_dense(const Tensor& t) {
+  const IntHeaderOnlyArrayRef sizes = t.sizes(), strides = t.strides();
+  int64_t covered = 1;
+  for (bool more = t.numel() > 0; more;) {
+    more = false;
+    for (size_t i = 0; i < sizes.size(); ++i)
+      if (sizes[i] > 1 && strides[i] == covered) covered *= sizes[i], more = true;
+  }
+  return covered == t.numel() || t.numel() == 0;
+}
+
+// A tensor of the shape, dtype and layout of another, or an empty one where it is not needed.
+Tensor new_like(const Tensor& t, bool needed = true) {
+  constexpr int64_t none = 0, one = 1;
+  int32_t dtype = 0;
+  TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(t.get(), &dtype));
+  if (!needed) return empty({&none, 1}, {&one, 1}, dtype, t);
+  return is_dense(t) ? empty(t.sizes(), t.strides(), dtype, t) : torch::stable::empty_like(t);
+}
+
 // The arguments that all operators share, and the order of memory that all tensors of x's shape are brought into.
 struct Arguments {
   Tensor x;
@@ -86,23 +108,22 @@ struct Arguments {
     call.size = static_cast<int>(d);
     call.boundary = boundary;
     call.windows = 1;
-    call.alpha_slot = call.dictionary_slot = call.gamma_slot = -1;
   }
 
-  // Makes an output, as x lies in memory.
-  Tensor like_x() const { return torch::stable::empty_like(x); }
+  // A tensor of the shape and the strides of outputs.
+  Tensor layout() const { return is_dense(x) ? x : torch::stable::empty_like(x); }
 
   // The data of a tensor of x's shape, copied first where it does not lie in memory as the output.
   const void* data(const Tensor& t, const char* name, const Tensor& output) {
     check_device(t, name, x);
-    bool same = t.dim() == x.dim() && t.scalar_type() == x.scalar_type();
-    for (int64_t i = 0; same && i < x.dim(); ++i) same = t.size(i) == x.size(i);
+    const IntHeaderOnlyArrayRef sizes = t.sizes(), strides = t.strides(), wanted = output.strides();
+    bool same = sizes == x.sizes() && t.scalar_type() == x.scalar_type();
     STD_TORCH_CHECK(same, name, " must have the shape and dtype of x, ", shape_of(x), " ",
                     torch::headeronly::toString(x.scalar_type()), ", got ", shape_of(t), " ",
                     torch::headeronly::toString(t.scalar_type()));
-    for (int64_t i = 0; i < x.dim(); ++i) same = same && (t.size(i) == 1 || t.stride(i) == output.stride(i));
+    for (size_t i = 0; i < sizes.size(); ++i) same = same && (sizes[i] == 1 || strides[i] == wanted[i]);
     if (same) return t.data_ptr();
-    copies.push_back(torch::stable::empty_like(output));
+    copies.push_back(new_like(output));
     torch::stable::copy_(copies.back(), t);
     return copies.back().data_ptr();
   }
@@ -111,8 +132,9 @@ struct Arguments {
   // set before.
   void set_tiling(const Tensor& output, int threads) {
     int64_t outside = 1, inside = channels == 1 ? output.numel() : 1;
-    for (int64_t i = 0; channels > 1 && i < output.dim(); ++i)
-      if (i != 1) (output.stride(i) > output.stride(1) ? outside : inside) *= output.size(i);
+    const IntHeaderOnlyArrayRef sizes = output.sizes(), strides = output.strides();
+    for (size_t i = 0; channels > 1 && i < sizes.size(); ++i)
+      if (i != 1) (strides[i] > strides[1] ? outside : inside) *= sizes[i];
     Tiling& t = call.tiling;
     const bool runs = inside >= 32 || channels == 1;  // long enough for a warp
     t.rows = outside;
@@ -127,14 +149,14 @@ struct Arguments {
                           static_cast<const void*>(call.dgrad)})
       t.vectors = t.vectors && reinterpret_cast<uintptr_t>(p) % 16 == 0;
     // The direct path stages points for each column, so it takes fewer at once.
-    const int64_t most_columns = call.tables.cells ? 32 : 8;
+    const int64_t most_columns = call.tables.count ? 32 : 8;
     const int64_t columns = std::bit_ceil(static_cast<uint64_t>(t.columns));
     t.columns_at_once = runs ? 1 : static_cast<int>(std::min(columns, most_columns));
 
     // Elements of a thread: one tile at least, at most 64, so that float32 sums lose nothing, or 128 where a block copies
     // the tables of 32 channels or makes one of all answers; and fewer where there would be fewer threads than a large GPU
     // holds.
-    t.threads = call.tables.cells ? threads : kThreads;
+    t.threads = call.tables.count ? threads : kThreads;
     const int64_t elements = t.vectors ? 16 / bytes : bytes == 8 ? 2 : 4, tile = t.threads / t.columns_at_once * elements;
     const int64_t column_blocks = (t.columns + t.columns_at_once - 1) / t.columns_at_once;
     const int64_t tiles = (t.rows * t.inner + tile - 1) / tile;
@@ -159,16 +181,18 @@ struct Arguments {
       t.run_magic = static_cast<uint32_t>(((uint64_t{1} << (31 + s)) + t.run - 1) / t.run);
       t.run_shift = s - 1;
     }
-    STD_TORCH_CHECK(blocks_of(t) * call.windows < (int64_t{1} << 31), "x has too many elements for one launch");
+    STD_TORCH_CHECK(blocks_of(t) < (int64_t{1} << 31) / call.windows, "x and alpha are too large for one launch: ",
+                    blocks_of(t), " blocks for the elements of x, ", shape_of(x), ", each ", call.windows,
+                    " times for alpha, ", shape_of(alpha));
 
     // Where a block has no more than twice as many elements as there are numbers, cells cost less.
-    const int powers = 20 + std::bit_width(static_cast<unsigned>(2 * call.tables.capacity));
+    const int powers = powers_for(call.tables.capacity);
     if (few_numbers() && t.vectors && by_count(t.run * t.rows_per_block >= 2 * 2 * 128 * powers)) call.powers = powers;
   }
 
   // Whether the call evaluates one curve on cells, of few numbers.
   bool few_numbers() const {
-    return call.tables.cells && call.tables.count == 1 && type == Type::bf16 && call.dictionary_slot < 0;
+    return call.tables.count == 1 && type == Type::bf16 && call.ddictionary.slot < 0;
   }
 
   // Instructions that tables of the call's curves save in a channel, of D points and so many elements, less those that
@@ -177,25 +201,68 @@ struct Arguments {
   double saved(int64_t elements) const {
     const double size = call.size, curves = call.tables.count;
     const bool second = call.tables.curves[1] == kCurvature && call.tables.count > 1;
-    const bool sums = call.alpha_slot >= 0 || call.dictionary_slot >= 0;
-    const bool powers = !second && !dictionary && call.dictionary_slot < 0;
+    const bool sums = call.dalpha.slot >= 0 || call.ddictionary.slot >= 0;
+    const bool powers = !second && !dictionary && call.ddictionary.slot < 0;
     const double of_point = (second ? 40 : 8) * (sums && !powers ? 0.5 : 1) - (sums && powers ? 3 : 0);
     const double made = curves * call.tables.capacity * kCoefficients * 25 * size;
     return elements * (of_point * size - 10 - 16 * curves) - made;
   }
 
-  // Has tables of these curves made, where they save instructions. They take at most a quarter of x's memory.
-  Tensor make_tables(std::initializer_list<Curve> curves, Stream stream) {
-    if (type == Type::f64 || call.size > kTablePoints) return {};
+  // Decides for tables of these curves where they save instructions. They take at most a quarter of x's memory.
+  void want_tables(std::initializer_list<Curve> curves) {
+    if (type == Type::f64 || call.size > kTablePoints) return;
     Tables& t = call.tables;
     t.channels = channels;
     t.count = static_cast<int>(curves.size());
-    t.capacity = static_cast<int>(std::min<size_t>(cells_for(call.size), most_shared(x) / kCellBytes / t.count));
+    const size_t cells = cells_for(call.size), each = kCellBytes * t.count;
+    t.capacity = static_cast<int>(std::min(cells, most_shared(x, cells * each) / each));
     std::copy(curves.begin(), curves.end(), t.curves);
-    const int64_t bytes = channels * bytes_of(t, call.size), of_x = x.numel() * (type == Type::f32 ? 4 : 2);
-    if (!by_count(bytes <= of_x / 4 && saved(x.numel() / channels) > 0)) return {};
-    Tensor workspace = torch::stable::new_empty(x, {bytes / 4}, ScalarType::Float);
-    t.cells = static_cast<Cells*>(workspace.data_ptr());
+    const int64_t of_x = x.numel() * (type == Type::f32 ? 4 : 2);
+    if (!by_count(channels * bytes_of(t, call.size) <= of_x / 4 && saved(x.numel() / channels) > 0)) t = {};
+  }
+
+  // A parameter's gradient: empty where it is not needed, zero where no element will add to it.
+  Tensor gradient(Gradient& g, const Tensor& like, bool needed) {
+    if (!needed) return new_like(like, false);
+    const int64_t rows = like.size(0), size = like.dim() == 2 ? like.size(1) : 1, strides[2] = {size, 1};
+    int32_t dtype = 0;
+    TORCH_ERROR_CODE_CHECK(aoti_torch_get_dtype(like.get(), &dtype));
+    Tensor out = empty(like.sizes(), {strides, static_cast<size_t>(like.dim())}, dtype, like);
+    if (x.numel() == 0) TORCH_ERROR_CODE_CHECK(aoti_torch_zero_(out.get()));
+    g = {out.data_ptr(), like.scalar_type() == ScalarType::Double, call.slots, rows, size};
+    call.slots += static_cast<int>(size);
+    const int window = type == Type::f64 ? kWindow<double> : kWindow<float>;
+    if (like.dim() == 2) call.windows = (call.size + window - 1) / window;
+    return out;
+  }
+
+  // Whether blocks add up what they leave, which spares a launch: where nothing is to be added over columns, and sums are
+  // few. In calls without tables nothing is launched before that could set counters to 0, and one chunk needs none.
+  bool finishes() const {
+    const Tiling& t = call.tiling;
+    bool own = call.slots > 0 && t.columns_per_channel == 1;
+    for (const Gradient* g : {&call.dalpha, &call.ddictionary, &call.dgamma})
+      own = own && (g->slot < 0 || g->rows == channels);
+    const int64_t chunks = chunks_of(t), outputs = t.columns_at_once * std::min(call.slots, 2 * kWindow<float>);
+    const int64_t of_a_thread = (outputs + t.threads - 1) / t.threads * chunks;
+    return own && (chunks == 1 || (call.tables.count && of_a_thread <= kFinished));
+  }
+
+  // Allocates what the call needs beside its outputs, and has the tables made.
+  Tensor prepare(Stream stream) {
+    Tables& t = call.tables;
+    const int64_t sums = chunks_of(call.tiling) * call.tiling.columns * call.slots * (type == Type::f64 ? 8 : 4);
+    const int64_t tables = t.count ? channels * bytes_of(t, call.size) : 0;
+    call.finishes = finishes();
+    const int64_t counters = call.finishes && t.count ? channels * call.windows * 4 : 0;
+    const int64_t bytes = tables + sums + counters, one = 1;
+    if (bytes == 0) return {};
+    Tensor workspace = empty({&bytes, 1}, {&one, 1}, aoti_torch_dtype_uint8(), x);
+    auto* const memory = static_cast<unsigned char*>(workspace.data_ptr());
+    call.partial = memory + tables;
+    call.counters = reinterpret_cast<unsigned*>(memory + tables + sums);
+    if (!t.count) return workspace;
+    t.cells = reinterpret_cast<Cells*>(memory);
     t.points = reinterpret_cast<Point*>(t.cells + channels);
     t.rows = reinterpret_cast<float*>(t.points + channels * call.size);
     call.uniform = uniform(call.boundary, call.size);
@@ -203,45 +270,11 @@ struct Arguments {
     return workspace;
   }
 
-  // Says which sums are wanted; the partial sums are allocated once the tiling is known.
-  void want_sums(bool of_alpha, bool of_dictionary, bool of_gamma) {
-    if (of_alpha) call.alpha_slot = std::exchange(call.slots, call.slots + call.size);
-    if (of_dictionary) call.dictionary_slot = std::exchange(call.slots, call.slots + call.size);
-    if (of_gamma) call.gamma_slot = call.slots++;
-    const int window = type == Type::f64 ? kWindow<double> : kWindow<float>;
-    if (of_alpha || of_dictionary) call.windows = (call.size + window - 1) / window;
-  }
-
-  Tensor partial() {
-    const int64_t n = chunks_of(call.tiling) * call.tiling.columns * call.slots;
-    Tensor sums = torch::stable::new_empty(x, {n}, type == Type::f64 ? ScalarType::Double : ScalarType::Float);
-    call.partial = sums.data_ptr();
-    return sums;
-  }
-
-  // From partial sums to the gradients of the parameters; those not wanted are empty already.
-  void reduce(const Tensor& dalpha, const Tensor& dgamma, const Tensor& ddictionary, Stream stream) const {
-    if (call.slots == 0) return;
-    const Tiling& t = call.tiling;
-    Reduction r{call.partial, type == Type::f64, chunks_of(t), t.columns, t.columns_per_channel, call.slots, 0, {}};
-    const auto add = [&](const Tensor& out, int slot) {
-      if (slot < 0) return;
-      r.gradients[r.count++] = {out.data_ptr(), out.scalar_type() == ScalarType::Double, slot, out.size(0),
-                                out.dim() == 2 ? out.size(1) : 1};
-    };
-    add(dalpha, call.alpha_slot);
-    add(ddictionary, call.dictionary_slot);
-    add(dgamma, call.gamma_slot);
-    check(launch_reduction(r, stream));
+  // From partial sums to the gradients of the parameters, where that is not done.
+  void reduce(Stream stream) const {
+    if (call.slots > 0 && !call.finishes) check(launch_reduction(call, type, stream));
   }
 };
-
-// A parameter's gradient: empty where it is not needed, zero where no element will add to it.
-Tensor gradient(const Tensor& like, bool needed, bool no_elements) {
-  if (!needed) return torch::stable::new_empty(like, {0});
-  return no_elements ? torch::stable::new_zeros(like, like.sizes()) : torch::stable::new_empty(like, like.sizes());
-}
-Tensor of_x(const Arguments& a, bool needed) { return needed ? a.like_x() : torch::stable::new_empty(a.x, {0}); }
 
 // Computes what these kernels lack by an operator that the Python package defines, with the same arguments.
 template <class... Outputs, class... Inputs>
@@ -257,55 +290,58 @@ std::tuple<Outputs...> in_python(const char* name, const Inputs&... inputs) {
   return torch::stable::detail::unbox_to_tuple<Outputs...>(stack.data());
 }
 
-Tensor forward(Tensor x, Tensor alpha, Tensor gamma, std::optional<Tensor> dictionary, double boundary, int64_t kernel,
-               int64_t base, int64_t n, int64_t m) {
+Tensor forward(const Tensor& x, const Tensor& alpha, const Tensor& gamma, const std::optional<Tensor>& dictionary,
+               double boundary, int64_t kernel, int64_t base, int64_t n, int64_t m) {
   Arguments a(x, alpha, gamma, dictionary, boundary);
   if (kernel || base || n || m) {
     const char* name = "kafops::plain_kaf";
     return std::get<0>(in_python<Tensor>(name, x, alpha, gamma, dictionary, boundary, kernel, base, n, m));
   }
   const Guard guard(x);
-  Tensor y = a.like_x();
+  Tensor y = new_like(x);
   if (x.numel() == 0) return y;
   a.call.x = a.data(x, "x", y);
   a.call.y = y.data_ptr();
-  const Tensor workspace = a.make_tables({kValue}, stream_of(x));
+  a.want_tables({kValue});
   a.set_tiling(y, kForwardThreads);
-  check(launch_forward(a.call, a.type, stream_of(x)));
+  const Stream stream = stream_of(x);
+  const Tensor workspace = a.prepare(stream);
+  check(launch_forward(a.call, a.type, stream));
   return y;
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> backward(Tensor grad, Tensor x, Tensor alpha, Tensor gamma,
-                                                    std::optional<Tensor> dictionary, double boundary, int64_t needs,
-                                                    int64_t kernel, int64_t base, int64_t n, int64_t m) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad, const Tensor& x, const Tensor& alpha,
+                                                    const Tensor& gamma, const std::optional<Tensor>& dictionary,
+                                                    double boundary, int64_t needs, int64_t kernel, int64_t base,
+                                                    int64_t n, int64_t m) {
   Arguments a(x, alpha, gamma, dictionary, boundary);
   if (kernel || base || n || m)
     return in_python<Tensor, Tensor, Tensor, Tensor>("kafops::plain_kaf_backward", grad, x, alpha, gamma, dictionary,
                                                      boundary, needs, kernel, base, n, m);
   const Guard guard(x);
-  const bool need_dictionary = dictionary && (needs & kNeedDictionary), empty = x.numel() == 0;
-  Tensor dx = of_x(a, needs & kNeedX), dalpha = gradient(alpha, needs & kNeedAlpha, empty),
-         dgamma = gradient(gamma, needs & kNeedGamma, empty),
-         ddictionary = gradient(dictionary ? *dictionary : alpha, need_dictionary, empty);
-  a.want_sums(needs & kNeedAlpha, need_dictionary, needs & kNeedGamma);
-  if (empty || (a.call.slots == 0 && !(needs & kNeedX))) return {dx, dalpha, dgamma, ddictionary};
-  const Tensor layout = needs & kNeedX ? dx : a.like_x();
+  const bool need_dictionary = dictionary && (needs & kNeedDictionary);
+  Tensor dx = new_like(x, needs & kNeedX), dalpha = a.gradient(a.call.dalpha, alpha, needs & kNeedAlpha),
+         dgamma = a.gradient(a.call.dgamma, gamma, needs & kNeedGamma),
+         ddictionary = a.gradient(a.call.ddictionary, dictionary ? *dictionary : alpha, need_dictionary);
+  if (x.numel() == 0 || (a.call.slots == 0 && !(needs & kNeedX))) return {dx, dalpha, dgamma, ddictionary};
+  const Tensor layout = needs & kNeedX ? dx : a.layout();
   a.call.x = a.data(x, "x", layout);
   a.call.grad = a.data(grad, "grad", layout);
   if (needs & kNeedX) a.call.dx = dx.data_ptr();
-  const Stream stream = stream_of(x);
-  const Tensor workspace = needs & kNeedGamma ? a.make_tables({kSlope, kByGamma}, stream) : a.make_tables({kSlope}, stream);
+  if (needs & kNeedGamma) a.want_tables({kSlope, kByGamma});
+  else a.want_tables({kSlope});
   a.set_tiling(layout, kBackwardThreads);
-  const Tensor partial = a.partial();
-  check(launch_backward(a.call, a.type, stream_of(x)));
-  a.reduce(dalpha, dgamma, ddictionary, stream_of(x));
+  const Stream stream = stream_of(x);
+  const Tensor workspace = a.prepare(stream);
+  check(launch_backward(a.call, a.type, stream));
+  a.reduce(stream);
   return {dx, dalpha, dgamma, ddictionary};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> double_backward(
-    std::optional<Tensor> v_x, std::optional<Tensor> v_alpha, std::optional<Tensor> v_gamma,
-    std::optional<Tensor> v_dictionary, Tensor grad, Tensor x, Tensor alpha, Tensor gamma,
-    std::optional<Tensor> dictionary, double boundary, int64_t needs, int64_t base) {
+    const std::optional<Tensor>& v_x, const std::optional<Tensor>& v_alpha, const std::optional<Tensor>& v_gamma,
+    const std::optional<Tensor>& v_dictionary, const Tensor& grad, const Tensor& x, const Tensor& alpha,
+    const Tensor& gamma, const std::optional<Tensor>& dictionary, double boundary, int64_t needs, int64_t base) {
   Arguments a(x, alpha, gamma, dictionary, boundary);
   STD_TORCH_CHECK(dictionary || !v_dictionary, "v_dictionary needs a dictionary, got None");
   if (base)
@@ -313,10 +349,11 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> double_backward(
                                                              v_dictionary, grad, x, alpha, gamma, dictionary, boundary,
                                                              needs, base);
   const Guard guard(x);
-  const bool need_dictionary = dictionary && (needs & kNeedDictionary), empty = x.numel() == 0;
-  Tensor dgrad = of_x(a, needs & kNeedGrad), dx = of_x(a, needs & kNeedX),
-         dalpha = gradient(alpha, needs & kNeedAlpha, empty), dgamma = gradient(gamma, needs & kNeedGamma, empty),
-         ddictionary = gradient(dictionary ? *dictionary : alpha, need_dictionary, empty);
+  const bool need_dictionary = dictionary && (needs & kNeedDictionary);
+  Tensor dgrad = new_like(x, needs & kNeedGrad), dx = new_like(x, needs & kNeedX),
+         dalpha = a.gradient(a.call.dalpha, alpha, needs & kNeedAlpha),
+         dgamma = a.gradient(a.call.dgamma, gamma, needs & kNeedGamma),
+         ddictionary = a.gradient(a.call.ddictionary, dictionary ? *dictionary : alpha, need_dictionary);
   const auto read = [&](const std::optional<Tensor>& v, const Tensor& like, const char* name) {
     if (!v) return Parameter{};
     return parameter(*v, name, like.dim(), like.size(0), like.dim() == 2 ? like.size(1) : 1, x);
@@ -324,24 +361,24 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> double_backward(
   a.call.v_alpha = read(v_alpha, alpha, "v_alpha");
   a.call.v_gamma = read(v_gamma, gamma, "v_gamma");
   if (v_dictionary) a.call.v_dictionary = read(v_dictionary, *dictionary, "v_dictionary");
-  a.want_sums(needs & kNeedAlpha, need_dictionary, needs & kNeedGamma);
-  if (empty || (a.call.slots == 0 && !(needs & (kNeedX | kNeedGrad)))) return {dgrad, dx, dalpha, dgamma, ddictionary};
-  const Tensor layout = needs & kNeedX ? dx : needs & kNeedGrad ? dgrad : a.like_x();
+  if (x.numel() == 0 || (a.call.slots == 0 && !(needs & (kNeedX | kNeedGrad))))
+    return {dgrad, dx, dalpha, dgamma, ddictionary};
+  const Tensor layout = needs & kNeedX ? dx : needs & kNeedGrad ? dgrad : a.layout();
   a.call.x = a.data(x, "x", layout);
   a.call.grad = a.data(grad, "grad", layout);
   if (v_x) a.call.v_x = a.data(*v_x, "v_x", layout);
   if (needs & kNeedX) a.call.dx = dx.data_ptr();
   if (needs & kNeedGrad) a.call.dgrad = dgrad.data_ptr();
   const bool along = v_alpha || v_gamma || v_dictionary, by_gamma = needs & kNeedGamma;
-  const Stream stream = stream_of(x);
-  const Tensor workspace =
-      along ? by_gamma ? a.make_tables({kSlope, kCurvature, kAlong, kAlongSlope, kSlopeByGamma, kAlongByGamma}, stream)
-                       : a.make_tables({kSlope, kCurvature, kAlong, kAlongSlope}, stream)
-            : by_gamma ? a.make_tables({kSlope, kCurvature, kSlopeByGamma}, stream) : a.make_tables({kSlope, kCurvature}, stream);
+  if (along && by_gamma) a.want_tables({kSlope, kCurvature, kAlong, kAlongSlope, kSlopeByGamma, kAlongByGamma});
+  else if (along) a.want_tables({kSlope, kCurvature, kAlong, kAlongSlope});
+  else if (by_gamma) a.want_tables({kSlope, kCurvature, kSlopeByGamma});
+  else a.want_tables({kSlope, kCurvature});
   a.set_tiling(layout, kBackwardThreads);
-  const Tensor partial = a.partial();
-  check(launch_double_backward(a.call, a.type, stream_of(x)));
-  a.reduce(dalpha, dgamma, ddictionary, stream_of(x));
+  const Stream stream = stream_of(x);
+  const Tensor workspace = a.prepare(stream);
+  check(launch_double_backward(a.call, a.type, stream));
+  a.reduce(stream);
   return {dgrad, dx, dalpha, dgamma, ddictionary};
 }
 

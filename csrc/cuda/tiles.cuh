@@ -93,8 +93,13 @@ template <class T, bool kVector, int kApart = sizeof(T) == 8 ? 2 : 4> struct Til
     for (int a = 0; a < kAccesses; ++a) {
       const int q = kVector ? (tile * group + lane) * kElements : (tile * kElements + a) * group + lane;
       p.exists[a] = is_active(column) && q < count;
-      p.offset[a] = q * t.step + (__umulhi(q, t.run_magic) >> t.run_shift) * t.row_step;
+      p.offset[a] = q * t.step;
+      if (kVector) p.offset[a] += (__umulhi(q, t.run_magic) >> t.run_shift) * t.row_step;
     }
+    if (!kVector && t.row_step)  // of columns 0, which spares three instructions an element
+#pragma unroll
+      for (int a = 0; a < kAccesses; ++a)
+        p.offset[a] += (__umulhi((tile * kElements + a) * group + lane, t.run_magic) >> t.run_shift) * t.row_step;
     return p;
   }
 
@@ -146,11 +151,54 @@ __device__ __forceinline__ void sum_over_threads(const A* sums, int count, const
   __syncthreads();
 }
 
-// Leaves a block's sum for the second stage.
+__device__ __forceinline__ void store(const Gradient& g, int64_t i, double total) {
+  if (g.is_double) static_cast<double*>(g.data)[i] = total;
+  else static_cast<float*>(g.data)[i] = static_cast<float>(total);
+}
+
+// Leaves a block's sum for finish(), or for reduce_kernel().
 template <class A, class Tile>
 __device__ __forceinline__ void put_partial(const Tile& tile, const Call& call, int slot, int column, A total) {
   const int64_t j = tile.j - tile.column + column;
   static_cast<A*>(call.partial)[(tile.chunk * tile.t.columns + j) * call.slots + slot] = total;
+}
+
+// Where the call has its blocks finish: the block that is the last of its columns and window to come here adds up what
+// all of these have left, in the order of the chunks. All threads of a block come here, after its last put_partial.
+template <class A, class Tile>
+__device__ __forceinline__ void finish(const Tile& tile, const Call& call, int window) {
+  if (!call.finishes) return;
+  const uint32_t chunks = static_cast<uint32_t>(chunks_of(tile.t)), windows = static_cast<uint32_t>(call.windows);
+  // What this block's threads have stored comes before the barrier, the barrier before the first fence of thread 0, and
+  // that before its addition to the counter: whoever sees the sum of all additions sees all sums. There the second fence
+  // keeps what follows the barrier from being read earlier, and __ldcg from a line of L1 that is older.
+  __syncthreads();
+  bool last = false;
+  if (threadIdx.x == 0) {
+    __threadfence();
+    const uint32_t counter = blockIdx.x / (chunks * windows) * windows + window;
+    last = chunks == 1 || atomicAdd(call.counters + counter, 1u) == chunks - 1;
+    __threadfence();
+  }
+  if (!__syncthreads_or(last)) return;
+  const auto add = [&](const Gradient& g, int begin, int count) {
+    if (g.slot < 0) return;
+    for (int i = threadIdx.x; i < count * tile.t.columns_at_once; i += tile.t.threads) {
+      const int column = i / count, k = begin + i % count;
+      if (!tile.is_active(column)) continue;
+      const int64_t channel = tile.j - tile.column + column;  // which has one column
+      const int64_t stride = tile.t.columns * call.slots;
+      const A* partial = static_cast<const A*>(call.partial) + channel * call.slots + g.slot + k;
+      double total = 0;
+#pragma unroll 4
+      for (uint32_t chunk = 0; chunk < chunks; ++chunk) total += __ldcg(partial + chunk * stride);
+      store(g, channel * g.size + k, total);
+    }
+  };
+  const int begin = window * kWindow<A>, count = min(kWindow<A>, call.size - begin);
+  add(call.dalpha, begin, count);
+  add(call.ddictionary, begin, count);
+  if (window == 0) add(call.dgamma, 0, 1);
 }
 
 }  // namespace kaf

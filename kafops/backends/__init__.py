@@ -48,7 +48,7 @@ def choose(x: Tensor) -> str:
     Raises:
         RuntimeError: the backend that is forced cannot serve x.
     """
-    device_type = "cpu" if x.is_cpu else x.device.type  # .type takes longer than all the rest
+    device_type = "cpu" if x.is_cpu else "cuda" if x.is_cuda else x.device.type  # .type takes longer than all the rest
     chosen = None if _forced is None else _demanded(device_type)
     if chosen is None:
         chosen = _preferred(device_type)

@@ -330,14 +330,61 @@ def test_tests_come_first_and_nothing_is_timed_where_one_fails(fake, monkeypatch
         return SimpleNamespace(returncode=len(commands) // 2)
 
     monkeypatch.setattr(gpu.subprocess, "run", answer)
-    run = fake(quick=True)
-    with pytest.raises(
-        UserError, match=r"nothing is timed, as this fails: KAFOPS_BACKEND=triton python -m kafops.check"
-    ):
+    run = fake()
+    with pytest.raises(UserError, match=r"as this fails: KAFOPS_BACKEND=cuda KAFOPS_TEST_DEVICE=cuda python -m pytest"):
         gpu.measure(run, TRAINING)
-    check = ["-m", "kafops.check", "--device", "cuda"]
-    assert commands == [(check, "cuda"), (check, "triton")]
-    assert [(r["kind"], r["outcome"]) for r in results(run)] == [("test", "passed")]
+    check, tests = commands
+    assert check == (["-m", "kafops.check", "--device", "cuda"], "cuda")
+    assert tests[0][-2:] == ["tests/kafops/test_kernels.py", "tests/kafops/test_gpu_operators.py"]
+    assert [(r["kind"], r["outcome"]) for r in results(run)] == [("test", "passed"), ("test", "failed")]
+
+
+def test_a_part_that_fails_does_not_lose_the_others(fake, monkeypatch, places, capsys):
+    run = fake(quick=True)
+    monkeypatch.setattr(gpu.subprocess, "run", lambda command, **options: SimpleNamespace(returncode=0))
+    monkeypatch.setattr(gpu_table, "FIRST", [SMALL])
+    monkeypatch.setattr(gpu, "host", lambda run: {}["no layer"])
+    monkeypatch.setattr(gpu_table, "resnet50", small_network)
+    monkeypatch.setattr(gpu, "Run", lambda *a: run)
+    monkeypatch.setattr(gpu_device, "why_not", lambda: None)
+    monkeypatch.setattr(gpu_device, "Cuda", lambda: run.device)
+    monkeypatch.setattr(gpu.measure, "__defaults__", (TRAINING,))
+    assert gpu.main(["--quick"]) == 1
+    assert [r["kind"] for r in results(run)] == ["test", "kernel", "failure", "step", "step"]
+    assert "- the host's part of a call: KeyError: 'no layer'" in (places / "results" / f"{NAME}.md").read_text()
+    assert "error: kafops failed: the host's part of a call, error: KeyError: 'no layer'" in capsys.readouterr().err
+
+
+def test_a_device_that_fails_late_loses_nothing_that_was_measured(fake, monkeypatch, places):
+    run = fake(quick=True)
+
+    def fails(*arguments):
+        raise torch.AcceleratorError("an illegal memory access was encountered")
+
+    monkeypatch.setattr(gpu.subprocess, "run", lambda command, **options: SimpleNamespace(returncode=0))
+    monkeypatch.setattr(gpu_table, "FIRST", [SMALL])
+    monkeypatch.setattr(gpu, "host", fails)
+    monkeypatch.setattr(gpu, "Run", lambda *a: run)
+    monkeypatch.setattr(gpu_device, "why_not", lambda: None)
+    monkeypatch.setattr(gpu_device, "Cuda", lambda: run.device)
+    assert gpu.main(["--quick"]) == 1
+    written = json.loads((places / "results" / f"{NAME}.json").read_text())
+    assert [r["kind"] for r in written["results"]] == ["test", "kernel"]
+
+
+def test_a_case_whose_timing_fails_is_said_and_others_go_on(fake, monkeypatch):
+    run = fake()
+    time_, broken = run.device.time, [ValueError("no event")]
+    monkeypatch.setattr(run.device, "time", lambda *a, **o: time_(*a, **o) if not broken else raise_(broken.pop()))
+    gpu.kernels(run, [SMALL, SMALL], ["cuda"])
+    first, second = results(run)
+    assert (first["seconds"], first["failed"]) == ({}, {"error": "ValueError: no event"})
+    assert second["failed"] == {}
+    assert gpu_report.failures(run.summary) == ["backward of x, alpha, error: ValueError: no event"]
+
+
+def raise_(error):
+    raise error
 
 
 def test_tests_that_take_too_long_are_said_to(fake, monkeypatch):
@@ -366,7 +413,7 @@ def test_a_whole_run(quick, fake, places, monkeypatch, capsys):
     kinds = [r["kind"] for r in results(run)]
     first = len(gpu_table.FIRST)
     if quick:
-        assert kinds == ["test"] * 2 + ["kernel"] * first + ["host"] * 2 + ["step"] * 2
+        assert kinds == ["test"] + ["kernel"] * first + ["host"] * 2 + ["step"] * 2
     else:
         others = sum(c.shape == gpu_table.LARGE for c in gpu_table.FIRST)
         rest = ["kernel"] * (len(gpu_table.REST) + others) + ["step"]

@@ -69,6 +69,16 @@ def test_other_loops_turn_once():
     assert counted(FILL, HOT, SUMS).instructions == counted(FILL, HOT).instructions + 2 / 32
 
 
+def test_what_is_added_in_float64_is_no_element():
+    """The last block adds what all have left, and may store more in a turn than the loop over elements does."""
+    last = (
+        HOT.replace(".L_1", ".L_7")
+        .replace("FFMA R4, R4, R12, R4", "DADD R4, R4, R12")
+        .replace("STG.E.128", "STG.E.ENL2")
+    )
+    assert counted(FILL, HOT, last) == counted(FILL, HOT)
+
+
 # An element without a table takes a loop over points, or a longer way.
 FALLBACK = HOT.replace(
     "        /*0060*/  LDS.128",

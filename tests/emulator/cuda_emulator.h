@@ -6,7 +6,7 @@
 // shuffled by that seed. Shared memory is full of NaN before every block. What CUDA leaves undefined is an exception of
 // launch() as far as it can be seen: a divergent barrier, a wrong mask, a deadlock, an impossible grid.
 //
-// Not here: <<<>>>, streams, atomics, textures, inline PTX, memory of the device (pointers are the host's), a spinning
+// Not here: <<<>>>, streams, atomics but atomicAdd, textures, inline PTX, memory of the device (pointers are the host's), a spinning
 // wait of one thread for another. It shows logic, bounds and order, never speed.
 #pragma once
 #include <link.h>
@@ -223,6 +223,7 @@ struct State {
   unsigned predicates = 0, predicates_of_last_barrier = 0;
   bool cancelling = false;
   std::exception_ptr failure;
+  uint64_t launches = 0;
 };
 inline State state;
 
@@ -627,6 +628,7 @@ void launch(void (*kernel)(Parameters...), dim3 grid, dim3 block, size_t shared_
   } call{kernel, std::tuple<Parameters...>(static_cast<Parameters>(arguments)...)};
   state.run = [](void* c) { std::apply(static_cast<Call*>(c)->kernel, static_cast<Call*>(c)->values); };
   state.arguments = &call;
+  ++state.launches;
   run_grid(grid, block, shared_bytes);
 }
 
@@ -777,6 +779,14 @@ template <class T>
 T __ldg(const T* pointer) {
   return *pointer;
 }
+template <class T>
+T __ldcg(const T* pointer) {
+  return *pointer;
+}
+
+// One thread runs at a time, and blocks one after another: no fence is ever missed.
+inline void __threadfence() {}
+inline unsigned atomicAdd(unsigned* at, unsigned v) { return std::exchange(*at, *at + v); }
 
 #define KAF_EMULATOR_VECTORS(T, name)                                                                     \
   struct alignas(2 * sizeof(T)) name##2 {                                                                 \

@@ -1,8 +1,10 @@
 """The operators in C++ of the CUDA kernels, run by the emulator: what they refuse, and what they leave to Python."""
 
+import ctypes
 import json
 import subprocess
 import sys
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -45,6 +47,58 @@ def test_says_what_came_as_grad(library):
         torch.ops.kafops_emulated.kaf_backward(torch.ones(4, 2, dtype=torch.float16), *arguments(), 15)
 
 
+@dataclass(frozen=True)
+class Cost:
+    """What the host does for a call: launches, and allocations."""
+
+    launches: int
+    allocations: int
+
+
+def cost(library, call) -> Cost:
+    launches = ctypes.CDLL(str(library)).kafops_emulator_launches
+    before = launches()
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+        call()
+    memory = [e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"]
+    return Cost(launches() - before, sum(e.nbytes() > 0 for e in memory))
+
+
+X, ALPHA, GAMMA = 1, 2, 4  # of needs
+F64 = torch.float64
+LAST = torch.channels_last
+
+
+@pytest.mark.parametrize(
+    ("shape", "layout", "tables", "needs", "expected"),
+    [
+        # One launch and no workspace, or one where a block has all of a channel: y; dx, dalpha and the sums; dalpha.
+        ((8, 3, 8, 8), None, False, None, Cost(1, 1)),
+        ((8, 3, 8, 8), None, False, X | ALPHA, Cost(1, 3)),
+        ((8, 3, 8, 8), LAST, False, X, Cost(1, 1)),
+        ((8, 3, 8, 8), LAST, False, ALPHA, Cost(2, 2)),
+        # Tables take another launch, and the workspace is one.
+        ((8, 3, 16, 16), None, True, None, Cost(2, 2)),
+        ((8, 3, 16, 16), None, True, X | ALPHA | GAMMA, Cost(2, 4)),
+        ((8, 3, 16, 16), LAST, True, X | ALPHA, Cost(2, 3)),
+        # Many sums take a third.
+        ((20_000, 3), None, True, X | ALPHA, Cost(3, 3)),
+    ],
+)
+def test_what_the_host_does_for_a_call(shape, layout, tables, needs, expected, library, monkeypatch):
+    monkeypatch.delenv("KAFOPS_EMULATOR_TABLES", raising=False)
+    if tables:
+        monkeypatch.setenv("KAFOPS_EMULATOR_TABLES", "1")
+    x = torch.randn(shape)
+    x = x.contiguous(memory_format=layout) if layout else x
+    grad, curve = torch.ones_like(x), (x, torch.randn(3, 20), torch.rand(3) + 1, None, 3.0)
+    operators = torch.ops.kafops_emulated
+    if needs is None:
+        assert cost(library, lambda: operators.kaf(*curve)) == expected
+    else:
+        assert cost(library, lambda: operators.kaf_backward(grad, *curve, needs)) == expected
+
+
 PROGRAM = """
 import sys
 import torch
@@ -70,3 +124,13 @@ def test_without_the_python_package(library):
     assert second == pytest.approx(3 / 2.718281828, rel=1e-6)
     reason = "left to the operator kafops::plain_kaf of the Python package kafops, which is not imported here"
     assert [reason in line for line in refusals if "CUDA kernels" in line] == [True] * 4
+
+
+def test_more_windows_of_points_than_a_grid_has_rows(library):
+    """A dictionary of 655,370 points is summed in more than 65,535 windows, the most that gridDim.y could count."""
+    size, boundary = 655_370, 3.0
+    x, grad, gamma = torch.tensor([[0.7]], dtype=F64), torch.tensor([[2.0]], dtype=F64), torch.tensor([1.5], dtype=F64)
+    alpha = torch.zeros(1, size, dtype=F64)
+    _, got, *_ = torch.ops.kafops_emulated.kaf_backward(grad, x, alpha, gamma, None, boundary, ALPHA)
+    points = boundary * (2 * torch.arange(size, dtype=F64) / (size - 1) - 1)
+    torch.testing.assert_close(got, 2 * torch.exp(-1.5 * (0.7 - points) ** 2)[None], rtol=1e-14, atol=0)

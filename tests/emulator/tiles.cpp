@@ -1,4 +1,4 @@
-// Which columns each block of a tiling computes, as csrc/cuda/tiles.cuh has it, for the tests.
+// Which columns each block of a tiling computes, as csrc/cuda/tiles.cuh has it, and what tables take, for the tests.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
@@ -31,6 +31,18 @@ std::vector<uint32_t> active_columns(int64_t columns, int columns_at_once) {
   return active;
 }
 
+// Bytes of shared memory of a block with one curve of so many points, on cells or as all answers.
+size_t table_bytes(int size, bool answers) {
+  kaf::Call call{};
+  call.tables.count = 1;
+  call.tables.capacity = kaf::cells_for(size);
+  call.powers = answers ? kaf::powers_for(call.tables.capacity) : 0;
+  return kaf::table_bytes(call);
+}
+
 }  // namespace
 
-PYBIND11_MODULE(tiles, module) { module.def("active_columns", &active_columns); }
+PYBIND11_MODULE(tiles, module) {
+  module.def("active_columns", &active_columns);
+  module.def("table_bytes", &table_bytes);
+}
