@@ -93,7 +93,7 @@ def kaf(
     if x.numel() > 0:
         call.lay_out("kaf", y)
         call.make_tables((_Curve.VALUE,), (None, None, None))
-        call.launch(_kernels().kaf_kernel, (call.x, y), (), ())
+        call.launch(_kernels().kaf_kernel, (call.x, y), (), {})
     return y
 
 
@@ -120,7 +120,7 @@ def kaf_backward(
         call.lay_out("kaf_backward", dx, grad)
         by_gamma = (_Curve.BY_GAMMA,) if needs & Needs.GAMMA else ()
         call.make_tables((_Curve.SLOPE, *by_gamma), (None, None, None))
-        call.launch_sums(_kernels().kaf_backward_kernel, (*call.data, call.x, dx))
+        call.launch_sums(_kernels().kaf_backward_kernel, (*call.data, call.x, dx), window=5 * min(4, -(-call.D // 5)))
     return _or_empty(dx, x), *call.gradients()
 
 
@@ -222,28 +222,33 @@ class _Call:
         constants = {"CURVES": tuple(map(int, curves)), "CAPACITY": self.capacity, "RUNS": g.constants["RUNS"]}
         _launch(x.device, _kernels().tables_kernel, self.C, TABLES, arguments, constants)
 
-    def launch(self, kernel: Any, data: tuple[Any, ...], integers: tuple[int, ...], constants: Any) -> None:
+    def launch(
+        self, kernel: Any, data: tuple[Any, ...], integers: tuple[int, ...], constants: dict[str, Any], windows: int = 1
+    ) -> None:
+        """Launch a kernel with its own data, integers and constants, and those that all have."""
         g = self.geometry
         arguments = (
             *data, self.alpha, self.gamma, self.dictionary, self.workspace, self.boundary, self.flags, self.D,
             *g.integers, *integers,
         )  # fmt: skip
-        programs = g.programs * (integers[0] if integers else 1)
-        constants = {**g.constants, "CAPACITY": self.capacity, **dict(constants)}
-        _launch(self.x.device, kernel, programs, g.tiling, arguments, constants)
+        constants = {**g.constants, "CAPACITY": self.capacity, **constants}
+        _launch(self.x.device, kernel, g.programs * windows, g.tiling, arguments, constants)
 
-    def launch_sums(self, kernel: Any, data: tuple[Any, ...]) -> None:
-        """Launch a kernel with sums over elements, once for each window of points."""
+    def launch_sums(self, kernel: Any, data: tuple[Any, ...], window: int = 0) -> None:
+        """Launch a kernel with sums over elements; once for each window of points, where there are windows."""
         g, D, x = self.geometry, self.D, self.x
         alpha, gamma, points = (bool(self.needs & n) for n in (Needs.ALPHA, Needs.GAMMA, Needs.DICTIONARY))
-        window = 5 * min(4, -(-D // 5)) if alpha or points else 5
-        windows = -(-D // window) if alpha or points else 1
         slots = (alpha + points) * D + gamma
         if slots:
             dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
             self.partial = x.new_empty((g.chunks, g.columns, slots), dtype=dtype)
-        constants = {"WRAPS": g.WRAPS, "WINDOW": window, "ALPHA": alpha, "GAMMA": gamma, "DICTIONARY": points}
-        self.launch(kernel, (*data, self.partial), (windows, slots), constants)
+        constants = {"WRAPS": g.WRAPS, "ALPHA": alpha, "GAMMA": gamma, "DICTIONARY": points}
+        if not window:
+            return self.launch(kernel, (*data, self.partial), (slots,), constants)
+        by_powers = self.flags & 8 and alpha and not points and self.dictionary is None
+        windows = -(-D // window) if by_powers else 1
+        constants["WINDOW"] = window
+        self.launch(kernel, (*data, self.partial), (windows, slots), constants, windows)
 
     def gradients(self) -> Iterator[Tensor]:
         """Yield the gradients of alpha, gamma and dictionary; those not wanted are empty."""

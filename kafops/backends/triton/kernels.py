@@ -38,9 +38,9 @@ ROWS = tl.constexpr(cells.ROWS)
 N0, N1, N2, N3 = (tl.constexpr(n) for n in cells.NODES)
 COEFFICIENTS = tl.constexpr(tuple(c for row in cells.coefficients() for c in row))
 
-# Curves, as in csrc/cuda/call.h: f; f′ and f″; q, the derivative of f along v, and q′; and by γ f, f′ and q.
-VALUE, SLOPE, CURVATURE, ALONG = (tl.constexpr(i) for i in range(4))
-ALONG_SLOPE, BY_GAMMA, SLOPE_BY_GAMMA, ALONG_BY_GAMMA = (tl.constexpr(i) for i in range(4, 8))
+# Curves, as in csrc/cuda/call.h: f; f′ and f″; q, the derivative of f along v, and q′; by γ f, f′ and q; by α f′ and q.
+VALUE, SLOPE, CURVATURE, ALONG, ALONG_SLOPE = (tl.constexpr(i) for i in range(5))
+BY_GAMMA, SLOPE_BY_GAMMA, ALONG_BY_GAMMA, SLOPE_BY_ALPHA, ALONG_BY_ALPHA = (tl.constexpr(i) for i in range(5, 10))
 
 # Bits of `flags`: which parameters have a row for each channel, and whether there are tables.
 ALPHA_ROWS, GAMMA_ROWS, DICTIONARY_ROWS, TABLES = (tl.constexpr(1 << i) for i in range(4))
@@ -241,8 +241,12 @@ def _term(CURVE: tl.constexpr, d, K, gamma, alpha, v_alpha, v_gamma, v_dictionar
         return -d * d * f
     elif CURVE == SLOPE_BY_GAMMA:
         return -d * (w * d + 2) * f
-    else:
+    elif CURVE == ALONG_BY_GAMMA:
         return (v_dictionary * 2 * d - d * d * m) * f - d * d * v_alpha * K
+    elif CURVE == SLOPE_BY_ALPHA:
+        return w * K
+    else:
+        return m * K
 
 
 # ---------------------------------------------------------------------------------------------------------- tables
@@ -493,12 +497,12 @@ def _scales(powers, i, RUNS: tl.constexpr):
 
 
 @triton.jit
-def _four(sums, m: tl.constexpr, begin: tl.constexpr, COUNT: tl.constexpr):
-    """The sums begin + m ... begin + m + 3 over a program: [4] or [W, 4]."""
+def _four(sums, m: tl.constexpr, COUNT: tl.constexpr):
+    """The sums m ... m + 3 over a program: [4] or [W, 4]."""
     zero = tl.zeros_like(sums[0])
     four = ()
     for i in tl.static_range(4):
-        four += (sums[begin + m + i] if m + i < COUNT else zero,)
+        four += (sums[m + i] if m + i < COUNT else zero,)
     t = tl.join(tl.join(four[0], four[2]), tl.join(four[1], four[3]))
     if len(zero.shape) == 1:
         return _sum_rows(tl.reshape(t, [t.shape[0], 4]))
@@ -506,66 +510,27 @@ def _four(sums, m: tl.constexpr, begin: tl.constexpr, COUNT: tl.constexpr):
         return _sum_rows(tl.reshape(t, [t.shape[0], t.shape[1], 4]))
 
 
-@triton.jit
-def _put(ptr, total, k, inside, exists, RUNS: tl.constexpr):
-    """Store the sums of points k."""
-    if RUNS:
-        tl.store(ptr + k, total, inside)
-    else:
-        tl.store(ptr[:, None] + k[None, :], total, inside[None, :] & exists[:, None])
-
-
 # --------------------------------------------------------------------------------------------------------- kernels
 
 @triton.jit
-def _window(
-    sums, x, g, alpha_ptr, dictionary_ptr, gamma_log2e, first, D, boundary, half_hi, half_lo,
-    WINDOW: tl.constexpr, ALPHA: tl.constexpr, DICTIONARY: tl.constexpr, WRAPS: tl.constexpr, RUNS: tl.constexpr,
-):  # fmt: skip
-    """sums + Σ_elements g K and g d K for a window's points; and Σ_k α d K and Σ_k α d² K of these for each element."""
-    FLOAT: tl.constexpr = x.dtype
-    slope, square = tl.zeros_like(x), tl.zeros_like(x)
-    of_alpha, of_dictionary = (), ()
-    for i in tl.static_range(WINDOW):
-        k = first + i
-        hi, lo = _point(dictionary_ptr, k, D, boundary, half_hi, half_lo, k < D, FLOAT)
-        d, K = _gaussian((x - hi) - lo, gamma_log2e)
-        f = tl.load(alpha_ptr + k, k < D, other=0).to(FLOAT) * K * d
-        slope += f
-        square = tl.fma(f, d, square)
-        if ALPHA:
-            of_alpha += (sums[i] + _fold(g * K, WRAPS, RUNS),)
-        if DICTIONARY:
-            of_dictionary += (sums[i + (WINDOW if ALPHA else 0)] + _fold(g * K * d, WRAPS, RUNS),)
-    return of_alpha + of_dictionary, slope, square
+def _add_to_memory(ptr, k, i, term, factor, exists, RUNS: tl.constexpr):
+    """Add a tile's sum times a factor to the program's sum of point k, which only this program has."""
+    before = tl.load(ptr + k, (i > 0) & exists, other=0)
+    total = tl.sum(term) if RUNS else _sum_rows(term)
+    tl.store(ptr + k, tl.fma(total, factor, before), (i >= 0) & exists)
 
 
 @triton.jit
-def _store_sums(
-    ptr, exists, sums, dgamma, powers, scale, alpha_ptr, leads, first, D, slots, WINDOW: tl.constexpr,
-    ALPHA: tl.constexpr, GAMMA: tl.constexpr, DICTIONARY: tl.constexpr, RUNS: tl.constexpr,
-):  # fmt: skip
-    """Leave a program's sums: those of α times what `powers` says, those of δ times scale α; None leaves them."""
+def _store_sums(ptr, exists, sums, powers, first, D, WINDOW: tl.constexpr, RUNS: tl.constexpr):
+    """Leave a program's sums for the window's points, as `_add_powers` formed them."""
     for m in tl.static_range(0, WINDOW, 4):
         i = m + tl.arange(0, 4)
-        k = first + i
-        inside = (i < WINDOW) & (k < D)
-        if ALPHA:
-            total = _four(sums, m, 0, WINDOW)
-            if powers is not None:
-                total = total * _scales(powers, i, RUNS)
-            _put(ptr, total, k, inside, exists, RUNS)
-        if DICTIONARY:
-            total = _four(sums, m, WINDOW if ALPHA else 0, WINDOW)
-            if scale is not None:
-                if RUNS:
-                    total = total * (scale * tl.load(alpha_ptr + k, inside, other=0).to(total.dtype))
-                else:
-                    alpha = tl.load(alpha_ptr[:, None] + k[None, :], inside[None, :], other=0).to(total.dtype)
-                    total = total * (scale[:, None] * alpha)
-            _put(ptr + (D if ALPHA else 0), total, k, inside, exists, RUNS)
-    if GAMMA:
-        tl.store(ptr + (slots - 1), _sum_rows(dgamma), exists & leads)
+        inside = (i < WINDOW) & (first + i < D)
+        total = _four(sums, m, WINDOW) * _scales(powers, i, RUNS)
+        if RUNS:
+            tl.store(ptr + (first + i), total, inside)
+        else:
+            tl.store(ptr[:, None] + (first + i)[None, :], total, inside[None, :] & exists[:, None])
 
 
 @triton.jit(do_not_specialize=["flags", "D", *GEOMETRY])
@@ -635,7 +600,7 @@ def kaf_backward_kernel(
     The sums over elements n are those of one program, [chunks, C (RUNS) or M, slots]: for the points of α, for those of
     δ, and for γ. A program has a window of the points, and that of the first has dx and γ too.
     """
-    POWERS: tl.constexpr = ALPHA and not DICTIONARY and dictionary_ptr is None
+    POWERS: tl.constexpr = CAPACITY and ALPHA and not DICTIONARY and dictionary_ptr is None
     offset, count, channel, partial, exists = _place(
         tl.program_id(0) // windows, B, C, L, units, gap, parts, part, rows_each, R, W, ALIGN, RUNS
     )
@@ -648,34 +613,34 @@ def kaf_backward_kernel(
     alpha_ptr += alpha_at
     gamma_ptr += gamma_at
     dictionary_ptr = _moved(dictionary_ptr, dictionary_at)
-    on_cells = _kind(workspace_ptr, channel, flags, RUNS) > (1 if POWERS else 0) if CAPACITY else False
-    if on_cells:
-        _backward_on_cells(
+    kind = _kind(workspace_ptr, channel, flags, RUNS) if CAPACITY else 0
+    if POWERS:
+        if kind == 2:
+            _backward_by_powers(
+                grad_ptr, x_ptr, dx_ptr, sums_ptr, gamma_ptr, workspace_ptr, channel, flags, boundary, D, first, slots,
+                count, exists, C, units, gap, magic, shift, R, W, ALIGN, RUNS, CAPACITY, WRAPS, WINDOW, GAMMA,
+            )  # fmt: skip
+    count = tl.where((first == 0) & (kind < (2 if POWERS else 3)), count, 0)
+    if count > 0:
+        _backward_by_points(
             grad_ptr, x_ptr, dx_ptr, sums_ptr, alpha_ptr, gamma_ptr, dictionary_ptr, workspace_ptr, channel, flags,
-            boundary, D, first, slots, count, exists, C, units, gap, magic, shift, R, W, ALIGN, RUNS, CAPACITY, WRAPS, WINDOW,
-            ALPHA, GAMMA, DICTIONARY, POWERS,
-        )  # fmt: skip
-    else:
-        _backward_direct(
-            grad_ptr, x_ptr, dx_ptr, sums_ptr, alpha_ptr, gamma_ptr, dictionary_ptr, boundary, D, first, slots, count,
-            exists, units, gap, magic, shift, R, W, ALIGN, RUNS, WRAPS, WINDOW, ALPHA, GAMMA, DICTIONARY,
+            kind > 0, boundary, D, slots, count, exists, C, units, gap, magic, shift, R, W, ALIGN, RUNS, CAPACITY,
+            WRAPS, ALPHA, GAMMA, DICTIONARY,
         )  # fmt: skip
 
 
 @triton.jit
-def _backward_on_cells(
-    grad_ptr, x_ptr, dx_ptr, sums_ptr, alpha_ptr, gamma_ptr, dictionary_ptr, workspace_ptr, channel, flags,
-    boundary, D, first, slots, count, exists, C, units, gap, magic, shift,
+def _backward_by_powers(
+    grad_ptr, x_ptr, dx_ptr, sums_ptr, gamma_ptr, workspace_ptr, channel, flags, boundary, D, first, slots,
+    count, exists, C, units, gap, magic, shift,
     R: tl.constexpr, W: tl.constexpr, ALIGN: tl.constexpr, RUNS: tl.constexpr, CAPACITY: tl.constexpr,
-    WRAPS: tl.constexpr, WINDOW: tl.constexpr, ALPHA: tl.constexpr, GAMMA: tl.constexpr, DICTIONARY: tl.constexpr,
-    POWERS: tl.constexpr,
+    WRAPS: tl.constexpr, WINDOW: tl.constexpr, GAMMA: tl.constexpr,
 ):  # fmt: skip
-    gamma, gamma_log2e = _bandwidth(gamma_ptr, tl.float32)
     half_hi, half_lo = _half(boundary, D, tl.float32)
     where = _cells(workspace_ptr, channel, flags)
     tables = _table_of(workspace_ptr, channel, C, 1 + GAMMA, CAPACITY, RUNS)
-    powers = _powers(gamma_ptr, half_hi, half_lo, first, D, WINDOW) if POWERS else None
-    sums = _zeros((ALPHA + DICTIONARY) * WINDOW, R, W, WRAPS, RUNS, tl.float32)
+    powers = _powers(gamma_ptr, half_hi, half_lo, first, D, WINDOW)
+    sums = _zeros(WINDOW, R, W, WRAPS, RUNS, tl.float32)
     dgamma = _zeros(1, R, W, WRAPS, RUNS, tl.float32)[0]
     for i in range(tl.cdiv(count, R)):
         offsets, inside = _tile(i, count, exists, units, gap, magic, shift, R, W, ALIGN, RUNS)
@@ -688,64 +653,69 @@ def _backward_on_cells(
                     _store(dx_ptr, offsets, inside, g * _polynomial(tables, row, v, 0, CAPACITY, RUNS))
                 if GAMMA:
                     dgamma += _fold(g * _polynomial(tables, row, v, 1, CAPACITY, RUNS), WRAPS, RUNS)
-        if POWERS:
-            sums = _add_powers(sums, x, g, powers, WINDOW, WRAPS, RUNS)
-        elif ALPHA or DICTIONARY:
-            sums, _, _ = _window(
-                sums, x, g, alpha_ptr, dictionary_ptr, gamma_log2e, first, D, boundary, half_hi, half_lo, WINDOW,
-                ALPHA, DICTIONARY, WRAPS, RUNS,
-            )  # fmt: skip
-    _store_sums(
-        sums_ptr, exists, sums, dgamma, powers, gamma * 2, alpha_ptr, first == 0, first, D, slots, WINDOW, ALPHA, GAMMA,
-        DICTIONARY, RUNS,
-    )  # fmt: skip
+        sums = _add_powers(sums, x, g, powers, WINDOW, WRAPS, RUNS)
+    _store_sums(sums_ptr, exists, sums, powers, first, D, WINDOW, RUNS)
+    if GAMMA:
+        tl.store(sums_ptr + (slots - 1), _sum_rows(dgamma), (first == 0) & exists)
 
 
 @triton.jit
-def _backward_direct(
-    grad_ptr, x_ptr, dx_ptr, sums_ptr, alpha_ptr, gamma_ptr, dictionary_ptr, boundary, D, first, slots, count, exists,
-    units, gap, magic, shift, R: tl.constexpr, W: tl.constexpr, ALIGN: tl.constexpr, RUNS: tl.constexpr,
-    WRAPS: tl.constexpr, WINDOW: tl.constexpr, ALPHA: tl.constexpr, GAMMA: tl.constexpr, DICTIONARY: tl.constexpr,
+def _backward_by_points(
+    grad_ptr, x_ptr, dx_ptr, sums_ptr, alpha_ptr, gamma_ptr, dictionary_ptr, workspace_ptr, channel, flags,
+    on_cells, boundary, D, slots, count, exists, C, units, gap, magic, shift,
+    R: tl.constexpr, W: tl.constexpr, ALIGN: tl.constexpr, RUNS: tl.constexpr, CAPACITY: tl.constexpr,
+    WRAPS: tl.constexpr, ALPHA: tl.constexpr, GAMMA: tl.constexpr, DICTIONARY: tl.constexpr,
 ):  # fmt: skip
     FLOAT: tl.constexpr = _float(x_ptr)
     gamma, gamma_log2e = _bandwidth(gamma_ptr, FLOAT)
     half_hi, half_lo = _half(boundary, D, FLOAT)
-    sums = _zeros((ALPHA + DICTIONARY) * WINDOW, R, W, WRAPS, RUNS, FLOAT)
+    if CAPACITY:
+        where = _cells(workspace_ptr, channel, flags)
+        tables = _table_of(workspace_ptr, channel, C, 1 + GAMMA, CAPACITY, RUNS)
+    end = D if ALPHA or DICTIONARY else tl.where(on_cells, 0, D)
     dgamma = _zeros(1, R, W, WRAPS, RUNS, FLOAT)[0]
     for i in range(tl.cdiv(count, R)):
+        if ALPHA or DICTIONARY:
+            tl.debug_barrier()  # between what one tile and the next add to memory
         offsets, inside = _tile(i, count, exists, units, gap, magic, shift, R, W, ALIGN, RUNS)
         x = _far(_load(x_ptr, offsets, inside, FLOAT))
         g = _load(grad_ptr, offsets, inside, FLOAT)
-        if ALPHA or DICTIONARY:
-            sums, slope, square = _window(
-                sums, x, g, alpha_ptr, dictionary_ptr, gamma_log2e, first, D, boundary, half_hi, half_lo, WINDOW,
-                ALPHA, DICTIONARY, WRAPS, RUNS,
-            )  # fmt: skip
-        else:
-            slope, square = tl.zeros([R, W], FLOAT), tl.zeros([R, W], FLOAT)
-        for k in range(WINDOW if ALPHA or DICTIONARY else 0, tl.where(first == 0, D, 0)):
+        slope, square = tl.zeros([R, W], FLOAT), tl.zeros([R, W], FLOAT)
+        for k in range(end):
             hi, lo = _point(dictionary_ptr, k, D, boundary, half_hi, half_lo, True, FLOAT)
             d, K = _gaussian((x - hi) - lo, gamma_log2e)
-            f = tl.load(alpha_ptr + k).to(FLOAT) * K * d
-            slope += f
-            square = tl.fma(f, d, square)
+            alpha = tl.load(alpha_ptr + k).to(FLOAT)
+            if on_cells == 0:
+                f = alpha * K * d
+                slope += f
+                square = tl.fma(f, d, square)
+            w = g * K
+            if ALPHA:
+                _add_to_memory(sums_ptr, k, i, w, 1.0, exists, RUNS)
+            if DICTIONARY:
+                _add_to_memory(sums_ptr + (D if ALPHA else 0), k, i, w * d, alpha * gamma * 2, exists, RUNS)
+        slope, square = slope * (gamma * -2), -square
+        if CAPACITY:
+            if on_cells:
+                row, v = _find(_clamped(x, where[3], where[4]), where)
+                slope = _polynomial(tables, row, v, 0, CAPACITY, RUNS)
+                if GAMMA:
+                    square = _polynomial(tables, row, v, 1, CAPACITY, RUNS)
         if dx_ptr is not None:
-            _store(dx_ptr, offsets, inside & (first == 0), g * (slope * (gamma * -2)))
+            _store(dx_ptr, offsets, inside, g * slope)
         if GAMMA:
-            dgamma -= _fold(g * square, WRAPS, RUNS)
-    _store_sums(
-        sums_ptr, exists, sums, dgamma, None, gamma * 2, alpha_ptr, first == 0, first, D, slots, WINDOW, ALPHA, GAMMA,
-        DICTIONARY, RUNS,
-    )  # fmt: skip
+            dgamma += _fold(g * square, WRAPS, RUNS)
+    if GAMMA:
+        tl.store(sums_ptr + (slots - 1), _sum_rows(dgamma), (count > 0) & exists)
 
 
-@triton.jit(do_not_specialize=["flags", "D", *GEOMETRY, "windows", "slots"])
+@triton.jit(do_not_specialize=["flags", "D", *GEOMETRY, "slots"])
 def kaf_double_backward_kernel(
     v_x_ptr, v_alpha_ptr, v_gamma_ptr, v_dictionary_ptr, grad_ptr, x_ptr, dgrad_ptr, dx_ptr, sums_ptr,
     alpha_ptr, gamma_ptr, dictionary_ptr, workspace_ptr, boundary: tl.float64,
-    flags, D, B, C, L, units, gap, parts, part, rows_each, magic, shift, windows, slots,
+    flags, D, B, C, L, units, gap, parts, part, rows_each, magic, shift, slots,
     R: tl.constexpr, W: tl.constexpr, ALIGN: tl.constexpr, RUNS: tl.constexpr, CAPACITY: tl.constexpr,
-    WRAPS: tl.constexpr, WINDOW: tl.constexpr, ALPHA: tl.constexpr, GAMMA: tl.constexpr, DICTIONARY: tl.constexpr,
+    WRAPS: tl.constexpr, ALPHA: tl.constexpr, GAMMA: tl.constexpr, DICTIONARY: tl.constexpr,
 ):  # fmt: skip
     """The derivatives of <v_x, dx> + <v_α, dα> + <v_γ, dγ> + <v_δ, dδ>, where absent v are 0.
 
@@ -753,16 +723,14 @@ def kaf_double_backward_kernel(
 
         dgrad = v_x f′ + q    dx = h f″ + g q′    dα, dγ = Σ_n h ∂f′ + g ∂q by α, γ    dδ_k = -Σ_n the k-th term of dx
 
-    Programs share the points, and the sums lie, as in `kaf_backward_kernel`.
+    The sums lie as in `kaf_backward_kernel`.
     """
     FLOAT: tl.constexpr = _float(x_ptr)
     ALONG_V: tl.constexpr = not (v_alpha_ptr is None and v_gamma_ptr is None and v_dictionary_ptr is None)
     COUNT: tl.constexpr = (2 + GAMMA) * (1 + ALONG_V)
     offset, count, channel, partial, exists = _place(
-        tl.program_id(0) // windows, B, C, L, units, gap, parts, part, rows_each, R, W, ALIGN, RUNS
+        tl.program_id(0), B, C, L, units, gap, parts, part, rows_each, R, W, ALIGN, RUNS
     )
-    first = tl.program_id(0) % windows * WINDOW
-    leads = first == 0
     x_ptr += offset
     grad_ptr += offset
     v_x_ptr = _moved(v_x_ptr, offset)
@@ -777,14 +745,16 @@ def kaf_double_backward_kernel(
     gamma, gamma_log2e = _bandwidth(gamma_ptr + gamma_at, FLOAT)
     v_gamma = _optional(v_gamma_ptr, gamma_at, True, gamma)
     half_hi, half_lo = _half(boundary, D, FLOAT)
-    on_cells = (_kind(workspace_ptr, channel, flags, RUNS) > 0) & leads if CAPACITY else False
-
+    on_cells = False
     if CAPACITY:
+        on_cells = _kind(workspace_ptr, channel, flags, RUNS) > 0
         where = _cells(workspace_ptr, channel, flags)
         tables = _table_of(workspace_ptr, channel, C, COUNT, CAPACITY, RUNS)
-    sums = _zeros((ALPHA + DICTIONARY) * WINDOW, R, W, WRAPS, RUNS, FLOAT)
+    end = D if ALPHA or DICTIONARY else tl.where(on_cells, 0, D)
     gamma_sum = _zeros(1, R, W, WRAPS, RUNS, FLOAT)[0]
     for i in range(tl.cdiv(count, R)):
+        if ALPHA or DICTIONARY:
+            tl.debug_barrier()  # between what one tile and the next add to memory
         offsets, inside = _tile(i, count, exists, units, gap, magic, shift, R, W, ALIGN, RUNS)
         x = _far(_load(x_ptr, offsets, inside, FLOAT))
         g = _load(grad_ptr, offsets, inside, FLOAT)
@@ -794,6 +764,30 @@ def kaf_double_backward_kernel(
             v_x = _load(v_x_ptr, offsets, inside, FLOAT)
         h = v_x * g
         dgrad, dx, dgamma = tl.zeros_like(g), tl.zeros_like(g), tl.zeros_like(g)
+        for k in range(end):
+            alpha = tl.load(alpha_ptr + k).to(FLOAT)
+            p = alpha, _optional(v_alpha_ptr, k, True, alpha), v_gamma, _optional(v_dictionary_ptr, k, True, alpha)
+            hi, lo = _point(dictionary_ptr, k, D, boundary, half_hi, half_lo, True, FLOAT)
+            d, K = _gaussian((x - hi) - lo, gamma_log2e)
+            of_x = h * _term(CURVATURE, d, K, gamma, *p)
+            if ALONG_V:
+                of_x += g * _term(ALONG_SLOPE, d, K, gamma, *p)
+            if on_cells == 0:
+                dx += of_x
+                dgrad += v_x * _term(SLOPE, d, K, gamma, *p)
+                if GAMMA:
+                    dgamma += h * _term(SLOPE_BY_GAMMA, d, K, gamma, *p)
+                if ALONG_V:
+                    dgrad += _term(ALONG, d, K, gamma, *p)
+                    if GAMMA:
+                        dgamma += g * _term(ALONG_BY_GAMMA, d, K, gamma, *p)
+            if ALPHA:
+                of_alpha = h * _term(SLOPE_BY_ALPHA, d, K, gamma, *p)
+                if ALONG_V:
+                    of_alpha += g * _term(ALONG_BY_ALPHA, d, K, gamma, *p)
+                _add_to_memory(sums_ptr, k, i, of_alpha, 1.0, exists, RUNS)
+            if DICTIONARY:
+                _add_to_memory(sums_ptr + (D if ALPHA else 0), k, i, of_x, -1.0, exists, RUNS)
         if CAPACITY:
             if on_cells:
                 row, v = _find(_clamped(x, where[3], where[4]), where)
@@ -806,51 +800,14 @@ def kaf_double_backward_kernel(
                     dgamma = h * _polynomial(tables, row, v, COUNT - 1 - ALONG_V, CAPACITY, RUNS)
                     if ALONG_V:
                         dgamma = tl.fma(g, _polynomial(tables, row, v, COUNT - 1, CAPACITY, RUNS), dgamma)
-        for k in range(0, tl.where(leads & (on_cells == 0), D, 0)):
-            alpha = tl.load(alpha_ptr + k).to(FLOAT)
-            p = alpha, _optional(v_alpha_ptr, k, True, alpha), v_gamma, _optional(v_dictionary_ptr, k, True, alpha)
-            hi, lo = _point(dictionary_ptr, k, D, boundary, half_hi, half_lo, True, FLOAT)
-            d, K = _gaussian((x - hi) - lo, gamma_log2e)
-            dgrad += v_x * _term(SLOPE, d, K, gamma, *p)
-            dx += h * _term(CURVATURE, d, K, gamma, *p)
-            if GAMMA:
-                dgamma += h * _term(SLOPE_BY_GAMMA, d, K, gamma, *p)
-            if ALONG_V:
-                dgrad += _term(ALONG, d, K, gamma, *p)
-                dx += g * _term(ALONG_SLOPE, d, K, gamma, *p)
-                if GAMMA:
-                    dgamma += g * _term(ALONG_BY_GAMMA, d, K, gamma, *p)
         if dgrad_ptr is not None:
-            _store(dgrad_ptr, offsets, inside & leads, dgrad)
+            _store(dgrad_ptr, offsets, inside, dgrad)
         if dx_ptr is not None:
-            _store(dx_ptr, offsets, inside & leads, dx)
+            _store(dx_ptr, offsets, inside, dx)
         if GAMMA:
             gamma_sum += _fold(dgamma, WRAPS, RUNS)
-        if ALPHA or DICTIONARY:
-            of_alpha, of_dictionary = (), ()
-            for j in tl.static_range(WINDOW):
-                k = first + j
-                alpha = tl.load(alpha_ptr + k, k < D, other=0).to(FLOAT)
-                v_dictionary = _optional(v_dictionary_ptr, k, k < D, alpha)
-                p = alpha, _optional(v_alpha_ptr, k, k < D, alpha), v_gamma, v_dictionary
-                hi, lo = _point(dictionary_ptr, k, D, boundary, half_hi, half_lo, k < D, FLOAT)
-                d, K = _gaussian((x - hi) - lo, gamma_log2e)
-                if ALPHA:
-                    w = gamma * -2 * d
-                    term = h * w
-                    if ALONG_V:
-                        term += g * (v_gamma * -(d * d) - v_dictionary * w)
-                    of_alpha += (sums[j] + _fold(term * K, WRAPS, RUNS),)
-                if DICTIONARY:
-                    term = h * _term(CURVATURE, d, K, gamma, *p)
-                    if ALONG_V:
-                        term += g * _term(ALONG_SLOPE, d, K, gamma, *p)
-                    of_dictionary += (sums[j + (WINDOW if ALPHA else 0)] - _fold(term, WRAPS, RUNS),)
-            sums = of_alpha + of_dictionary
-    _store_sums(
-        sums_ptr, exists, sums, gamma_sum, None, None, alpha_ptr, leads, first, D, slots, WINDOW, ALPHA, GAMMA,
-        DICTIONARY, RUNS,
-    )  # fmt: skip
+    if GAMMA:
+        tl.store(sums_ptr + (slots - 1), _sum_rows(gamma_sum), (count > 0) & exists)
 
 
 @triton.jit(do_not_specialize=["outer", "inner", "outer_stride", "inner_stride", "each", "K"])
