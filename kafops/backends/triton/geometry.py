@@ -33,7 +33,7 @@ RUNS_FROM = 16  # L from which on tiles lie within the runs of one channel: the 
 LANES = 32  # columns of a tile of the columns regime, of 4 bytes each: a warp's access is 128 bytes
 _NVIDIA = {
     "kaf": Tiling(128, 8, 8, 2048),
-    "kaf_backward": Tiling(128, 8, 32, 1024),
+    "kaf_backward": Tiling(128, 4, 32, 1024),
     "kaf_double_backward": Tiling(128, 8, 32, 1024),
 }
 # Programs of four warps of 64, on up to 304 multiprocessors.
@@ -90,7 +90,7 @@ def geometry(operator: str, architecture: str, B: int, C: int, L: int, itemsize:
         aligned: whether all tensors begin at a multiple of 16 bytes.
     """
     t = tiling(operator, architecture)
-    runs, M = C == 1 or L >= RUNS_FROM, C * L
+    runs, M = C == 1 or L >= (100 if architecture == "interpreted" else RUNS_FROM), C * L
     full = max(16 // itemsize, 1)  # elements of one access
     tile = t.threads * (max(t.elements, full) if runs else t.elements)
     if runs:
@@ -98,8 +98,9 @@ def geometry(operator: str, architecture: str, B: int, C: int, L: int, itemsize:
         units, gap, rows = L // align, (C - 1) * (L // align), B * (L // align)
         R, wraps = tile // W, tile // W // t.threads
     else:
-        align = math.gcd(M, max(4 // itemsize, 1)) if aligned else 1  # every column of a thread has its own sums
-        W = min(LANES * max(4 // itemsize, 1) if architecture != "interpreted" else 256, _power_of_two(M))
+        vector = max(4 // itemsize, 1) if operator == "kaf" else 1  # every column of a thread has sums of its own
+        align = math.gcd(M, vector) if aligned else 1
+        W = min(256 if architecture == "interpreted" else LANES * vector, _power_of_two(M))
         units, gap, rows = M // align, 0, B
         R, wraps = tile // W, max(1, tile // t.threads // align)
     if architecture == "interpreted":

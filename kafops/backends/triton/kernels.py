@@ -359,12 +359,12 @@ def tables_kernel(
             values = more
         tables = _table_of(workspace_ptr, channel, C, COUNT, CAPACITY, RUNS)
         cell = tl.arange(0, CAPACITY)
-        for c in tl.static_range(COUNT):
-            value = tl.where(cell[None, :] < count, values[c], 0.0).to(tl.float64)
-            for m in tl.static_range(8):
-                weight = tl.zeros([8, 1], tl.float64)
-                for i in tl.static_range(8):
-                    weight = tl.where(node == i, tl.full([8, 1], COEFFICIENTS[8 * m + i], tl.float64), weight)
+        for m in tl.static_range(8):
+            weight = tl.zeros([8, 1], tl.float64)
+            for i in tl.static_range(8):
+                weight = tl.where(node == i, tl.full([8, 1], COEFFICIENTS[8 * m + i], tl.float64), weight)
+            for c in tl.static_range(COUNT):
+                value = tl.where(cell[None, :] < count, values[c], 0.0).to(tl.float64)
                 tl.store(tables + _at(cell, m, c, CAPACITY, RUNS), tl.sum(weight * value, 0).to(tl.float32))
 
 
