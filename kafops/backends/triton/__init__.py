@@ -257,12 +257,16 @@ class _Call:
             for need, p in wanted:
                 yield self.x.new_empty(0) if p is None or not self.needs & need else p.new_zeros(p.shape)
             return
-        total, D = _sum_of(self.partial, self.C), self.D
-        of_alpha = D if self.needs & Needs.ALPHA else 0
-        slots = {Needs.ALPHA: slice(0, D), Needs.GAMMA: -1, Needs.DICTIONARY: slice(of_alpha, of_alpha + D)}
+        alone = [p for need, p in wanted if self.needs & need and p is not None]
+        dtype = alone[0].dtype if len(alone) == 1 and alone[0].shape[0] == self.C else torch.float64
+        total, D = _sum_of(self.partial, self.C, dtype), self.D
+        points = slice(-D, None) if not self.needs & Needs.GAMMA else slice(-D - 1, -1)
+        slots = {Needs.ALPHA: slice(0, D), Needs.GAMMA: -1, Needs.DICTIONARY: points}
         for need, p in wanted:
             if p is None or not self.needs & need:
                 yield self.x.new_empty(0)
+            elif dtype != torch.float64:
+                yield total.view(p.shape)
             else:
                 of_p = total[:, slots[need]]
                 yield torch.empty_like(p).copy_(of_p if p.shape[0] == self.C else of_p.sum(0, keepdim=True))
@@ -275,10 +279,10 @@ def _in_layout(t: Tensor, strides: tuple[int, ...]) -> Tensor:
     return torch.empty_strided(t.shape, strides, dtype=t.dtype, device=t.device).copy_(t)
 
 
-def _sum_of(partial: Tensor, C: int) -> Tensor:
-    """[chunks, columns, slots] -> [C, slots], float64."""
+def _sum_of(partial: Tensor, C: int, dtype: torch.dtype) -> Tensor:
+    """[chunks, columns, slots] -> [C, slots], added in float64."""
     chunks, columns, K = partial.shape
-    total = partial.new_empty((C, K), dtype=torch.float64)
+    total = partial.new_empty((C, K), dtype=dtype)
     each = columns // C
     if C == 1:  # all columns are its, and might as well be chunks
         chunks, columns, each = chunks * columns, 1, 1
@@ -332,7 +336,8 @@ def _launch(
     if device.type == "meta":
         _recorder.get().launches.append((kernel, tiling, arguments, constants))
         return
-    torch._check(programs < 1 << 31, lambda: f"x has too many elements for one launch, of {programs} programs")
+    if programs >= 1 << 31:
+        raise RuntimeError(f"x has too many elements, or D is too large, for one launch of {programs} programs")
     options = _options(tiling)
     if device.type != "cuda" or device.index == torch.cuda.current_device():
         kernel[(programs,)](*arguments, **constants, **options)

@@ -827,4 +827,4 @@ def add_partial_sums_kernel(
             n = start + tl.arange(0, BLOCK_N)[:, None]
             at = n.to(tl.int64) * inner_stride + (row * each + outer_stride.to(tl.int64) * i)
             total += tl.load(sums_ptr + at * K + k, (n < inner) & (k < K), other=0).to(tl.float64)
-    tl.store(result_ptr + row * K + k, tl.sum(total, 0)[None, :], k < K)
+    tl.store(result_ptr + row * K + k, tl.sum(total, 0)[None, :].to(result_ptr.dtype.element_ty), k < K)
