@@ -336,8 +336,6 @@ def _launch(
     if device.type == "meta":
         _recorder.get().launches.append((kernel, tiling, arguments, constants))
         return
-    if programs >= 1 << 31:
-        raise RuntimeError(f"x has too many elements, or D is too large, for one launch of {programs} programs")
     options = _options(tiling)
     if device.type != "cuda" or device.index == torch.cuda.current_device():
         kernel[(programs,)](*arguments, **constants, **options)

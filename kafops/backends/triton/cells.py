@@ -5,11 +5,12 @@ rounding. `tests/kafops/test_triton.py` sees to it that both backends have the s
 """
 
 import math
+import struct
 
 NODES = (0.98078528, 0.83146961, 0.55557023, 0.19509032)  # ±: Chebyshev's on [−1, 1], float32 once rounded
 COEFFICIENTS = 8  # of a polynomial
 POINTS = 512  # D; larger dictionaries have no tables
-WIDTH, WIDEST = 0.52, 1.12  # of a cell in 1/√γ, and how much wider one may be where the room is short
+WIDTH, WIDEST = 0.52, 1.12  # of a cell in 1/√γ; times that where room is short
 TAIL, UNDERFLOW = 4.4721360, 9.4868  # in 1/√γ: exp(−u²) is 2e-9 there, and below float32
 LEAST_T, MOST_T = 1 / 1024, 0.51  # γΔ², for sums over even points by powers
 ROWS = 32  # channels whose tables lie side by side where channels do
@@ -21,8 +22,8 @@ def cells_for(size: int) -> int:
 
 
 def capacity(size: int) -> int:
-    """Return the cells that there is room for: a power of two, as it is a constant of the kernels."""
-    return 1 << (cells_for(size) - 1).bit_length()
+    """Return the cells that there is room for: few different numbers, as they are constants of the kernels."""
+    return max(64, 1 << (cells_for(size) - 1).bit_length())
 
 
 def coefficients() -> list[list[float]]:
@@ -41,6 +42,4 @@ def coefficients() -> list[list[float]]:
 
 
 def _float32(value: float) -> float:
-    import struct
-
     return struct.unpack("f", struct.pack("f", value))[0]

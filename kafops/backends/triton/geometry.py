@@ -100,7 +100,7 @@ def geometry(operator: str, architecture: str, B: int, C: int, L: int, itemsize:
     else:
         vector = max(4 // itemsize, 1) if operator == "kaf" else 1  # every column of a thread has sums of its own
         align = math.gcd(M, vector) if aligned else 1
-        W = min(256 if architecture == "interpreted" else LANES * vector, _power_of_two(M))
+        W = min(256 if architecture == "interpreted" else LANES * vector, max(8, _power_of_two(M)))
         units, gap, rows = M // align, 0, B
         R, wraps = tile // W, max(1, tile // t.threads // align)
     if architecture == "interpreted":

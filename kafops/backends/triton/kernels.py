@@ -267,12 +267,15 @@ def _table_of(workspace_ptr, channel, C, COUNT: tl.constexpr, CAPACITY: tl.const
 
 
 @triton.jit
-def _at(row, m, curve, CAPACITY: tl.constexpr, RUNS: tl.constexpr):
-    """Where the m-th coefficient of a cell is, from there."""
-    if RUNS:
-        return row + (curve * 8 + m) * CAPACITY
-    else:
-        return row * (8 * ROWS) + (curve * CAPACITY * 8 + m) * ROWS
+def _cell(row, RUNS: tl.constexpr):
+    """Where a cell is, from there."""
+    return row if RUNS else row * (8 * ROWS)
+
+
+@triton.constexpr_function
+def _step(curve, m, CAPACITY, RUNS):
+    """Where the m-th coefficient of a curve is, from there."""
+    return (curve * 8 + m) * CAPACITY if RUNS else (curve * CAPACITY * 8 + m) * cells.ROWS
 
 
 @triton.jit(do_not_specialize=["flags", "D", "C"])
@@ -314,12 +317,12 @@ def tables_kernel(
     low, high, width = first - unit * TAIL, last + unit * TAIL, unit * WIDTH
     # In cells much wider than the distances that matter, d² would be lost against the error of interpolation.
     width = tl.where(span > 0, tl.minimum(tl.maximum(span, width * 0.0625), width), width)
-    width = tl.maximum(width, tl.minimum((high - low) / (CAPACITY - 3.1), width * WIDEST))
+    width = tl.maximum(width, tl.minimum((high - low) * (1 / (CAPACITY - 3.1)), width * WIDEST))
     ok = (wrong == 0) & (gamma64 > 0) & (width > 1e-30) & (width < 1e30)
     bits = tl.where(ok, width, 1.0).to(tl.float32).to(tl.uint32, bitcast=True)
     width32 = ((bits + 0xFFF) & 0xFFFFF000).to(tl.float32, bitcast=True)
-    width = width32.to(tl.float64)
-    begin, end = tl.ceil(low / width - 0.5), tl.floor(high / width + 0.5) + 2
+    inverse = 1 / width32.to(tl.float64)
+    begin, end = tl.ceil(low * inverse - 0.5), tl.floor(high * inverse + 0.5) + 2
     ok = ok & (begin > -4096) & (end < 4096) & (end - begin <= CAPACITY)
     begin, end = tl.where(ok, begin, 0.0).to(tl.int32), tl.where(ok, end, 1.0).to(tl.int32)
     count = end - begin - 1  # the last cell's polynomial is 0, and serves for every x without a cell
@@ -330,8 +333,8 @@ def tables_kernel(
     low, high = first - unit * UNDERFLOW, last + unit * UNDERFLOW
     to = workspace_ptr + channel * 8
     tl.store(to, width32)
-    tl.store(to + 1, (1 / width).to(tl.float32))
-    tl.store(to + 2, (2 / width).to(tl.float32))
+    tl.store(to + 1, inverse.to(tl.float32))
+    tl.store(to + 2, (inverse * 2).to(tl.float32))
     tl.store(to + 3, (low - tl.abs(low) * 0.015625).to(tl.float32))
     tl.store(to + 4, (high + tl.abs(high) * 0.015625).to(tl.float32))
     tl.store(to + 5, begin.to(tl.float32))
@@ -357,15 +360,17 @@ def tables_kernel(
             for c in tl.static_range(COUNT):
                 more += (values[c] + _term(CURVES[c], d, K, gamma, alpha, v_alpha, v_gamma, v_dictionary),)
             values = more
-        tables = _table_of(workspace_ptr, channel, C, COUNT, CAPACITY, RUNS)
-        cell = tl.arange(0, CAPACITY)
+        tables = _table_of(workspace_ptr, channel, C, COUNT, CAPACITY, RUNS) + _cell(cell, RUNS)
+        doubles = ()
+        for c in tl.static_range(COUNT):
+            doubles += (values[c].to(tl.float64),)
         for m in tl.static_range(8):
             weight = tl.zeros([8, 1], tl.float64)
             for i in tl.static_range(8):
                 weight = tl.where(node == i, tl.full([8, 1], COEFFICIENTS[8 * m + i], tl.float64), weight)
             for c in tl.static_range(COUNT):
-                value = tl.where(cell[None, :] < count, values[c], 0.0).to(tl.float64)
-                tl.store(tables + _at(cell, m, c, CAPACITY, RUNS), tl.sum(weight * value, 0).to(tl.float32))
+                value = tl.sum(weight * doubles[c], 0, keep_dims=True).to(tl.float32)
+                tl.store(tables + _step(c, m, CAPACITY, RUNS), tl.where(cell < count, value, 0.0))
 
 
 @triton.jit
@@ -397,9 +402,10 @@ def _find(x, where):
 
 @triton.jit
 def _polynomial(tables, row, v, curve: tl.constexpr, CAPACITY: tl.constexpr, RUNS: tl.constexpr):
-    y = tl.load(tables + _at(row, 7, curve, CAPACITY, RUNS))
+    tables += _cell(row, RUNS)
+    y = tl.load(tables + _step(curve, 7, CAPACITY, RUNS))
     for m in tl.static_range(6, -1, -1):
-        y = tl.fma(y, v, tl.load(tables + _at(row, m, curve, CAPACITY, RUNS)))
+        y = tl.fma(y, v, tl.load(tables + _step(curve, m, CAPACITY, RUNS)))
     return y
 
 
