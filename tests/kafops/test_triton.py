@@ -79,7 +79,7 @@ def test_programs_cover_the_matrix_once(operator, architecture):
                 at = (row + q)[:, None] * C * L + torch.arange(column, min(column + W, C * L))
             seen[at.flatten()] += 1
         assert (seen == 1).all(), g
-        assert R * W == g.tiling.threads * max(g.tiling.elements, 4) or architecture == "interpreted"
+        assert g.tiling.threads * max(g.tiling.elements, 4) == R * W or architecture == "interpreted"
 
 
 @pytest.mark.parametrize("architecture", ["75", "90", "hip"])
@@ -143,15 +143,15 @@ def recorded(function, *arguments):
     ("dtype", "layout", "count"), [(BF16, "channels_last", 5), (BF16, "contiguous", 9), (F32, "contiguous", 7)], ids=str
 )
 def test_a_training_run_compiles_few_kernels(dtype, layout, count):
-    """Forward and backward of ResNet50's maps: every width of its accesses once, and what makes tables and adds sums."""
+    """Forward and backward of ResNet50's maps: one for each width of access, and what makes tables and adds sums."""
     compiled = set()
     for C, side in ((64, 112), (64, 56), (256, 56), (128, 28), (512, 28), (256, 14), (1024, 14), (512, 7), (2048, 7)):
         x = torch.empty(128, C, side, side, dtype=dtype, device="meta")
         x = x.to(memory_format=torch.channels_last) if layout == "channels_last" else x
         p = x, torch.empty(C, 20, device="meta"), torch.empty(C, device="meta"), None, 3.0
         for call in (triton.kaf, *p), (triton.kaf_backward, x, *p, int(Needs.X | Needs.ALPHA)):
-            for kernel, _, values, constants in recorded(*call):
-                types = tuple(v.dtype if isinstance(v, torch.Tensor) else v is None for v in values)
+            for kernel, _, given, constants in recorded(*call):
+                types = tuple(v.dtype if isinstance(v, torch.Tensor) else v is None for v in given)
                 compiled.add((kernel.__name__, types, tuple(constants.items())))
     assert len(compiled) == count
 

@@ -148,14 +148,14 @@ def kaf_double_backward(
     dx = torch.empty_like(x) if needs & Needs.X else None
     if call.has_work():
         call.lay_out("kaf_double_backward", dgrad if dx is None else dx, grad, v_x)
-        v = tuple(None if t is None else t.contiguous() for t in (v_alpha, v_gamma, v_dictionary))
-        along = v != (None, None, None)
+        directions = tuple(None if t is None else t.contiguous() for t in (v_alpha, v_gamma, v_dictionary))
+        along = any(t is not None for t in directions)
         curves = [_Curve.SLOPE, _Curve.CURVATURE] + [_Curve.ALONG, _Curve.ALONG_SLOPE] * along
         if needs & Needs.GAMMA:
             curves += [_Curve.SLOPE_BY_GAMMA] + [_Curve.ALONG_BY_GAMMA] * along
-        call.make_tables(tuple(curves), v)
-        grad, v_x = call.data
-        call.launch_sums(_kernels().kaf_double_backward_kernel, (v_x, *v, grad, call.x, dgrad, dx))
+        call.make_tables(tuple(curves), directions)
+        g, v_of_x = call.data
+        call.launch_sums(_kernels().kaf_double_backward_kernel, (v_of_x, *directions, g, call.x, dgrad, dx))
     return _or_empty(dgrad, x), _or_empty(dx, x), *call.gradients()
 
 
@@ -261,7 +261,7 @@ class _Call:
         dtype = alone[0].dtype if len(alone) == 1 and alone[0].shape[0] == self.C else torch.float64
         total, D = _sum_of(self.partial, self.C, dtype), self.D
         points = slice(-D, None) if not self.needs & Needs.GAMMA else slice(-D - 1, -1)
-        slots = {Needs.ALPHA: slice(0, D), Needs.GAMMA: -1, Needs.DICTIONARY: points}
+        slots: dict[int, slice | int] = {Needs.ALPHA: slice(0, D), Needs.GAMMA: -1, Needs.DICTIONARY: points}
         for need, p in wanted:
             if p is None or not self.needs & need:
                 yield self.x.new_empty(0)
@@ -310,8 +310,8 @@ def workspace_of(channels: int, curves: int, capacity: int, runs: bool) -> int:
 def worth(workspace: int, call: _Call, curves: tuple[_Curve, ...]) -> bool:
     """Whether tables save operations, and take at most a quarter of x's memory.
 
-    Instructions, counted by hand: an exponential is 8, an entry of a table 25 for each point, an element with tables 10,
-    and 16 for each curve; sums over even points are formed by powers, others as without tables: these save half.
+    Instructions, counted by hand: an exponential is 8, an entry of a table 25 for each point, an element with tables
+    10, and 16 for each curve; sums over even points are formed by powers, others as without tables: these save half.
     """
     x, D, n = call.x, call.D, len(curves)
     second = len(curves) > 1 and curves[1] == _Curve.CURVATURE
@@ -330,7 +330,12 @@ def _or_empty(t: Tensor | None, x: Tensor) -> Tensor:
 
 
 def _launch(
-    device: torch.device, kernel: Any, programs: int, tiling: Tiling, arguments: tuple[Any, ...], constants: dict[str, Any]
+    device: torch.device,
+    kernel: Any,
+    programs: int,
+    tiling: Tiling,
+    arguments: tuple[Any, ...],
+    constants: dict[str, Any],
 ) -> None:
     """Launch a kernel; note the call, where it is recorded."""
     if device.type == "meta":

@@ -1,4 +1,4 @@
-"""What says where a curve is a polynomial, and of which degree: the numbers of csrc/cuda/call.h, tables.cuh and even.cuh.
+"""What says where a curve is a polynomial, and of which degree: the numbers of csrc/cuda/tables.cuh and call.h.
 
 With 1/√γ as the unit, a cell of width 0.52, at most 0.58, and degree 7 leave 2e-8 of a Gaussian's peak, a third of a
 rounding. `tests/kafops/test_triton.py` sees to it that both backends have the same numbers.

@@ -59,9 +59,9 @@ class Geometry:
     Attributes:
         constants: R, W, ALIGN and RUNS of a kernel, which it is compiled for.
         WRAPS: rows of a tile that a thread has; a constant of kernels that sum.
-        integers: what a kernel is not compiled for: B, C and L, the sizes outside the channels, of the channels (1 where
-            a curve is shared by all), and inside them; units of ALIGN elements, in a run or a row; gap, in units,
-            between two runs of a channel; parts, of a run or a row, and the units of such a part of a run; rows_each,
+        integers: what a kernel is not compiled for: B, C and L, the sizes outside the channels, of the channels (1
+            where a curve is shared by all), and inside them; units of ALIGN elements, in a run or a row; gap, in units,
+            between two runs of a channel; parts, of a run or a row, and part, the units of one of a run; rows_each, the
             rows (or runs) of a program; magic and shift: q // units = q magic >> shift for what a program has.
         programs: their number.
         chunks, columns: how many partial sums there are, [chunks, columns].
@@ -90,7 +90,8 @@ def geometry(operator: str, architecture: str, B: int, C: int, L: int, itemsize:
         aligned: whether all tensors begin at a multiple of 16 bytes.
     """
     t = tiling(operator, architecture)
-    runs, M = C == 1 or L >= (100 if architecture == "interpreted" else RUNS_FROM), C * L
+    runs_from = 100 if architecture == "interpreted" else RUNS_FROM
+    runs, M = C == 1 or runs_from <= L, C * L
     full = max(16 // itemsize, 1)  # elements of one access
     tile = t.threads * (max(t.elements, full) if runs else t.elements)
     if runs:

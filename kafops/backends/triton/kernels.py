@@ -1,8 +1,8 @@
 """The Triton kernels. Imports triton, so only `kafops.backends.triton` imports it, and only when there is work.
 
 Geometry. Memory is a matrix [B, M] with M = C L columns, of which column j has channel j // L. A program takes tiles
-[R, W] of it, one after the other. RUNS: of one channel, whose units of W neighbours are numbered through its B runs, and
-every parameter below is a scalar. Otherwise a tile has W columns of any channels and R of the B rows, and every
+[R, W] of it, one after the other. RUNS: of one channel, whose units of W neighbours are numbered through its B runs,
+and every parameter below is a scalar. Otherwise a tile has W columns of any channels and R of the B rows, and every
 parameter is a vector [W]. Scalars and vectors broadcast against [R, W] alike, so that both cases share all formulas.
 
 Curves are polynomials on cells of the x axis, as in csrc/cuda/cells.cuh, which has the mathematics: `tables_kernel`
@@ -10,10 +10,10 @@ makes a channel's tables, and the others look up, through the L1 cache, eight co
 Sums over elements for an even dictionary are formed by powers, as in csrc/cuda/even.cuh. Where a call has no tables, or
 a channel of a program no cells, the program is DIRECT: an exponential for each element and point, of any dictionary.
 
-Numerics. Arithmetic is float64 for float64 x, which is always DIRECT, else float32. A name with _hi and one with _lo are
-one number, their sum. `tl.fma` is written where a product must not be rounded. Sums over elements: a few tens of them in
-registers, a tree over the program, one row of partial sums for each program in memory; `add_partial_sums_kernel` adds
-those in float64.
+Numerics. Arithmetic is float64 for float64 x, which is always DIRECT, else float32. A name with _hi and one with _lo
+are one number, their sum. `tl.fma` is written where a product must not be rounded. Sums over elements: a few tens of
+them in registers, or in the program's own row of memory, and a tree over its threads; one row of partial sums for each
+program, and `add_partial_sums_kernel` adds those in float64.
 """
 
 # ruff: noqa: SIM102, SIM108, SIM300  (which branches Triton decides at compile time depends on how they are written)
@@ -382,7 +382,7 @@ def _kind(workspace_ptr, channel, flags, RUNS: tl.constexpr):
 
 @triton.jit
 def _cells(workspace_ptr, channel, flags):
-    """A channel's cells: width, 1/width and 2/width; where x is clamped; the first; the last. 0 where there are none."""
+    """A channel's cells: width, 1/width and 2/width; where x is clamped; the first; the last. 0 where it has none."""
     fields = ()
     for i in tl.static_range(7):
         fields += (tl.load(workspace_ptr + channel * 8 + i, (channel >= 0) & ((flags & TABLES) != 0), other=0),)
@@ -518,6 +518,7 @@ def _four(sums, m: tl.constexpr, COUNT: tl.constexpr):
 
 # --------------------------------------------------------------------------------------------------------- kernels
 
+
 @triton.jit
 def _add_to_memory(ptr, k, i, term, factor, exists, RUNS: tl.constexpr):
     """Add a tile's sum times a factor to the program's sum of point k, which only this program has."""
@@ -553,12 +554,16 @@ def kaf_kernel(
     y_ptr += offset
     on_cells = _kind(workspace_ptr, channel, flags, RUNS) > 0 if CAPACITY else False
     if on_cells:
-        _on_cells(x_ptr, y_ptr, workspace_ptr, channel, flags, count, exists, C, units, gap, magic, shift, R, W, ALIGN, RUNS,
-                  CAPACITY)  # fmt: skip
+        _on_cells(
+            x_ptr, y_ptr, workspace_ptr, channel, flags, count, exists, C, units, gap, magic, shift, R, W, ALIGN, RUNS,
+            CAPACITY,
+        )  # fmt: skip
     else:
         alpha_at, gamma_at, dictionary_at = _rows(channel, flags, D)
-        _direct(x_ptr, y_ptr, alpha_ptr + alpha_at, gamma_ptr + gamma_at, _moved(dictionary_ptr, dictionary_at), D,
-                boundary, count, exists, units, gap, magic, shift, R, W, ALIGN, RUNS)  # fmt: skip
+        _direct(
+            x_ptr, y_ptr, alpha_ptr + alpha_at, gamma_ptr + gamma_at, _moved(dictionary_ptr, dictionary_at), D,
+            boundary, count, exists, units, gap, magic, shift, R, W, ALIGN, RUNS,
+        )  # fmt: skip
 
 
 @triton.jit
