@@ -1,6 +1,6 @@
 """The Triton kernels' launch code: tensors to geometry, geometry to launches. The first call imports triton."""
 
-import contextlib
+import enum
 import functools
 import importlib.util
 import os
@@ -16,7 +16,8 @@ from torch import Tensor
 from kafops import plain
 from kafops.backends import gpus
 from kafops.backends.record import OPERATORS, Backend
-from kafops.backends.triton.geometry import SUMS, Geometry, Tiling, geometry
+from kafops.backends.triton import cells
+from kafops.backends.triton.geometry import SUMS, TABLES, Geometry, Tiling, geometry
 from kafops.ops import Needs
 from kafops.torch_private import assumed_constant, unregister
 
@@ -87,10 +88,12 @@ def kaf(
     """Compute the operator `kaf` of kafops/schemas.inc."""
     if kernel or base or n or m:
         return plain.complete_kaf(kaf, x, alpha, gamma, dictionary, boundary, kernel, base, n, m)
-    call = _Call("kaf", x, alpha, gamma, dictionary, boundary)
+    call = _Call(x, alpha, gamma, dictionary, boundary)
     y = torch.empty_like(x)
     if x.numel() > 0:
-        call.launch(_kernels().kaf_kernel, {"y_ptr": y}, call.fast(True))
+        call.lay_out("kaf", y)
+        call.make_tables((_Curve.VALUE,), (None, None, None))
+        call.launch(_kernels().kaf_kernel, (call.x, y), (), {})
     return y
 
 
@@ -111,15 +114,14 @@ def kaf_backward(
     if kernel or base or n or m:
         arguments = (grad, x, alpha, gamma, dictionary, boundary, needs, kernel, base, n, m)
         return plain.complete_kaf_backward(kaf_backward, *arguments)
-    call = _Call("kaf_backward", x, alpha, gamma, dictionary, boundary, grad=grad)
+    call = _Call(x, alpha, gamma, dictionary, boundary, needs)
     dx = torch.empty_like(x) if needs & Needs.X else None
-    sums = _Sums(call, needs)
-    if call.has_work(needs):
-        options = call.fast(not needs & Needs.GAMMA) | call.folds()
-        windows = -(-call.D // 20) if options["FAST"] and needs & Needs.ALPHA else 1
-        call.launch(_kernels().kaf_backward_kernel, {"dx_ptr": dx, **sums.partial}, options, windows)
-    dalpha, dgamma, ddictionary = sums.add()
-    return _or_empty(dx, x), dalpha, dgamma, ddictionary
+    if call.has_work():
+        call.lay_out("kaf_backward", dx, grad)
+        by_gamma = (_Curve.BY_GAMMA,) if needs & Needs.GAMMA else ()
+        call.make_tables((_Curve.SLOPE, *by_gamma), (None, None, None))
+        call.launch_sums(_kernels().kaf_backward_kernel, (*call.data, call.x, dx), window=5 * min(4, -(-call.D // 5)))
+    return _or_empty(dx, x), *call.gradients()
 
 
 def kaf_double_backward(
@@ -141,130 +143,183 @@ def kaf_double_backward(
         v = (v_x, v_alpha, v_gamma, v_dictionary)
         arguments = (*v, grad, x, alpha, gamma, dictionary, boundary, needs, base)
         return plain.complete_kaf_double_backward(kaf_double_backward, *arguments)
-    call = _Call("kaf_double_backward", x, alpha, gamma, dictionary, boundary, grad=grad, v_x=v_x)
+    call = _Call(x, alpha, gamma, dictionary, boundary, needs)
     dgrad = torch.empty_like(x) if needs & Needs.GRAD else None
     dx = torch.empty_like(x) if needs & Needs.X else None
-    sums = _Sums(call, needs)
-    if call.has_work(needs):
-        v_parameters = {"v_alpha_ptr": v_alpha, "v_gamma_ptr": v_gamma, "v_dictionary_ptr": v_dictionary}
-        pointers = {name: None if t is None else t.contiguous() for name, t in v_parameters.items()}
-        pointers |= {"dgrad_ptr": dgrad, "dx_ptr": dx, **sums.partial}
-        call.launch(_kernels().kaf_double_backward_kernel, pointers, {})
-    dalpha, dgamma, ddictionary = sums.add()
-    return _or_empty(dgrad, x), _or_empty(dx, x), dalpha, dgamma, ddictionary
+    if call.has_work():
+        call.lay_out("kaf_double_backward", dgrad if dx is None else dx, grad, v_x)
+        directions = tuple(None if t is None else t.contiguous() for t in (v_alpha, v_gamma, v_dictionary))
+        along = any(t is not None for t in directions)
+        curves = [_Curve.SLOPE, _Curve.CURVATURE] + [_Curve.ALONG, _Curve.ALONG_SLOPE] * along
+        if needs & Needs.GAMMA:
+            curves += [_Curve.SLOPE_BY_GAMMA] + [_Curve.ALONG_BY_GAMMA] * along
+        call.make_tables(tuple(curves), directions)
+        g, v_of_x = call.data
+        call.launch_sums(_kernels().kaf_double_backward_kernel, (v_of_x, *directions, g, call.x, dgrad, dx))
+    return _or_empty(dgrad, x), _or_empty(dx, x), *call.gradients()
+
+
+class _Curve(enum.IntEnum):
+    """What a table has; as in kernels.py."""
+
+    VALUE, SLOPE, CURVATURE, ALONG, ALONG_SLOPE, BY_GAMMA, SLOPE_BY_GAMMA, ALONG_BY_GAMMA = range(8)
 
 
 class _Call:
-    """What the operators share: arguments made ready, and the launch."""
+    """What the operators share: arguments made ready, the tables, the launch, the sums over elements."""
+
+    geometry: Geometry
+    data: list[Tensor | None]  # in the layout of the output, as x is
 
     def __init__(
-        self,
-        operator: str,
-        x: Tensor,
-        alpha: Tensor,
-        gamma: Tensor,
-        dictionary: Tensor | None,
-        boundary: float,
-        **data: Tensor | None,
+        self, x: Tensor, alpha: Tensor, gamma: Tensor, dictionary: Tensor | None, boundary: float, needs: int = 0
     ) -> None:
-        self.operator, self.boundary, self.D = operator, boundary, alpha.shape[1]
-        self.strides = torch.empty_like(x, device="meta").stride()  # dense, and those of the output
-        self.x = self._in_layout(x)
-        self.data = {n: None if t is None else self._in_layout(t) for n, t in data.items()}
+        self.x, self.boundary, self.D = x, boundary, alpha.shape[1]
         # Small; contiguous, so that the kernels have one stride to know.
         self.alpha, self.gamma = alpha.contiguous(), gamma.contiguous()
         self.dictionary = None if dictionary is None else dictionary.contiguous()
-        rows = [len(p) for p in (alpha, gamma, dictionary) if p is not None]
-        self.C = 1 if all(n == 1 for n in rows) else x.shape[1]
+        self.needs = needs if dictionary is not None else needs & ~Needs.DICTIONARY
+        self.flags = 0
+        for bit, p in enumerate((alpha, gamma, dictionary)):
+            if p is not None and p.shape[0] > 1:
+                self.flags |= 1 << bit
+        self.C = x.shape[1] if self.flags else 1
+        self.workspace: Tensor | None = None
+        self.partial: Tensor | None = None
+        self.capacity = 0
 
-    def _in_layout(self, t: Tensor) -> Tensor:
-        """Return t with the strides of the output, a copy where it has others."""
-        if all(n == 1 or a == b for n, a, b in zip(t.shape, t.stride(), self.strides, strict=True)):
-            return t
-        return torch.empty_strided(t.shape, self.strides, dtype=t.dtype, device=t.device).copy_(t)
+    def has_work(self) -> bool:
+        return self.needs != 0 and self.x.numel() > 0
 
-    @functools.cached_property
-    def geometry(self) -> Geometry:
-        n = self.x.numel()
-        L = n if self.C == 1 else self.strides[1]
-        aligned = all(t is None or t.data_ptr() % 16 == 0 for t in (self.x, *self.data.values()))
-        size = self.x.element_size()
-        return geometry(self.operator, _architecture(self.x.device), n // (self.C * L), self.C, L, size, aligned)
+    def lay_out(self, operator: str, output: Tensor | None, *data: Tensor | None) -> None:
+        """Bring all that has x's shape into the layout of the output, and share that among programs."""
+        x = self.x
+        strides = (torch.empty_like(x, device="meta") if output is None else output).stride()
+        self.x = _in_layout(x, strides)
+        self.data = [None if t is None else _in_layout(t, strides) for t in data]
+        aligned = self.x.data_ptr() % 16 == 0 and all(t is None or t.data_ptr() % 16 == 0 for t in self.data)
+        n = x.numel()
+        L = n if self.C == 1 else strides[1]
+        architecture = _architecture(x.device)
+        self.geometry = geometry(operator, architecture, n // (self.C * L), self.C, L, x.element_size(), aligned)
 
-    def has_work(self, needs: int) -> bool:
-        if self.dictionary is None:
-            needs &= ~Needs.DICTIONARY
-        return needs != 0 and self.x.numel() > 0
+    def make_tables(self, curves: tuple[_Curve, ...], v: tuple[Tensor | None, ...]) -> None:
+        """Have tables of these curves made, where they save operations. They take at most a quarter of x's memory."""
+        g, x, D = self.geometry, self.x, self.D
+        self.capacity = _capacity(D)
+        if x.dtype == torch.float64 or not self.capacity:
+            self.capacity = 0
+            return
+        numbers = workspace_of(self.C, len(curves), self.capacity, g.constants["RUNS"])
+        if not worth(numbers * 4, self, curves):
+            # The pointer is not used; another type of pointer would be another kernel to compile.
+            self.workspace = next((t for t in (self.alpha, self.gamma, x) if t.dtype == torch.float32), None)
+            self.capacity = 0 if self.workspace is None else self.capacity
+            return
+        self.flags |= 8
+        self.workspace = x.new_empty(numbers, dtype=torch.float32)
+        arguments = (self.alpha, self.gamma, self.dictionary, *v, self.workspace, self.boundary, self.flags, D, self.C)
+        constants = {"CURVES": tuple(map(int, curves)), "CAPACITY": self.capacity, "RUNS": g.constants["RUNS"]}
+        _launch(x.device, _kernels().tables_kernel, self.C, TABLES, arguments, constants)
 
-    def fast(self, allowed: bool) -> dict[str, Any]:
-        """Constants that say whether a kernel may take its FAST path, and how."""
-        fast = allowed and self.dictionary is None and self.x.dtype != torch.float64 and self.D > 1
-        return {"FAST": fast, "GROUPS": min(4, -(-self.D // 5)) if fast else 1, "MANY": fast and self.D > 20}
-
-    def folds(self) -> dict[str, int]:
-        """Constants that say which elements of a tile a thread holds."""
+    def launch(
+        self, kernel: Any, data: tuple[Any, ...], integers: tuple[int, ...], constants: dict[str, Any], windows: int = 1
+    ) -> None:
+        """Launch a kernel with its own data, integers and constants, and those that all have."""
         g = self.geometry
-        vector = min(g.ALIGN, g.W)
-        return {"VECTOR": vector, "WRAPS": min(g.R, max(1, g.R * g.W // (vector * g.tiling.threads)))}
+        arguments = (
+            *data, self.alpha, self.gamma, self.dictionary, self.workspace, self.boundary, self.flags, self.D,
+            *g.integers, *integers,
+        )  # fmt: skip
+        constants = {**g.constants, "CAPACITY": self.capacity, **constants}
+        _launch(self.x.device, kernel, g.programs * windows, g.tiling, arguments, constants)
 
-    def launch(self, kernel: Any, pointers: dict[str, Any], constants: dict[str, Any], windows: int = 1) -> None:
-        """Launch a kernel with the arguments that all have, and some of its own, once for each window of points."""
+    def launch_sums(self, kernel: Any, data: tuple[Any, ...], window: int = 0) -> None:
+        """Launch a kernel with sums over elements; once for each window of points, where there are windows."""
+        g, D, x = self.geometry, self.D, self.x
+        alpha, gamma, points = (bool(self.needs & n) for n in (Needs.ALPHA, Needs.GAMMA, Needs.DICTIONARY))
+        slots = (alpha + points) * D + gamma
+        if slots:
+            dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
+            self.partial = x.new_empty((g.chunks, g.columns, slots), dtype=dtype)
+        constants = {"WRAPS": g.WRAPS, "ALPHA": alpha, "GAMMA": gamma, "DICTIONARY": points}
+        if not window:
+            return self.launch(kernel, (*data, self.partial), (slots,), constants)
+        by_powers = self.flags & 8 and alpha and not points and self.dictionary is None
+        windows = -(-D // window) if by_powers else 1
+        constants["WINDOW"] = window
+        self.launch(kernel, (*data, self.partial), (windows, slots), constants, windows)
 
-        def row(p: Tensor | None) -> int:
-            return 0 if p is None or len(p) == 1 else p.stride(0)
+    def gradients(self) -> Iterator[Tensor]:
+        """Yield the gradients of alpha, gamma and dictionary; those not wanted are empty."""
+        wanted = ((Needs.ALPHA, self.alpha), (Needs.GAMMA, self.gamma), (Needs.DICTIONARY, self.dictionary))
+        if self.partial is None:
+            for need, p in wanted:
+                yield self.x.new_empty(0) if p is None or not self.needs & need else p.new_zeros(p.shape)
+            return
+        alone = [p for need, p in wanted if self.needs & need and p is not None]
+        dtype = alone[0].dtype if len(alone) == 1 and alone[0].shape[0] == self.C else torch.float64
+        total, D = _sum_of(self.partial, self.C, dtype), self.D
+        points = slice(-D, None) if not self.needs & Needs.GAMMA else slice(-D - 1, -1)
+        slots: dict[int, slice | int] = {Needs.ALPHA: slice(0, D), Needs.GAMMA: -1, Needs.DICTIONARY: points}
+        for need, p in wanted:
+            if p is None or not self.needs & need:
+                yield self.x.new_empty(0)
+            elif dtype != torch.float64:
+                yield total.view(p.shape)
+            else:
+                of_p = total[:, slots[need]]
+                yield torch.empty_like(p).copy_(of_p if p.shape[0] == self.C else of_p.sum(0, keepdim=True))
 
-        g = self.geometry
-        step = 2 * self.boundary / max(self.D - 1, 1)
-        arguments = {
-            "x_ptr": self.x, "alpha_ptr": self.alpha, "gamma_ptr": self.gamma, "dictionary_ptr": self.dictionary,
-            "boundary": self.boundary, "step": step, "inverse_step": 1 / step if step else 0.0, "D": self.D,
-            "alpha_row": row(self.alpha), "gamma_row": row(self.gamma), "dictionary_row": row(self.dictionary),
-        }  # fmt: skip
-        arguments |= {f"{name}_ptr": t for name, t in self.data.items()}
-        arguments |= pointers | g.integers | g.constants | constants
-        _launch(self.x.device, kernel, (g.programs, windows), g.tiling, arguments, g.R * g.W)
+
+def _in_layout(t: Tensor, strides: tuple[int, ...]) -> Tensor:
+    """Return t with these strides, a copy where it has others."""
+    if t.stride() == strides or all(n == 1 or a == b for n, a, b in zip(t.shape, t.stride(), strides, strict=True)):
+        return t
+    return torch.empty_strided(t.shape, strides, dtype=t.dtype, device=t.device).copy_(t)
 
 
-class _Sums:
-    """Sums over elements: room for what each program has of them, and their addition."""
+def _sum_of(partial: Tensor, C: int, dtype: torch.dtype) -> Tensor:
+    """[chunks, columns, slots] -> [C, slots], added in float64."""
+    chunks, columns, K = partial.shape
+    total = partial.new_empty((C, K), dtype=dtype)
+    each = columns // C
+    if C == 1:  # all columns are its, and might as well be chunks
+        chunks, columns, each = chunks * columns, 1, 1
+    (outer, outer_stride), (inner, inner_stride) = sorted([(chunks, columns), (each, 1)])
+    block_k = 1 if K == 1 else 8
+    arguments = (partial, total, outer, outer_stride, inner, inner_stride, each, K)
+    constants = {"BLOCK_N": 1024 // block_k, "BLOCK_K": block_k}
+    kernel = _kernels().add_partial_sums_kernel
+    _launch(partial.device, kernel, C * -(-K // block_k), SUMS, arguments, constants)
+    return total
 
-    def __init__(self, call: _Call, needs: int) -> None:
-        self.call = call
-        named = {"alpha": call.alpha, "gamma": call.gamma, "dictionary": call.dictionary}
-        flags = (Needs.ALPHA, Needs.GAMMA, Needs.DICTIONARY)
-        self.wanted = {n: p if needs & flag else None for (n, p), flag in zip(named.items(), flags, strict=True)}
-        self.partial: dict[str, Tensor | None] = {f"{name}_sums_ptr": self._room(p) for name, p in self.wanted.items()}
 
-    def _room(self, p: Tensor | None) -> Tensor | None:
-        x = self.call.x
-        if p is None or x.numel() == 0:
-            return None
-        shape = (*self.call.geometry.partial_sums, *p.shape[1:])
-        return x.new_empty(shape, dtype=torch.promote_types(x.dtype, torch.float32))
+@functools.cache
+def _capacity(size: int) -> int:
+    """Return the cells that there is room for, 0 for dictionaries without tables."""
+    return cells.capacity(size) if size <= cells.POINTS else 0
 
-    def add(self) -> list[Tensor]:
-        """Return the gradients of alpha, gamma and dictionary; those not wanted are empty."""
-        x, results = self.call.x, []
-        for p, partial in zip(self.wanted.values(), self.partial.values(), strict=True):
-            if p is None or partial is None:
-                results.append(x.new_empty(0) if p is None else p.new_zeros(p.shape))
-                continue
-            result = p.new_empty(p.shape)
-            rows, K = len(p), p.numel() // len(p)
-            chunks, columns = partial.shape[:2]
-            if rows == 1:  # all columns are its, and might as well be chunks
-                chunks, columns = chunks * columns, 1
-            each = columns // rows
-            (outer, outer_stride), (inner, inner_stride) = sorted([(chunks, columns), (each, 1)])
-            block_k = 1 if K == 1 else 8
-            arguments = {
-                "sums_ptr": partial, "result_ptr": result, "outer": outer, "outer_stride": outer_stride,
-                "inner": inner, "inner_stride": inner_stride, "each": each, "K": K,
-                "BLOCK_N": 1024 // block_k, "BLOCK_K": block_k,
-            }  # fmt: skip
-            _launch(x.device, _kernels().add_partial_sums_kernel, (rows, -(-K // block_k)), SUMS, arguments, 1024)
-            results.append(result)
-        return results
+
+def workspace_of(channels: int, curves: int, capacity: int, runs: bool) -> int:
+    """Return the numbers that tables take, and what is known of cells: see `_table_of` in kernels.py."""
+    padded = -(-channels // cells.ROWS) * cells.ROWS
+    return padded * 8 + (channels if runs else padded) * curves * capacity * cells.COEFFICIENTS
+
+
+def worth(workspace: int, call: _Call, curves: tuple[_Curve, ...]) -> bool:
+    """Whether tables save operations, and take at most a quarter of x's memory.
+
+    Instructions, counted by hand: an exponential is 8, an entry of a table 25 for each point, an element with tables
+    10, and 16 for each curve; sums over even points are formed by powers, others as without tables: these save half.
+    """
+    x, D, n = call.x, call.D, len(curves)
+    second = len(curves) > 1 and curves[1] == _Curve.CURVATURE
+    sums = call.needs & (Needs.ALPHA | Needs.DICTIONARY) != 0
+    powers = not second and call.dictionary is None
+    of_point = (40 if second else 8) * (0.5 if sums and not powers else 1) - (3 if sums and powers else 0)
+    saved = x.numel() / call.C * (of_point * D - 10 - 16 * n)
+    return 4 * workspace <= x.nbytes and saved > n * call.capacity * cells.COEFFICIENTS * 25 * D
 
 
 def _or_empty(t: Tensor | None, x: Tensor) -> Tensor:
@@ -275,15 +330,28 @@ def _or_empty(t: Tensor | None, x: Tensor) -> Tensor:
 
 
 def _launch(
-    device: torch.device, kernel: Any, grid: tuple[int, int], tiling: Tiling, arguments: dict[str, Any], tile: int
+    device: torch.device,
+    kernel: Any,
+    programs: int,
+    tiling: Tiling,
+    arguments: tuple[Any, ...],
+    constants: dict[str, Any],
 ) -> None:
-    """Launch a kernel; note the call, where it is recorded, with the elements of a tile."""
+    """Launch a kernel; note the call, where it is recorded."""
     if device.type == "meta":
-        _recorder.get().launches.append((kernel, tiling, arguments, tile))
+        _recorder.get().launches.append((kernel, tiling, arguments, constants))
         return
-    warp = 64 if torch.version.hip else 32
-    with torch.cuda.device(device) if device.type == "cuda" else contextlib.nullcontext():
-        kernel[grid](**arguments, **tiling.options(warp))
+    options = _options(tiling)
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        kernel[(programs,)](*arguments, **constants, **options)
+    else:
+        with torch.cuda.device(device):
+            kernel[(programs,)](*arguments, **constants, **options)
+
+
+@functools.cache
+def _options(tiling: Tiling) -> dict[str, int]:
+    return tiling.options(64 if torch.version.hip else 32)
 
 
 def _architecture(device: torch.device) -> str:
@@ -300,7 +368,7 @@ def _architecture_of_gpu(device: torch.device) -> str:
 @dataclass
 class _Recorder:
     architecture: str
-    launches: list[tuple[Any, Tiling, dict[str, Any], int]] = field(default_factory=list)
+    launches: list[tuple[Any, Tiling, tuple[Any, ...], dict[str, Any]]] = field(default_factory=list)
 
 
 _recorder: ContextVar[_Recorder] = ContextVar("recorder")  # what launches on meta tensors do instead
@@ -315,9 +383,8 @@ class Compilation:
         kernel, signature, constexprs, attrs: arguments of triton.compiler.ASTSource, in this order.
         options: of triton.compile.
         threads: of a program.
-        elements: of x that a thread deals with in one turn of the kernel's outermost loop that loads x.
+        elements: of x that a thread deals with in one turn of a kernel's loop over tiles; 0 for the others.
         vector: how many neighbours a thread loads at once.
-        fast: whether the kernel has the FAST path, whose loop is the one that counts.
     """
 
     name: str
@@ -329,7 +396,6 @@ class Compilation:
     threads: int
     elements: float
     vector: int
-    fast: bool
 
 
 def ahead_of_time(dtype: torch.dtype, architecture: str = "90") -> list[Compilation]:
@@ -369,7 +435,7 @@ def _compilations(dtype: torch.dtype, architecture: str) -> Iterator[Compilation
     calls.append(("kaf contiguous free", kaf, (x, alpha, gamma, alpha, 0.0)))
     calls.append(("kaf_backward contiguous free", kaf_backward, (x, x, alpha, gamma, alpha, 0.0, 15)))
     calls.append(("kaf_backward contiguous gamma", kaf_backward, (x, x, alpha, gamma, None, 3.0, X | ALPHA | GAMMA)))
-    sums = False
+    seen = set()
     for name, function, arguments in calls:
         recorder = _Recorder(architecture)
         token = _recorder.set(recorder)
@@ -377,14 +443,17 @@ def _compilations(dtype: torch.dtype, architecture: str) -> Iterator[Compilation
             function(*arguments)
         finally:
             _recorder.reset(token)
-        yield _compilation(name, architecture, *recorder.launches[0])
-        if len(recorder.launches) > 1 and not sums:
-            sums = True
-            yield _compilation("add_partial_sums", architecture, *recorder.launches[1])
+        for kernel, tiling, values, constants in recorder.launches:
+            called = kernel.__name__.removesuffix("_kernel")
+            title = name if called in OPERATORS else f"{called} of {name}" if called == "tables" else called
+            key = kernel, tuple(constants.items()), tuple(str(getattr(v, "dtype", None)) for v in values)
+            if key not in seen:
+                seen.add(key)
+                yield _compilation(title, architecture, kernel, tiling, values, constants)
 
 
 def _compilation(
-    name: str, architecture: str, kernel: Any, tiling: Tiling, arguments: dict[str, Any], tile: int
+    name: str, architecture: str, kernel: Any, tiling: Tiling, values: tuple[Any, ...], constants: dict[str, Any]
 ) -> Compilation:
     types = {
         torch.float32: "*fp32", torch.float64: "*fp64", torch.bfloat16: "*bf16", torch.float16: "*fp16"
@@ -392,6 +461,7 @@ def _compilation(
     signature: dict[str, str] = {}
     constexprs: dict[str, Any] = {}
     attrs: dict[tuple[int, ...], Any] = {}
+    arguments = dict(zip((p.name for p in kernel.params), values, strict=False)) | constants
     for index, parameter in enumerate(kernel.params):
         value = arguments[parameter.name]
         if parameter.is_constexpr or value is None:
@@ -405,7 +475,6 @@ def _compilation(
         name, kernel, signature, constexprs, attrs,
         options=tiling.options(64 if architecture == "hip" else 32),
         threads=tiling.threads,
-        elements=tile / tiling.threads,
-        vector=arguments.get("ALIGN", 1),
-        fast=bool(arguments.get("FAST")),
+        elements=constants.get("R", 0) * constants.get("W", 0) / tiling.threads,
+        vector=constants.get("ALIGN", 1),
     )  # fmt: skip

@@ -1,7 +1,8 @@
 """How a tensor's memory is shared among the programs of a Triton kernel."""
 
+import functools
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 
@@ -11,56 +12,44 @@ class Tiling:
 
     Attributes:
         threads: of a program; a multiple of 64, the width of a warp on some GPUs.
-        elements: of a tile, for each thread; at least one access of 16 bytes.
-        vector: at most so many neighbours go to one thread, at most 16 bytes. In the columns regime every one of them
-            has its own constants, and its own sums, in registers.
-        tiles: of a program, at most; as many terms a thread adds up, one after the other, in float32.
+        elements: of a tile, for each thread; in runs at least one access of 16 bytes.
+        tiles: of a program, at most: as many terms a thread adds up, one after the other, in float32.
         programs: no more than these while a program has less than `tiles`: about as many as run at once.
-        runs_from: L from which on tiles lie within the runs of one channel: the runs regime.
-        columns: that a tile of the columns regime has, at most.
-        registers: of a thread, at most; None leaves them to the compiler.
     """
 
     threads: int
     elements: int
-    vector: int
-    tiles: int = 32
-    programs: int = 512
-    runs_from: int = 16
-    columns: int = 32
-    registers: int | None = None
+    tiles: int
+    programs: int
 
     def options(self, warp: int) -> dict[str, int]:
         """Return the options of a launch where a warp has so many threads."""
-        return {"num_warps": self.threads // warp} | ({"maxnreg": self.registers} if self.registers else {})
+        return {"num_warps": self.threads // warp}
 
 
-SUMS = Tiling(128, 8, 8)  # of the kernel that adds partial sums
+SUMS = Tiling(128, 8, 1, 1)  # of the kernel that adds partial sums
+TABLES = Tiling(128, 4, 1, 1)  # of the one that makes tables
+RUNS_FROM = 16  # L from which on tiles lie within the runs of one channel: the runs regime
+LANES = 32  # columns of a tile of the columns regime, of 4 bytes each: a warp's access is 128 bytes
 _NVIDIA = {
-    ("kaf", "runs"): Tiling(128, 8, 8),
-    ("kaf", "columns"): Tiling(128, 4, 4),
-    ("kaf_backward", "runs"): Tiling(128, 4, 8),
-    ("kaf_backward", "columns"): Tiling(128, 2, 2),
-    ("kaf_double_backward", "runs"): Tiling(128, 8, 8),
-    ("kaf_double_backward", "columns"): Tiling(128, 8, 4),
+    "kaf": Tiling(128, 8, 8, 2048),
+    "kaf_backward": Tiling(128, 4, 32, 1024),
+    "kaf_double_backward": Tiling(128, 8, 32, 1024),
 }
-# Left alone, the compiler takes 128 registers for half precision, and two words more on the stack.
-_SM_120 = _NVIDIA | {("kaf_backward", "runs"): replace(_NVIDIA["kaf_backward", "runs"], registers=160)}
 # Programs of four warps of 64, on up to 304 multiprocessors.
-_AMD = {key: replace(t, threads=256, programs=1024) for key, t in _NVIDIA.items()}
+_AMD = {key: Tiling(256, t.elements, t.tiles, 2 * t.programs) for key, t in _NVIDIA.items()}
 # An operation costs the interpreter the same on one element and on thousands.
-_INTERPRETED = dict.fromkeys(_NVIDIA, Tiling(1024, 16, 4, tiles=16, programs=1, runs_from=100, columns=256))
+_INTERPRETED = dict.fromkeys(_NVIDIA, Tiling(1024, 16, 16, 1))
 
 
-def tiling(operator: str, regime: str, architecture: str) -> Tiling:
-    """Return the tiling for "kaf", "kaf_backward" or "kaf_double_backward", in the "runs" or the "columns" regime.
+def tiling(operator: str, architecture: str) -> Tiling:
+    """Return the tiling for "kaf", "kaf_backward" or "kaf_double_backward".
 
     Args:
-        operator, regime: as above.
+        operator: as above.
         architecture: "interpreted", "hip", or a CUDA compute capability such as "90".
     """
-    tables = {"interpreted": _INTERPRETED, "hip": _AMD, "120": _SM_120, "121": _SM_120}
-    return tables.get(architecture, _NVIDIA)[operator, regime]
+    return {"interpreted": _INTERPRETED, "hip": _AMD}.get(architecture, _NVIDIA)[operator]
 
 
 @dataclass(frozen=True)
@@ -68,58 +57,31 @@ class Geometry:
     """Memory as a matrix [B, C L], and how programs share it; see kernels.py.
 
     Attributes:
-        B, C, L: sizes outside the channels, of the channels, and inside them; C = 1 where a curve is shared by all.
-        R, W, ALIGN, RUNS, ALONG_L: constants of the kernels.
-        tiles: of each program.
-        row_chunks, column_chunks: numbers of programs along B, and along L (where RUNS) or M.
+        constants: R, W, ALIGN and RUNS of a kernel, which it is compiled for.
+        WRAPS: rows of a tile that a thread has; a constant of kernels that sum.
+        integers: what a kernel is not compiled for: B, C and L, the sizes outside the channels, of the channels (1
+            where a curve is shared by all), and inside them; units of ALIGN elements, in a run or a row; gap, in units,
+            between two runs of a channel; parts, of a run or a row, and part, the units of one of a run; rows_each, the
+            rows (or runs) of a program; magic and shift: q // units = q magic >> shift for what a program has.
+        programs: their number.
+        chunks, columns: how many partial sums there are, [chunks, columns].
         tiling: what it was made from.
     """
 
-    B: int
-    C: int
-    L: int
-    R: int
-    W: int
-    ALIGN: int
-    RUNS: bool
-    ALONG_L: bool
-    tiles: int
-    row_chunks: int
-    column_chunks: int
+    constants: dict[str, Any]
+    WRAPS: int
+    integers: tuple[int, ...]
+    programs: int
+    chunks: int
+    columns: int
     tiling: Tiling
 
-    @property
-    def programs(self) -> int:
-        """Their number."""
-        return self.row_chunks * self.column_chunks * (self.C if self.RUNS else 1)
 
-    @property
-    def partial_sums(self) -> tuple[int, int]:
-        """Shape of one sum's partial results: [chunks, columns]."""
-        if self.RUNS:
-            return self.row_chunks * self.column_chunks, self.C
-        return self.row_chunks, self.C * self.L
-
-    @property
-    def constants(self) -> dict[str, Any]:
-        """What a kernel is compiled for."""
-        return {name: getattr(self, name) for name in ("R", "W", "ALIGN", "RUNS", "ALONG_L")}
-
-    @property
-    def integers(self) -> dict[str, int]:
-        """What a kernel is not compiled for."""
-        units = (self.L if self.RUNS else self.C * self.L) // self.ALIGN
-        return {
-            "B": self.B, "C": self.C, "L": self.L, "units": units, "column_chunks": self.column_chunks,
-            "tiles": self.tiles,
-        }  # fmt: skip
-
-
+@functools.lru_cache(1024)
 def geometry(operator: str, architecture: str, B: int, C: int, L: int, itemsize: int, aligned: bool = True) -> Geometry:
     """Share the matrix [B, C L], none of them 0, among programs.
 
-    The constants, which a kernel is compiled for, do not depend on B, but for B = 1 and B ≤ 4; nor, where C > 1, do
-    they depend on anything else that differs between batches.
+    The constants depend on nothing that differs between batches.
 
     Args:
         operator, architecture: as for `tiling`.
@@ -127,36 +89,51 @@ def geometry(operator: str, architecture: str, B: int, C: int, L: int, itemsize:
         itemsize: bytes of an element.
         aligned: whether all tensors begin at a multiple of 16 bytes.
     """
-    runs = C == 1 or tiling(operator, "runs", architecture).runs_from <= L
-    t = tiling(operator, "runs" if runs else "columns", architecture)
-    width, M, full = L if runs else C * L, C * L, max(16 // itemsize, 1)
-    vector = math.gcd(width, min(t.vector, full)) if aligned else 1
+    t = tiling(operator, architecture)
+    runs_from = 100 if architecture == "interpreted" else RUNS_FROM
+    runs, M = C == 1 or runs_from <= L, C * L
+    full = max(16 // itemsize, 1)  # elements of one access
     tile = t.threads * (max(t.elements, full) if runs else t.elements)
-    widths = [2**i for i in range(tile.bit_length()) if i == 0 or 2 ** (i - 1) < width]
     if runs:
-        # Few elements beside the end of a row, then long runs.
-        W = min((w for w in widths if w >= 16 or w == widths[-1]), key=lambda w: -(-L // w) * w * (1 + 4 / w))
+        W = align = math.gcd(L, full) if aligned else 1
+        units, gap, rows = L // align, (C - 1) * (L // align), B * (L // align)
+        R, wraps = tile // W, tile // W // t.threads
     else:
-        W = min(t.columns if B > 4 else tile, widths[-1])
-    R = tile // W
-    if B <= 4 or architecture == "interpreted":
-        R = min(R, 1 if B == 1 else max(4, 1 << (B - 1).bit_length()))
-    while R > 1 and R * M >= 2**31:  # offsets within a tile are int32
-        R //= 2
-    row_tiles, column_tiles = -(-B // R), -(-width // W)
-    along_l = runs and (C == 1 or column_tiles >= 8)
-    total = row_tiles * column_tiles * (C if runs else 1)
-    tiles = min(t.tiles, max(1, total // t.programs))
-    along = column_tiles if along_l else row_tiles
-    chunks = -(-along // tiles)
-    tiles = -(-along // chunks)
+        vector = max(4 // itemsize, 1) if operator == "kaf" else 1  # every column of a thread has sums of its own
+        align = math.gcd(M, vector) if aligned else 1
+        W = min(256 if architecture == "interpreted" else LANES * vector, max(8, _power_of_two(M)))
+        units, gap, rows = M // align, 0, B
+        R, wraps = tile // W, max(1, tile // t.threads // align)
+    if architecture == "interpreted":
+        R, wraps = min(R, _power_of_two(rows)), 1
+    groups = C if runs else -(-M // W)
+    tiles = min(t.tiles, max(1, groups * -(-rows // R) // t.programs))
+    parts, part, magic, shift = groups, 0, 0, 0
+    if not runs:
+        rows_each = -(-_even_part(B, R * tiles) // R) * R
+    elif units >= R * tiles:  # parts of a run, as large as each other
+        part, rows_each = _even_part(units, R * tiles), 1
+        parts = -(-units // part)
+    else:
+        parts, part, rows_each = 1, units, _even_part(B, R * tiles // units)
+        shift = 31 + (units - 1).bit_length()
+        magic = -(-(1 << shift) // units)
+    row_chunks = -(-B // rows_each)
     return Geometry(
-        B, C, L, R, W,
-        ALIGN=vector,
-        RUNS=runs,
-        ALONG_L=along_l,
-        tiles=tiles,
-        row_chunks=row_tiles if along_l else chunks,
-        column_chunks=chunks if along_l else column_tiles,
+        {"R": R, "W": W, "ALIGN": align, "RUNS": runs},
+        wraps,
+        (B, C, L, units, gap, parts, part, rows_each, magic - (1 << 32) if magic >> 31 else magic, shift),
+        programs=row_chunks * parts * (C if runs else 1),
+        chunks=row_chunks * (parts if runs else 1),
+        columns=C if runs else M,
         tiling=t,
-    )  # fmt: skip
+    )
+
+
+def _even_part(n: int, most: int) -> int:
+    """Return the size of the parts of n that are as many as those of `most`, and about as large as each other."""
+    return -(-n // -(-n // most))
+
+
+def _power_of_two(n: int) -> int:
+    return 1 << (n - 1).bit_length()

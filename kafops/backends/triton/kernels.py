@@ -1,22 +1,19 @@
 """The Triton kernels. Imports triton, so only `kafops.backends.triton` imports it, and only when there is work.
 
-Geometry. Memory is a matrix [B, M] with M = C L columns, of which column j has channel j // L. A program takes `tiles`
-tiles [R, W] of it, one after the other along B, or along L where ALONG_L. RUNS: a tile lies within one channel, and
-every parameter below is a scalar. Otherwise a tile has W columns of any channels, and every parameter is a vector [W].
-Scalars and vectors broadcast against [R, W] alike, so that both cases share all formulas.
+Geometry. Memory is a matrix [B, M] with M = C L columns, of which column j has channel j // L. A program takes tiles
+[R, W] of it, one after the other. RUNS: of one channel, whose units of W neighbours are numbered through its B runs,
+and every parameter below is a scalar. Otherwise a tile has W columns of any channels and R of the B rows, and every
+parameter is a vector [W]. Scalars and vectors broadcast against [R, W] alike, so that both cases share all formulas.
 
-Two ways to evaluate. DIRECT sums D Gaussians, for any points. FAST is for evenly spaced points, Δ apart, and t = γΔ² in
-a range that keeps all powers finite. Points come in groups of five, j = -2 ... 2 around an anchor a (in steps of Δ from
-the middle of the dictionary, which is 0). With e = x/Δ - a, E = exp(-t e²) and r = exp(2 γ Δ x), the same for all
-groups, a group's Gaussians are
+Curves are polynomials on cells of the x axis, as in csrc/cuda/cells.cuh, which has the mathematics: `tables_kernel`
+makes a channel's tables, and the others look up, through the L1 cache, eight coefficients for each element and curve.
+Sums over elements for an even dictionary are formed by powers, as in csrc/cuda/even.cuh. Where a call has no tables, or
+a channel of a program no cells, the program is DIRECT: an exponential for each element and point, of any dictionary.
 
-    K_j = exp(-t (e - j)²) = E r^j w_j      w_j = exp(-t j² - 2 t a j)
-
-and the constants w_j are applied to alpha beforehand, or to sums over elements afterwards.
-
-Numerics. Arithmetic is float64 for float64 x, else float32. A name with _hi and one with _lo are one number, their
-sum. `tl.fma` is written where a product must not be rounded. Sums over elements: a few tens of them in registers, a
-tree over the tile, one partial sum for each program in memory; `add_partial_sums` adds those in float64.
+Numerics. Arithmetic is float64 for float64 x, which is always DIRECT, else float32. A name with _hi and one with _lo
+are one number, their sum. `tl.fma` is written where a product must not be rounded. Sums over elements: a few tens of
+them in registers, or in the program's own row of memory, and a tree over its threads; one row of partial sums for each
+program, and `add_partial_sums_kernel` adds those in float64.
 """
 
 # ruff: noqa: SIM102, SIM108, SIM300  (which branches Triton decides at compile time depends on how they are written)
@@ -25,12 +22,31 @@ tree over the tile, one partial sum for each program in memory; `add_partial_sum
 import triton
 import triton.language as tl
 
+from kafops.backends.triton import cells
+
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 LN2 = tl.constexpr(0.6931471805599453)
 LOG2E = tl.constexpr(1.4426950408889634)
 FAR = tl.constexpr(1e18)  # as in the reference: squares stay finite
+MAGIC = tl.constexpr(12582912.0)  # 1.5 · 2^23: adding it rounds to an integer, left in the low bits
+MAGIC_BITS = tl.constexpr(0x4B400000)
 
-INTEGERS = ("B", "C", "L", "D", "units", "column_chunks", "tiles", "alpha_row", "gamma_row", "dictionary_row")
+WIDTH, WIDEST = tl.constexpr(cells.WIDTH), tl.constexpr(cells.WIDEST)
+TAIL, UNDERFLOW = tl.constexpr(cells.TAIL), tl.constexpr(cells.UNDERFLOW)
+LEAST_T, MOST_T = tl.constexpr(cells.LEAST_T), tl.constexpr(cells.MOST_T)
+ROWS = tl.constexpr(cells.ROWS)
+N0, N1, N2, N3 = (tl.constexpr(n) for n in cells.NODES)
+COEFFICIENTS = tl.constexpr(tuple(c for row in cells.coefficients() for c in row))
+
+# Curves, as in csrc/cuda/call.h: f; f′ and f″; q, the derivative of f along v, and q′; by γ f, f′ and q; by α f′ and q.
+VALUE, SLOPE, CURVATURE, ALONG, ALONG_SLOPE = (tl.constexpr(i) for i in range(5))
+BY_GAMMA, SLOPE_BY_GAMMA, ALONG_BY_GAMMA, SLOPE_BY_ALPHA, ALONG_BY_ALPHA = (tl.constexpr(i) for i in range(5, 10))
+
+# Bits of `flags`: which parameters have a row for each channel, and whether there are tables.
+ALPHA_ROWS, GAMMA_ROWS, DICTIONARY_ROWS, TABLES = (tl.constexpr(1 << i) for i in range(4))
+
+GEOMETRY = ("B", "C", "L", "units", "gap", "parts", "part", "rows_each", "magic", "shift")
+INTEGERS = ("flags", "D", *GEOMETRY, "windows", "slots")
 
 
 # ------------------------------------------------------------------------------------------------------ arithmetic
@@ -41,20 +57,6 @@ def _split(value):
     """Split a float64 into hi + lo of float32."""
     hi = value.to(tl.float32)
     return hi, (value - hi.to(tl.float64)).to(tl.float32)
-
-
-@triton.jit
-def _product(n, hi, lo):
-    """n (hi + lo) = p + p_lo."""
-    p = n * hi
-    return p, tl.fma(n, lo, tl.fma(n, hi, -p))
-
-
-@triton.jit
-def _exp2(p, p_lo):
-    """2^(p + p_lo) = 2^p (1 + ln2 p_lo)."""
-    power = tl.exp2(p)
-    return tl.fma(power, p_lo * LN2, power)
 
 
 @triton.jit
@@ -70,51 +72,20 @@ def _rounded(value, dtype: tl.constexpr):
 
 
 @triton.jit
-def _sum_rows(t):
-    """Sum over dimension 0; a tree on GPUs, whereas the interpreter adds one after the other: 64 at once."""
-    if INTERPRETED:
-        for _ in tl.static_range(2):
-            if t.shape[0] >= 64:
-                if len(t.shape) == 2:
-                    t = tl.sum(tl.reshape(t, [t.shape[0] // 64, 64, t.shape[1]]), 1)
-                else:
-                    t = tl.sum(tl.reshape(t, [t.shape[0] // 64, 64, t.shape[1], t.shape[2]]), 1)
-    return tl.sum(t, 0)
+def _clamped(x, low, high):
+    return tl.clamp(x, low, high, propagate_nan=tl.PropagateNan.ALL)
 
 
 @triton.jit
-def _sum_tile(t, RUNS: tl.constexpr):
-    """Sum a tile [R, W] to a scalar where RUNS, else to [W]."""
-    if RUNS:
-        return tl.sum(t)
-    else:
-        return _sum_rows(t)
+def _far(x):
+    """Clamp x to where squares are finite; NaN stays. Written out, as LLVM has no such clamp of float64 for sm_90."""
+    return tl.where(x < -FAR, -FAR, tl.where(x > FAR, FAR, x))
 
 
-@triton.jit
-def _fold(t, VECTOR: tl.constexpr, WRAPS: tl.constexpr, RUNS: tl.constexpr):
-    """Sum the elements of a tile [R, W] that one thread holds: VECTOR neighbours (where RUNS), WRAPS rows.
-
-    To [threads] where RUNS, else to [R / WRAPS, W].
-    """
-    R: tl.constexpr = t.shape[0]
-    W: tl.constexpr = t.shape[1]
-    if RUNS and VECTOR > 1:
-        t = tl.sum(tl.reshape(t, [R, W // VECTOR, VECTOR]), 2)
-    if WRAPS > 1:
-        t = tl.sum(tl.reshape(t, [WRAPS, R // WRAPS, t.shape[1]]), 0)
-    if RUNS:
-        t = tl.reshape(t, [t.numel])
-    return t
-
-
-@triton.jit
-def _zeros(VECTOR: tl.constexpr, WRAPS: tl.constexpr, R: tl.constexpr, W: tl.constexpr, RUNS: tl.constexpr):
-    """What `_fold` makes of a tile of zeros."""
-    if RUNS:
-        return tl.zeros([R * W // (VECTOR * WRAPS)], tl.float32)
-    else:
-        return tl.zeros([R // WRAPS, W], tl.float32)
+@triton.constexpr_function
+def _float(ptr):
+    """The dtype of arithmetic on what ptr points to."""
+    return tl.float64 if ptr.dtype.element_ty == tl.float64 else tl.float32
 
 
 # -------------------------------------------------------------------------------------------------------- geometry
@@ -122,82 +93,49 @@ def _zeros(VECTOR: tl.constexpr, WRAPS: tl.constexpr, R: tl.constexpr, W: tl.con
 
 @triton.jit
 def _place(
-    B, C, L, units, column_chunks, tiles,
-    R: tl.constexpr, W: tl.constexpr, ALIGN: tl.constexpr, RUNS: tl.constexpr, ALONG_L: tl.constexpr,
+    program, B, C, L, units, gap, parts, part, rows_each, R: tl.constexpr, W: tl.constexpr, ALIGN: tl.constexpr,
+    RUNS: tl.constexpr,
 ):  # fmt: skip
-    """Find a program's first tile.
+    """Find what a program has.
 
     units ALIGN is the number of columns that a tile may run along: L where RUNS, else M. Written so, the compiler sees
     what it is a multiple of, and accesses as many elements at once.
 
     Returns:
-        offset of the tile, advance from one tile to the next, row stride M;
-        rows and columns from the tile's corner on, at most those of the program's tiles;
-        channel; where the program's partial sums go, as an index of [chunks, C (RUNS) or M]; whether each such exists.
+        offset of its first element; how many rows of tiles it has;
+        channel; where its partial sums go, as an index of [chunks, C (RUNS) or M]; whether each such exists.
     """
     width = units.to(tl.int64) * ALIGN
-    program = tl.program_id(0)
-    column_chunk = (program % column_chunks).to(tl.int64)
-    row_chunk = program // column_chunks
-    lanes = tl.arange(0, W)
-    rows_each = R if ALONG_L else R * tiles
-    columns_each = W * tiles if ALONG_L else W
-    column = column_chunk * columns_each
     if RUNS:
-        channel = (row_chunk % C).to(tl.int64)
-        row_chunk = (row_chunk // C).to(tl.int64)
-        stride = width * C
-        offset = channel * width + column
-        partial = (row_chunk * column_chunks + column_chunk) * C + channel
-        exists = True
+        channel = (program % C).to(tl.int64)
+        chunk = program // C
+        row = (chunk // parts).to(tl.int64) * rows_each
+        begin = (chunk % parts).to(tl.int64) * part
+        offset = (row * C + channel) * width + begin * ALIGN
+        count = tl.minimum(units - begin, part) * tl.minimum(B - row, rows_each)
+        return offset, count.to(tl.int32), channel, program.to(tl.int64), True
     else:
-        row_chunk = row_chunk.to(tl.int64)
-        stride = width
-        offset = column
-        exists = column + lanes < width
-        channel = tl.minimum(column + lanes, width - 1) // L
-        partial = row_chunk * width + column + lanes
-    row = row_chunk * rows_each
-    offset += row * stride
-    rows = (B - row).to(tl.int64)
-    rows = tl.where(rows < rows_each, rows, rows_each).to(tl.int32)
-    columns = width - column
-    columns = tl.where(columns < columns_each, columns, columns_each).to(tl.int32)
-    advance = tl.full([], W, tl.int64) if ALONG_L else stride * R
-    return offset, advance, stride, rows, columns, channel, partial, exists
+        row = (program // parts).to(tl.int64) * rows_each
+        column = (program % parts).to(tl.int64) * W
+        lanes = column + tl.arange(0, W)
+        count = tl.minimum(B - row, rows_each)
+        channel = tl.minimum(lanes, width - 1) // L
+        return row * width + column, count.to(tl.int32), channel, (program // parts) * width + lanes, lanes < width
 
 
 @triton.jit
-def _tile(i, stride, rows, columns, R: tl.constexpr, W: tl.constexpr, ALONG_L: tl.constexpr):
-    """Offsets within the i-th tile [R, W], and which elements exist."""
-    r = tl.arange(0, R)[:, None]
+def _tile(
+    i, count, exists, units, gap, magic, shift, R: tl.constexpr, W: tl.constexpr, ALIGN: tl.constexpr,
+    RUNS: tl.constexpr,
+):  # fmt: skip
+    """Offsets within the i-th tile [R, W] of a program, and which elements exist."""
+    q = i * R + tl.arange(0, R)[:, None]
     w = tl.arange(0, W)[None, :]
-    if ALONG_L:
-        inside = (r < rows) & (w < columns - i * W)
+    if RUNS:
+        run = (q.to(tl.uint32).to(tl.uint64) * magic.to(tl.uint32).to(tl.uint64)) >> shift
+        return (q.to(tl.int64) + run.to(tl.int32).to(tl.int64) * gap) * ALIGN + w, q < count
     else:
-        inside = (r < rows - i * R) & (w < columns)
-    return r * stride.to(tl.int32) + w, inside
-
-
-@triton.jit
-def _any(condition, RUNS: tl.constexpr):
-    """Whether it holds for any channel of a tile."""
-    return condition if RUNS else tl.max(condition.to(tl.int32), 0) != 0
-
-
-@triton.jit
-def _where(inside, mine):
-    """Those inside that are in the columns `mine`, or all of them for None."""
-    if mine is None:
-        return inside
-    else:
-        return inside & mine
-
-
-@triton.constexpr_function
-def _float(ptr):
-    """The dtype of arithmetic on what ptr points to."""
-    return tl.float64 if ptr.dtype.element_ty == tl.float64 else tl.float32
+        return q.to(tl.int64) * units * ALIGN + w, (q < count) & exists[None, :]
 
 
 @triton.jit
@@ -210,13 +148,26 @@ def _store(ptr, offsets, inside, value):
     tl.store(ptr + offsets, _rounded(value, ptr.dtype.element_ty), inside)
 
 
-# ---------------------------------------------------------------------------------------------------------- DIRECT
+@triton.jit
+def _rows(channel, flags, D):
+    """Where a channel's rows of α, γ and δ are: 0 for parameters that all channels share."""
+    alpha, gamma, dictionary = flags & ALPHA_ROWS, (flags & GAMMA_ROWS) != 0, (flags & DICTIONARY_ROWS) != 0
+    return channel * tl.where(alpha != 0, D, 0), channel * gamma.to(tl.int32), channel * tl.where(dictionary, D, 0)
 
 
 @triton.jit
-def _half(step, FLOAT: tl.constexpr):
-    """Δ/2 as hi + lo."""
-    half = tl.full([], step, tl.float64) * 0.5
+def _moved(ptr, offset):
+    """ptr + offset, or None."""
+    if ptr is None:
+        return None
+    else:
+        return ptr + offset
+
+
+@triton.jit
+def _half(boundary, D, FLOAT: tl.constexpr):
+    """Δ/2, of float32 arithmetic as hi + lo."""
+    half = tl.full([], boundary, tl.float64) / tl.maximum(D - 1, 1).to(tl.float64)
     if FLOAT == tl.float64:
         return half, half
     else:
@@ -224,10 +175,20 @@ def _half(step, FLOAT: tl.constexpr):
 
 
 @triton.jit
-def _point(dictionary_ptr, k, D, boundary, half_hi, half_lo, FLOAT: tl.constexpr):
+def _bandwidth(gamma_ptr, FLOAT: tl.constexpr):
+    """γ, and γ log2 e."""
+    gamma = tl.load(gamma_ptr)
+    return gamma.to(FLOAT), (gamma.to(tl.float64) * LOG2E).to(FLOAT)
+
+
+# ------------------------------------------------------------------------------------------------------- one point
+
+
+@triton.jit
+def _point(dictionary_ptr, k, D, boundary, half_hi, half_lo, inside, FLOAT: tl.constexpr):
     """δ_k as hi + lo: that of the dictionary, or b (2k/(D - 1) - 1)."""
     if dictionary_ptr is not None:
-        point = tl.load(dictionary_ptr + k)
+        point = tl.load(dictionary_ptr + k, inside, other=0)
         hi = point.to(FLOAT)
         # 0 but for float64 points in float32 arithmetic, where hi may have overflown.
         lo = (point.to(tl.float64) - hi.to(tl.float64)).to(FLOAT)
@@ -245,530 +206,619 @@ def _point(dictionary_ptr, k, D, boundary, half_hi, half_lo, FLOAT: tl.constexpr
 
 
 @triton.jit
-def _gaussian(x, hi, lo, gamma_log2e):
-    """d = x - δ and K = exp(-γ d²). Where K = 0, d is 0, so that no power of it times K is inf · 0."""
-    d = (x - hi) - lo
+def _gaussian(d, gamma_log2e):
+    """d and K = exp(-γ d²). Where K = 0, d is 0, so that no power of it times K is inf · 0."""
     K = tl.exp2(-(gamma_log2e * d * d))
     return tl.where(K == 0, 0.0, d), K
 
 
 @triton.jit
-def _far(x):
-    """Clamp x to where squares are finite; NaN stays. Written out, as LLVM has no such clamp of float64 for sm_90."""
-    return tl.where(x < -FAR, -FAR, tl.where(x > FAR, FAR, x))
-
-
-@triton.jit
-def _bandwidth(gamma_ptr, FLOAT: tl.constexpr):
-    """γ, and γ log2 e."""
-    gamma = tl.load(gamma_ptr)
-    return gamma.to(FLOAT), (gamma.to(tl.float64) * LOG2E).to(FLOAT)
-
-
-# ------------------------------------------------------------------------------------------------------------ FAST
-
-
-@triton.jit
-def _fast_constants(gamma_ptr, step, inverse_step, D, MANY: tl.constexpr):
-    """What FAST needs to know of a channel.
-
-    Returns:
-        ok: whether t = γΔ² suits FAST; limit: where |x| is clamped, with all Gaussians 0 from there on;
-        t log2 e as hi + lo; 1/Δ as hi + lo; κ = 2γΔ log2 e as hi + lo; 2γΔ.
-    """
-    gamma = tl.load(gamma_ptr).to(tl.float64)
-    step = tl.full([], step, tl.float64)
-    t = gamma * step * step
-    t_hi, t_lo = _split(t * LOG2E)
-    inverse_hi, inverse_lo = _split(tl.full([], inverse_step, tl.float64))
-    kappa_hi, kappa_lo = _split(gamma * step * 2 * LOG2E)
-    t32 = t.to(tl.float32)
-    end = (D - 1) * 0.5
-    last = (D + 4) // 5 * 5 - 3 - end  # anchor, up to two steps beyond the last point where the group is not full
-    edge = tl.maximum(end, last)
-    # exp(-104) = 0, so Gaussians reach R = sqrt(104 / t). No power of r may overflow up to there, nor α r^j w_j of the
-    # anchor that is farthest away, which is α exp(4 t (|e| - 1)); where there are many, _guarded takes care of that.
-    reach = edge if MANY else edge + tl.maximum(last, end - 2) - 1
-    # E is exp(-4 t) where K = 1 for j = ±2, and the roundings of its exponent count as much more: t stays moderate.
-    ok = (t32 >= 0.0009765625) & (t32 <= 0.51) & (4 * t32 * reach + 4 * tl.sqrt(104 * t32) <= 70)
-    limit = (edge + tl.sqrt(104 / t32)) * step.to(tl.float32)
-    return ok, limit, t_hi, t_lo, inverse_hi, inverse_lo, kappa_hi, kappa_lo, (gamma * step * 2).to(tl.float32)
-
-
-@triton.jit
-def _guarded(E, P, MANY: tl.constexpr):
-    """0 in place of P where E is 0, and P may have overflown."""
-    return tl.where(E > 0, P, 0.0) if MANY else P
-
-
-@triton.jit
-def _constant(j, anchor, t_hi, t_lo):
-    """w_j = exp(-t j² - 2 t a j)."""
-    p, p_lo = _product(-(j * j + 2 * anchor * j), t_hi, t_lo)
-    return _exp2(p, p_lo)
-
-
-@triton.jit
-def _anchor(group, D):
-    """The middle point of a group, in steps from the middle of the dictionary."""
-    return (group * 5 + 2) - (D - 1) * 0.5
-
-
-@triton.jit
-def _coefficients(alpha_ptr, first, D, t_hi, t_lo, GROUPS: tl.constexpr):
-    """c = α w of GROUPS groups from `first` on, five for each; those of missing points are 0."""
-    c = ()
-    for q in tl.static_range(GROUPS):
-        anchor = _anchor(first + q, D)
-        for j in tl.static_range(-2, 3):
-            k = (first + q) * 5 + 2 + j
-            alpha = tl.load(alpha_ptr + k, k < D, other=0).to(tl.float32)
-            if j != 0:
-                alpha = tl.where(k < D, alpha * _constant(j * 1.0, anchor, t_hi, t_lo), 0.0)
-            c += (alpha,)
-    return c
-
-
-@triton.jit
-def _powers(x, kappa_hi, kappa_lo):
-    """r = exp(2 γ Δ x) and 1/r."""
-    p, p_lo = _product(x, kappa_hi, kappa_lo)
-    return _exp2(p, p_lo), _exp2(-p, -p_lo)
-
-
-@triton.jit
-def _group(x, anchor, inverse_hi, inverse_lo, t_log2e):
-    """e = x/Δ - a and E = exp(-t e²)."""
-    e = tl.fma(x, inverse_lo, tl.fma(x, inverse_hi, -anchor))
-    return e, tl.exp2(-(e * t_log2e) * e)
-
-
-@triton.jit
-def _clamped(x, limit):
-    return tl.clamp(x, -limit, limit, propagate_nan=tl.PropagateNan.ALL)
-
-
-@triton.jit
-def _value(x, r, s, c, first, D, inverse_hi, inverse_lo, t_log2e, f, GROUPS: tl.constexpr, MANY: tl.constexpr):
-    """f + Σ_groups E P, P = c_0 + r (c_1 + r c_2) + s (c_-1 + s c_-2), s = 1/r."""
-    for q in tl.static_range(GROUPS):
-        _, E = _group(x, _anchor(first + q, D), inverse_hi, inverse_lo, t_log2e)
-        up = tl.fma(r, c[5 * q + 4], c[5 * q + 3])
-        down = tl.fma(s, c[5 * q], c[5 * q + 1])
-        P = tl.fma(r, up, tl.fma(s, down, c[5 * q + 2]))
-        f = tl.fma(E, _guarded(E, P, MANY), f)
-    return f
-
-
-@triton.jit
-def _slope(x, r, s, c, first, D, inverse_hi, inverse_lo, t_log2e, f, GROUPS: tl.constexpr, MANY: tl.constexpr):
-    """f + Σ_groups E (e P - Q), Q = Σ_j j c_j r^j; times -2γΔ it is the derivative by x."""
-    for q in tl.static_range(GROUPS):
-        e, E = _group(x, _anchor(first + q, D), inverse_hi, inverse_lo, t_log2e)
-        up = tl.fma(r, c[5 * q + 4], c[5 * q + 3])
-        down = tl.fma(s, c[5 * q], c[5 * q + 1])
-        P = tl.fma(r, up, tl.fma(s, down, c[5 * q + 2]))
-        Q = tl.fma(r, tl.fma(r, c[5 * q + 4], up), -(s * tl.fma(s, c[5 * q], down)))
-        f = tl.fma(E, _guarded(E, tl.fma(e, P, -Q), MANY), f)
-    return f
-
-
-@triton.jit
-def _add_to_sums(
-    sums, x, r, s, g, first, D, inverse_hi, inverse_lo, t_log2e,
-    GROUPS: tl.constexpr, VECTOR: tl.constexpr, WRAPS: tl.constexpr, RUNS: tl.constexpr,
-):  # fmt: skip
-    """sums + Σ_elements g E r^j, for GROUPS groups from `first` on and j = -2 ... 2."""
-    result = ()
-    for q in tl.static_range(GROUPS):
-        w = g * _group(x, _anchor(first + q, D), inverse_hi, inverse_lo, t_log2e)[1]
-        terms = (w * (s * s), w * s, w, w * r, w * (r * r))
-        for j in tl.static_range(5):
-            result += (sums[5 * q + j] + _fold(terms[j], VECTOR, WRAPS, RUNS),)
-    return result
-
-
-@triton.jit
-def _stack(a, b, c, d):
-    """[N, 4] or [N, W, 4] from four tensors."""
-    t = tl.join(tl.join(a, c), tl.join(b, d))
-    if len(a.shape) == 1:
-        return tl.reshape(t, [a.shape[0], 4])
-    else:
-        return tl.reshape(t, [a.shape[0], a.shape[1], 4])
-
-
-@triton.jit
-def _store_sums(ptr, exists, sums, first, D, t_hi, t_lo, GROUPS: tl.constexpr, RUNS: tl.constexpr):
-    """dα_k = w_j Σ g E r^j, reduced over the program's threads."""
-    count: tl.constexpr = 5 * GROUPS
-    zero = tl.zeros_like(sums[0])
-    for m in tl.static_range(0, count, 4):
-        four = ()
-        for i in tl.static_range(4):
-            four += (sums[m + i] if m + i < count else zero,)
-        total = _sum_rows(_stack(four[0], four[1], four[2], four[3]))  # [4] or [W, 4]
-        i = m + tl.arange(0, 4)
-        j = (i % 5 - 2).to(tl.float32)
-        anchor = _anchor(first + i // 5, D)
-        k = first * 5 + i
-        inside = (k < D) & (i < count)
-        if RUNS:
-            tl.store(ptr + k, total * _constant(j, anchor, t_hi, t_lo), inside)
-        else:
-            w = _constant(j[None, :], anchor[None, :], t_hi[:, None], t_lo[:, None])
-            tl.store(ptr[:, None] + k[None, :], total * w, inside[None, :] & exists[:, None])
-
-
-# ------------------------------------------------------------------------------------------------------- operators
-
-
-@triton.jit(do_not_specialize=INTEGERS)
-def kaf_kernel(
-    x_ptr, y_ptr, alpha_ptr, gamma_ptr, dictionary_ptr,
-    boundary: tl.float64, step: tl.float64, inverse_step: tl.float64,
-    B, C, L, D, units, column_chunks, tiles, alpha_row, gamma_row, dictionary_row,
-    R: tl.constexpr, W: tl.constexpr, ALIGN: tl.constexpr, RUNS: tl.constexpr, ALONG_L: tl.constexpr,
-    FAST: tl.constexpr, GROUPS: tl.constexpr, MANY: tl.constexpr,
-):  # fmt: skip
-    """y = Σ_k α_k K."""
-    offset, advance, stride, rows, columns, channel, _, _ = _place(
-        B, C, L, units, column_chunks, tiles, R, W, ALIGN, RUNS, ALONG_L
-    )
-    x_ptr += offset
-    y_ptr += offset
-    alpha_ptr += channel * alpha_row
-    gamma_ptr += channel * gamma_row
-    if dictionary_ptr is not None:
-        dictionary_ptr += channel * dictionary_row
-    if FAST:
-        fast = _fast_constants(gamma_ptr, step, inverse_step, D, MANY)
-        ok = fast[0]
-        if _any(ok, RUNS):
-            _forward_fast(
-                x_ptr, y_ptr, alpha_ptr, fast, D, advance, stride, rows, columns, tiles, R, W, ALONG_L, GROUPS, MANY
-            )
-        if _any(ok == 0, RUNS):
-            if not RUNS:
-                tl.debug_barrier()  # what FAST wrote for channels that it does not suit is overwritten
-            _forward_direct(
-                x_ptr, y_ptr, alpha_ptr, gamma_ptr, dictionary_ptr, None if RUNS else ok == 0, boundary, step, D,
-                advance, stride, rows, columns, tiles, R, W, ALONG_L,
-            )  # fmt: skip
-    else:
-        _forward_direct(
-            x_ptr, y_ptr, alpha_ptr, gamma_ptr, dictionary_ptr, None, boundary, step, D,
-            advance, stride, rows, columns, tiles, R, W, ALONG_L,
-        )  # fmt: skip
-
-
-@triton.jit
-def _forward_fast(
-    x_ptr, y_ptr, alpha_ptr, fast, D, advance, stride, rows, columns, tiles,
-    R: tl.constexpr, W: tl.constexpr, ALONG_L: tl.constexpr, GROUPS: tl.constexpr, MANY: tl.constexpr,
-):  # fmt: skip
-    _, limit, t_hi, t_lo, inverse_hi, inverse_lo, kappa_hi, kappa_lo, _ = fast
-    c = _coefficients(alpha_ptr, 0, D, t_hi, t_lo, GROUPS)
-    for i in range(tiles):
-        offsets, inside = _tile(i, stride, rows, columns, R, W, ALONG_L)
-        x = _clamped(_load(x_ptr + i * advance, offsets, inside, tl.float32), limit)
-        r, s = _powers(x, kappa_hi, kappa_lo)
-        y = _value(x, r, s, c, 0, D, inverse_hi, inverse_lo, t_hi, tl.zeros([R, W], tl.float32), GROUPS, MANY)
-        if MANY:
-            for first in range(GROUPS, (D + 4) // 5, GROUPS):
-                more = _coefficients(alpha_ptr, first, D, t_hi, t_lo, GROUPS)
-                y = _value(x, r, s, more, first, D, inverse_hi, inverse_lo, t_hi, y, GROUPS, MANY)
-        _store(y_ptr + i * advance, offsets, inside, y)
-
-
-@triton.jit
-def _forward_direct(
-    x_ptr, y_ptr, alpha_ptr, gamma_ptr, dictionary_ptr, mine, boundary, step, D,
-    advance, stride, rows, columns, tiles, R: tl.constexpr, W: tl.constexpr, ALONG_L: tl.constexpr,
-):  # fmt: skip
-    FLOAT: tl.constexpr = _float(x_ptr)
-    gamma_log2e = _bandwidth(gamma_ptr, FLOAT)[1]
-    half_hi, half_lo = _half(step, FLOAT)
-    for i in range(tiles):
-        offsets, inside = _tile(i, stride, rows, columns, R, W, ALONG_L)
-        x = _far(_load(x_ptr + i * advance, offsets, inside, FLOAT))
-        y = tl.zeros([R, W], FLOAT)
-        for k in range(D):
-            hi, lo = _point(dictionary_ptr, k, D, boundary, half_hi, half_lo, FLOAT)
-            K = _gaussian(x, hi, lo, gamma_log2e)[1]
-            y = tl.fma(tl.load(alpha_ptr + k).to(FLOAT), K, y)
-        _store(y_ptr + i * advance, offsets, _where(inside, mine), y)
-
-
-@triton.jit(do_not_specialize=INTEGERS)
-def kaf_backward_kernel(
-    grad_ptr, x_ptr, alpha_ptr, gamma_ptr, dictionary_ptr,
-    dx_ptr, alpha_sums_ptr, gamma_sums_ptr, dictionary_sums_ptr,
-    boundary: tl.float64, step: tl.float64, inverse_step: tl.float64,
-    B, C, L, D, units, column_chunks, tiles, alpha_row, gamma_row, dictionary_row,
-    R: tl.constexpr, W: tl.constexpr, ALIGN: tl.constexpr, RUNS: tl.constexpr, ALONG_L: tl.constexpr,
-    FAST: tl.constexpr, GROUPS: tl.constexpr, MANY: tl.constexpr, VECTOR: tl.constexpr, WRAPS: tl.constexpr,
-):  # fmt: skip
-    """dx = g Σ_k -2γ d α K    dα_k = Σ_n g K    dγ = -Σ_n g Σ_k α d² K    dδ_k = 2γ α Σ_n g d K.
-
-    The sums over elements n are those of one program: [chunks, columns, D] for each k, [chunks, columns] for dγ.
-    """
-    offset, advance, stride, rows, columns, channel, partial, exists = _place(
-        B, C, L, units, column_chunks, tiles, R, W, ALIGN, RUNS, ALONG_L
-    )
-    x_ptr += offset
-    grad_ptr += offset
-    alpha_ptr += channel * alpha_row
-    gamma_ptr += channel * gamma_row
-    if dictionary_ptr is not None:
-        dictionary_ptr += channel * dictionary_row
-    if dx_ptr is not None:
-        dx_ptr += offset
-    if FAST:
-        fast = _fast_constants(gamma_ptr, step, inverse_step, D, MANY)
-        ok = fast[0]
-        if _any(ok, RUNS):
-            _backward_fast(
-                grad_ptr, x_ptr, alpha_ptr, dx_ptr, alpha_sums_ptr, partial, exists & ok, fast, D, advance, stride,
-                rows, columns, tiles, R, W, RUNS, ALONG_L, GROUPS, MANY, VECTOR, WRAPS,
-            )  # fmt: skip
-        if _any(ok == 0, RUNS) & (tl.program_id(1) == 0):
-            if not RUNS:
-                tl.debug_barrier()
-            _backward_direct(
-                grad_ptr, x_ptr, alpha_ptr, gamma_ptr, dictionary_ptr, dx_ptr, alpha_sums_ptr, gamma_sums_ptr,
-                dictionary_sums_ptr, partial, exists, None if RUNS else ok == 0, boundary, step, D, advance, stride,
-                rows, columns, tiles, R, W, RUNS, ALONG_L,
-            )  # fmt: skip
-    else:
-        _backward_direct(
-            grad_ptr, x_ptr, alpha_ptr, gamma_ptr, dictionary_ptr, dx_ptr, alpha_sums_ptr, gamma_sums_ptr,
-            dictionary_sums_ptr, partial, exists, None, boundary, step, D, advance, stride, rows, columns, tiles,
-            R, W, RUNS, ALONG_L,
-        )  # fmt: skip
-
-
-@triton.jit
-def _backward_fast(
-    grad_ptr, x_ptr, alpha_ptr, dx_ptr, alpha_sums_ptr, partial, exists, fast, D, advance, stride, rows, columns, tiles,
-    R: tl.constexpr, W: tl.constexpr, RUNS: tl.constexpr, ALONG_L: tl.constexpr,
-    GROUPS: tl.constexpr, MANY: tl.constexpr, VECTOR: tl.constexpr, WRAPS: tl.constexpr,
-):  # fmt: skip
-    _, limit, t_hi, t_lo, inverse_hi, inverse_lo, kappa_hi, kappa_lo, scale = fast
-    # Where there are many points, each program of axis 1 has the sums of some of them. The first also has dx.
-    first = tl.program_id(1) * GROUPS if MANY else 0
-    leads = tl.program_id(1) == 0 if MANY else True
-    if dx_ptr is not None:
-        c = _coefficients(alpha_ptr, 0, D, t_hi, t_lo, GROUPS)
-    sums = ()
-    if alpha_sums_ptr is not None:
-        for _ in tl.static_range(5 * GROUPS):
-            sums += (_zeros(VECTOR, WRAPS, R, W, RUNS),)
-    for i in range(tiles):
-        offsets, inside = _tile(i, stride, rows, columns, R, W, ALONG_L)
-        x = _clamped(_load(x_ptr + i * advance, offsets, inside, tl.float32), limit)
-        g = _load(grad_ptr + i * advance, offsets, inside, tl.float32)
-        r, s = _powers(x, kappa_hi, kappa_lo)
-        if dx_ptr is not None:
-            if leads:
-                f = tl.zeros([R, W], tl.float32)
-                f = _slope(x, r, s, c, 0, D, inverse_hi, inverse_lo, t_hi, f, GROUPS, MANY)
-                if MANY:
-                    for other in range(GROUPS, (D + 4) // 5, GROUPS):
-                        more = _coefficients(alpha_ptr, other, D, t_hi, t_lo, GROUPS)
-                        f = _slope(x, r, s, more, other, D, inverse_hi, inverse_lo, t_hi, f, GROUPS, MANY)
-                _store(dx_ptr + i * advance, offsets, inside, g * (f * -scale))
-        if alpha_sums_ptr is not None:
-            sums = _add_to_sums(sums, x, r, s, g, first, D, inverse_hi, inverse_lo, t_hi, GROUPS, VECTOR, WRAPS, RUNS)
-    if alpha_sums_ptr is not None:
-        _store_sums(alpha_sums_ptr + partial * D, exists, sums, first, D, t_hi, t_lo, GROUPS, RUNS)
-
-
-@triton.jit
-def _backward_direct(
-    grad_ptr, x_ptr, alpha_ptr, gamma_ptr, dictionary_ptr, dx_ptr, alpha_sums_ptr, gamma_sums_ptr, dictionary_sums_ptr,
-    partial, exists, mine, boundary, step, D, advance, stride, rows, columns, tiles,
-    R: tl.constexpr, W: tl.constexpr, RUNS: tl.constexpr, ALONG_L: tl.constexpr,
-):  # fmt: skip
-    FLOAT: tl.constexpr = _float(x_ptr)
-    gamma, gamma_log2e = _bandwidth(gamma_ptr, FLOAT)
-    half_hi, half_lo = _half(step, FLOAT)
-    if dx_ptr is not None or gamma_sums_ptr is not None:
-        dgamma = tl.zeros([R, W], FLOAT)
-        for i in range(tiles):
-            offsets, inside = _tile(i, stride, rows, columns, R, W, ALONG_L)
-            x = _far(_load(x_ptr + i * advance, offsets, inside, FLOAT))
-            g = _load(grad_ptr + i * advance, offsets, inside, FLOAT)
-            slope = tl.zeros([R, W], FLOAT)
-            square = tl.zeros([R, W], FLOAT)
-            for k in range(D):
-                hi, lo = _point(dictionary_ptr, k, D, boundary, half_hi, half_lo, FLOAT)
-                d, K = _gaussian(x, hi, lo, gamma_log2e)
-                v = tl.load(alpha_ptr + k).to(FLOAT) * K * d
-                slope += v
-                square = tl.fma(v, d, square)
-            if dx_ptr is not None:
-                _store(dx_ptr + i * advance, offsets, _where(inside, mine), g * (slope * (gamma * -2)))
-            dgamma = tl.fma(g, -square, dgamma)
-        if gamma_sums_ptr is not None:
-            tl.store(gamma_sums_ptr + partial, _sum_tile(dgamma, RUNS), _where(exists, mine))
-    if alpha_sums_ptr is not None or dictionary_sums_ptr is not None:
-        for k in range(D):
-            hi, lo = _point(dictionary_ptr, k, D, boundary, half_hi, half_lo, FLOAT)
-            dalpha = tl.zeros([R, W], FLOAT)
-            ddictionary = tl.zeros([R, W], FLOAT)
-            for i in range(tiles):
-                offsets, inside = _tile(i, stride, rows, columns, R, W, ALONG_L)
-                x = _far(_load(x_ptr + i * advance, offsets, inside, FLOAT))
-                g = _load(grad_ptr + i * advance, offsets, inside, FLOAT)
-                d, K = _gaussian(x, hi, lo, gamma_log2e)
-                w = g * K
-                dalpha += w
-                ddictionary = tl.fma(w, d, ddictionary)
-            if alpha_sums_ptr is not None:
-                tl.store(alpha_sums_ptr + (partial * D + k), _sum_tile(dalpha, RUNS), _where(exists, mine))
-            if dictionary_sums_ptr is not None:
-                alpha = tl.load(alpha_ptr + k).to(FLOAT)
-                tl.store(
-                    dictionary_sums_ptr + (partial * D + k),
-                    _sum_tile(ddictionary, RUNS) * (alpha * gamma * 2),
-                    _where(exists, mine),
-                )
-
-
-@triton.jit(do_not_specialize=INTEGERS)
-def kaf_double_backward_kernel(
-    v_x_ptr, v_alpha_ptr, v_gamma_ptr, v_dictionary_ptr, grad_ptr, x_ptr, alpha_ptr, gamma_ptr, dictionary_ptr,
-    dgrad_ptr, dx_ptr, alpha_sums_ptr, gamma_sums_ptr, dictionary_sums_ptr,
-    boundary: tl.float64, step: tl.float64, inverse_step: tl.float64,
-    B, C, L, D, units, column_chunks, tiles, alpha_row, gamma_row, dictionary_row,
-    R: tl.constexpr, W: tl.constexpr, ALIGN: tl.constexpr, RUNS: tl.constexpr, ALONG_L: tl.constexpr,
-):  # fmt: skip
-    """The derivatives of <v_x, dx> + <v_α, dα> + <v_γ, dγ> + <v_δ, dδ>, where absent v are 0; DIRECT only.
-
-    With h = v_x g, z = -2γ d, and l = d (2γ v_δ - v_γ d) the derivative of log K along v_γ and v_δ, m = v_α + α l:
-
-        dgrad = Σ_k (v_x z α + m) K
-        dx = Σ_k T_k      dδ_k = -Σ_n T_k      T_k = [h α (z² - 2γ) + g (α l' + z m)] K
-        dα_k = Σ_n (h z + g l) K
-        dγ = Σ_n Σ_k [g (2 α v_δ d - d² m) - h α d (2 + z d)] K
-
-    The sums over elements n are those of one program, as in `kaf_backward_kernel`.
-    """
-    FLOAT: tl.constexpr = _float(x_ptr)
-    offset, advance, stride, rows, columns, channel, partial, exists = _place(
-        B, C, L, units, column_chunks, tiles, R, W, ALIGN, RUNS, ALONG_L
-    )
-    x_ptr += offset
-    grad_ptr += offset
-    if v_x_ptr is not None:
-        v_x_ptr += offset
-    if dgrad_ptr is not None:
-        dgrad_ptr += offset
-    if dx_ptr is not None:
-        dx_ptr += offset
-    if alpha_sums_ptr is not None:
-        alpha_sums_ptr += partial * D
-    if gamma_sums_ptr is not None:
-        gamma_sums_ptr += partial
-    if dictionary_sums_ptr is not None:
-        dictionary_sums_ptr += partial * D
-    alpha_ptr += channel * alpha_row
-    if v_alpha_ptr is not None:
-        v_alpha_ptr += channel * alpha_row
-    if dictionary_ptr is not None:
-        dictionary_ptr += channel * dictionary_row
-    if v_dictionary_ptr is not None:
-        v_dictionary_ptr += channel * dictionary_row
-    gamma, gamma_log2e = _bandwidth(gamma_ptr + channel * gamma_row, FLOAT)
-    v_gamma = _optional(v_gamma_ptr, channel * gamma_row, gamma)
-    half_hi, half_lo = _half(step, FLOAT)
-
-    if dgrad_ptr is not None or dx_ptr is not None or gamma_sums_ptr is not None:
-        dgamma = tl.zeros([R, W], FLOAT)
-        for i in range(tiles):
-            offsets, inside = _tile(i, stride, rows, columns, R, W, ALONG_L)
-            x, g, v_x = _data(x_ptr, grad_ptr, v_x_ptr, i * advance, offsets, inside, FLOAT)
-            h = v_x * g
-            dgrad = tl.zeros([R, W], FLOAT)
-            dx = tl.zeros([R, W], FLOAT)
-            for k in range(D):
-                alpha = tl.load(alpha_ptr + k).to(FLOAT)
-                v_alpha = _optional(v_alpha_ptr, k, alpha)
-                v_dictionary = _optional(v_dictionary_ptr, k, alpha)
-                hi, lo = _point(dictionary_ptr, k, D, boundary, half_hi, half_lo, FLOAT)
-                d, K = _gaussian(x, hi, lo, gamma_log2e)
-                z = d * (gamma * -2)
-                m = v_alpha + alpha * _along(d, gamma, v_gamma, v_dictionary)
-                if dgrad_ptr is not None:
-                    dgrad = tl.fma(v_x * z * alpha + m, K, dgrad)
-                if dx_ptr is not None:
-                    dx += _T(d, z, K, g, h, m, alpha, gamma, v_gamma, v_dictionary)
-                if gamma_sums_ptr is not None:
-                    n = alpha * d * (2 + z * d)
-                    dgamma += (g * (alpha * v_dictionary * 2 * d - d * d * m) - h * n) * K
-            if dgrad_ptr is not None:
-                _store(dgrad_ptr + i * advance, offsets, inside, dgrad)
-            if dx_ptr is not None:
-                _store(dx_ptr + i * advance, offsets, inside, dx)
-        if gamma_sums_ptr is not None:
-            tl.store(gamma_sums_ptr, _sum_tile(dgamma, RUNS), exists)
-
-    if alpha_sums_ptr is not None or dictionary_sums_ptr is not None:
-        for k in range(D):
-            alpha = tl.load(alpha_ptr + k).to(FLOAT)
-            v_alpha = _optional(v_alpha_ptr, k, alpha)
-            v_dictionary = _optional(v_dictionary_ptr, k, alpha)
-            hi, lo = _point(dictionary_ptr, k, D, boundary, half_hi, half_lo, FLOAT)
-            dalpha = tl.zeros([R, W], FLOAT)
-            ddictionary = tl.zeros([R, W], FLOAT)
-            for i in range(tiles):
-                offsets, inside = _tile(i, stride, rows, columns, R, W, ALONG_L)
-                x, g, v_x = _data(x_ptr, grad_ptr, v_x_ptr, i * advance, offsets, inside, FLOAT)
-                h = v_x * g
-                d, K = _gaussian(x, hi, lo, gamma_log2e)
-                z = d * (gamma * -2)
-                along = _along(d, gamma, v_gamma, v_dictionary)
-                dalpha = tl.fma(h * z + g * along, K, dalpha)
-                if dictionary_sums_ptr is not None:
-                    ddictionary -= _T(d, z, K, g, h, v_alpha + alpha * along, alpha, gamma, v_gamma, v_dictionary)
-            if alpha_sums_ptr is not None:
-                tl.store(alpha_sums_ptr + k, _sum_tile(dalpha, RUNS), exists)
-            if dictionary_sums_ptr is not None:
-                tl.store(dictionary_sums_ptr + k, _sum_tile(ddictionary, RUNS), exists)
-
-
-@triton.jit
-def _optional(ptr, k, like):
+def _optional(ptr, k, inside, like):
     """The k-th value, or 0 where there is no pointer; as `like`."""
     if ptr is None:
         return tl.zeros_like(like)
     else:
-        return tl.load(ptr + k).to(like.dtype)
+        return tl.load(ptr + k, inside, other=0).to(like.dtype)
 
 
 @triton.jit
-def _data(x_ptr, grad_ptr, v_x_ptr, at, offsets, inside, FLOAT: tl.constexpr):
-    """x, g and v_x of a tile."""
-    x = _far(_load(x_ptr + at, offsets, inside, FLOAT))
-    g = _load(grad_ptr + at, offsets, inside, FLOAT)
-    if v_x_ptr is None:
-        return x, g, tl.zeros_like(g)
+def _term(CURVE: tl.constexpr, d, K, gamma, alpha, v_alpha, v_gamma, v_dictionary):
+    """What a point adds to a curve; csrc/kaf_math.h has the formulas (second_order)."""
+    f = alpha * K
+    w = gamma * -2 * d  # K' = w K
+    m = v_gamma * -(d * d) - v_dictionary * w  # along v, K changes by m K
+    if CURVE == VALUE:
+        return f
+    elif CURVE == SLOPE:
+        return w * f
+    elif CURVE == CURVATURE:
+        return (w * w - 2 * gamma) * f
+    elif CURVE == ALONG:
+        return v_alpha * K + m * f
+    elif CURVE == ALONG_SLOPE:
+        return (gamma * v_dictionary * 2 - v_gamma * 2 * d) * f + w * (v_alpha * K + m * f)
+    elif CURVE == BY_GAMMA:
+        return -d * d * f
+    elif CURVE == SLOPE_BY_GAMMA:
+        return -d * (w * d + 2) * f
+    elif CURVE == ALONG_BY_GAMMA:
+        return (v_dictionary * 2 * d - d * d * m) * f - d * d * v_alpha * K
+    elif CURVE == SLOPE_BY_ALPHA:
+        return w * K
     else:
-        return x, g, _load(v_x_ptr + at, offsets, inside, FLOAT)
+        return m * K
+
+
+# ---------------------------------------------------------------------------------------------------------- tables
 
 
 @triton.jit
-def _along(d, gamma, v_gamma, v_dictionary):
-    """l = d (2γ v_δ - v_γ d)."""
-    return d * (gamma * v_dictionary * 2 - v_gamma * d)
+def _table_of(workspace_ptr, channel, C, COUNT: tl.constexpr, CAPACITY: tl.constexpr, RUNS: tl.constexpr):
+    """Where a channel's tables begin.
+
+    After what is known of all channels' cells come, where RUNS, [channel][curve][coefficient][cell], so that few lanes
+    of a warp have to wait for each other; else [channels / 32][curve][cell][coefficient][32], for the same reason.
+    """
+    ptr = workspace_ptr + (C + (ROWS - 1)).to(tl.int64) // ROWS * (ROWS * 8)
+    if RUNS:
+        return ptr + channel * (COUNT * CAPACITY * 8)
+    else:
+        return ptr + channel // ROWS * (COUNT * CAPACITY * 8 * ROWS) + channel % ROWS
 
 
 @triton.jit
-def _T(d, z, K, g, h, m, alpha, gamma, v_gamma, v_dictionary):
-    """[h α (z² - 2γ) + g (α l' + z m)] K, with l' = 2γ v_δ - 2 v_γ d."""
-    slope = gamma * v_dictionary * 2 - v_gamma * 2 * d
-    return (h * alpha * (z * z - gamma * 2) + g * (alpha * slope + z * m)) * K
+def _cell(row, RUNS: tl.constexpr):
+    """Where a cell is, from there."""
+    return row if RUNS else row * (8 * ROWS)
+
+
+@triton.constexpr_function
+def _step(curve, m, CAPACITY, RUNS):
+    """Where the m-th coefficient of a curve is, from there."""
+    return (curve * 8 + m) * CAPACITY if RUNS else (curve * CAPACITY * 8 + m) * cells.ROWS
+
+
+@triton.jit(do_not_specialize=["flags", "D", "C"])
+def tables_kernel(
+    alpha_ptr, gamma_ptr, dictionary_ptr, v_alpha_ptr, v_gamma_ptr, v_dictionary_ptr, workspace_ptr,
+    boundary: tl.float64, flags, D, C, CURVES: tl.constexpr, CAPACITY: tl.constexpr, RUNS: tl.constexpr,
+):  # fmt: skip
+    """A channel's cells, and its curves on each of them: values at eight nodes, then the polynomial through these."""
+    COUNT: tl.constexpr = len(CURVES)
+    channel = tl.program_id(0).to(tl.int64)
+    alpha_at, gamma_at, dictionary_at = _rows(channel, flags, D)
+    alpha_ptr += alpha_at
+    if v_alpha_ptr is not None:
+        v_alpha_ptr += alpha_at
+    if dictionary_ptr is not None:
+        dictionary_ptr += dictionary_at
+    if v_dictionary_ptr is not None:
+        v_dictionary_ptr += dictionary_at
+    gamma, gamma_log2e = _bandwidth(gamma_ptr + gamma_at, tl.float32)
+    gamma64 = tl.load(gamma_ptr + gamma_at).to(tl.float64)
+    v_gamma = _optional(v_gamma_ptr, gamma_at, True, gamma)
+    half_hi, half_lo = _half(boundary, D, tl.float32)
+
+    # The points' range, and whether all is finite.
+    first = tl.full([], float("inf"), tl.float32)
+    last, wrong = -first, v_gamma * 0
+    for start in range(0, D, 128):
+        k = start + tl.arange(0, 128)
+        inside = k < D
+        hi, lo = _point(dictionary_ptr, k, D, boundary, half_hi, half_lo, inside, tl.float32)
+        alpha = tl.load(alpha_ptr + k, inside, other=0).to(tl.float32)
+        total = hi + alpha + _optional(v_alpha_ptr, k, inside, alpha) + _optional(v_dictionary_ptr, k, inside, alpha)
+        wrong += tl.sum(tl.where(inside, total * 0, 0.0), 0)
+        first = tl.minimum(first, tl.min(tl.where(inside, hi, float("inf")), 0))
+        last = tl.maximum(last, tl.max(tl.where(inside, hi, float("-inf")), 0))
+
+    # Their cells: of 12 significant bits, so that their centres are exact, and x less a centre too.
+    unit, span = 1 / tl.sqrt(gamma64), last.to(tl.float64) - first.to(tl.float64)
+    low, high, width = first - unit * TAIL, last + unit * TAIL, unit * WIDTH
+    # In cells much wider than the distances that matter, d² would be lost against the error of interpolation.
+    width = tl.where(span > 0, tl.minimum(tl.maximum(span, width * 0.0625), width), width)
+    width = tl.maximum(width, tl.minimum((high - low) * (1 / (CAPACITY - 3.1)), width * WIDEST))
+    ok = (wrong == 0) & (gamma64 > 0) & (width > 1e-30) & (width < 1e30)
+    bits = tl.where(ok, width, 1.0).to(tl.float32).to(tl.uint32, bitcast=True)
+    width32 = ((bits + 0xFFF) & 0xFFFFF000).to(tl.float32, bitcast=True)
+    inverse = 1 / width32.to(tl.float64)
+    begin, end = tl.ceil(low * inverse - 0.5), tl.floor(high * inverse + 0.5) + 2
+    ok = ok & (begin > -4096) & (end < 4096) & (end - begin <= CAPACITY)
+    begin, end = tl.where(ok, begin, 0.0).to(tl.int32), tl.where(ok, end, 1.0).to(tl.int32)
+    count = end - begin - 1  # the last cell's polynomial is 0, and serves for every x without a cell
+    kind = ok.to(tl.float32)
+    if dictionary_ptr is None:
+        t = gamma64 * 4 * (half_hi.to(tl.float64) + half_lo.to(tl.float64)) * (half_hi.to(tl.float64) + half_lo)
+        kind += (ok & (D > 1) & (t >= LEAST_T) & (t <= MOST_T)).to(tl.float32)
+    low, high = first - unit * UNDERFLOW, last + unit * UNDERFLOW
+    to = workspace_ptr + channel * 8
+    tl.store(to, width32)
+    tl.store(to + 1, inverse.to(tl.float32))
+    tl.store(to + 2, (inverse * 2).to(tl.float32))
+    tl.store(to + 3, (low - tl.abs(low) * 0.015625).to(tl.float32))
+    tl.store(to + 4, (high + tl.abs(high) * 0.015625).to(tl.float32))
+    tl.store(to + 5, begin.to(tl.float32))
+    tl.store(to + 6, count.to(tl.float32))
+    tl.store(to + 7, kind)
+
+    if ok:
+        node, cell = tl.arange(0, 8)[:, None], tl.arange(0, CAPACITY)[None, :]
+        inner = tl.where((node == 3) | (node == 4), N3, tl.where((node == 2) | (node == 5), N2, N1))
+        inner = tl.where((node == 0) | (node == 7), N0, inner)
+        shift = tl.where(node < 4, -inner, inner) * (width32 * 0.5)
+        centre = (begin + cell).to(tl.float32) * width32
+        values = ()
+        for _ in tl.static_range(COUNT):
+            values += (tl.zeros([8, CAPACITY], tl.float32),)
+        for k in range(D):
+            alpha = tl.load(alpha_ptr + k).to(tl.float32)
+            v_alpha = _optional(v_alpha_ptr, k, True, alpha)
+            v_dictionary = _optional(v_dictionary_ptr, k, True, alpha)
+            hi, lo = _point(dictionary_ptr, k, D, boundary, half_hi, half_lo, True, tl.float32)
+            d, K = _gaussian(((centre - hi) - lo) + shift, gamma_log2e)
+            more = ()
+            for c in tl.static_range(COUNT):
+                more += (values[c] + _term(CURVES[c], d, K, gamma, alpha, v_alpha, v_gamma, v_dictionary),)
+            values = more
+        tables = _table_of(workspace_ptr, channel, C, COUNT, CAPACITY, RUNS) + _cell(cell, RUNS)
+        doubles = ()
+        for c in tl.static_range(COUNT):
+            doubles += (values[c].to(tl.float64),)
+        for m in tl.static_range(8):
+            weight = tl.zeros([8, 1], tl.float64)
+            for i in tl.static_range(8):
+                weight = tl.where(node == i, tl.full([8, 1], COEFFICIENTS[8 * m + i], tl.float64), weight)
+            for c in tl.static_range(COUNT):
+                value = tl.sum(weight * doubles[c], 0, keep_dims=True).to(tl.float32)
+                tl.store(tables + _step(c, m, CAPACITY, RUNS), tl.where(cell < count, value, 0.0))
+
+
+@triton.jit
+def _kind(workspace_ptr, channel, flags, RUNS: tl.constexpr):
+    """Of all of a program's channels: 0 where one has no cells, 2 where sums may be formed by powers, else 1."""
+    kind = tl.load(workspace_ptr + channel * 8 + 7, (channel >= 0) & ((flags & TABLES) != 0), other=0)
+    return kind if RUNS else tl.min(kind, 0)
+
+
+@triton.jit
+def _cells(workspace_ptr, channel, flags):
+    """A channel's cells: width, 1/width and 2/width; where x is clamped; the first; the last. 0 where it has none."""
+    fields = ()
+    for i in tl.static_range(7):
+        fields += (tl.load(workspace_ptr + channel * 8 + i, (channel >= 0) & ((flags & TABLES) != 0), other=0),)
+    width, inverse, scale, low, high, first, last = fields
+    first = (first.to(tl.int32) + MAGIC_BITS).to(tl.uint32)
+    return width, inverse, scale, low, high, first, last.to(tl.int32).to(tl.uint32)
+
+
+@triton.jit
+def _find(x, where):
+    """The cell that has x, clamped, and the place in it: -1 to 1."""
+    width, inverse, scale, _, _, first, last = where
+    m = tl.fma(x, inverse, MAGIC)
+    row = tl.minimum(m.to(tl.uint32, bitcast=True) - first, last).to(tl.int32)
+    return row, tl.fma(-(m - MAGIC), width, x) * scale
+
+
+@triton.jit
+def _polynomial(tables, row, v, curve: tl.constexpr, CAPACITY: tl.constexpr, RUNS: tl.constexpr):
+    tables += _cell(row, RUNS)
+    y = tl.load(tables + _step(curve, 7, CAPACITY, RUNS))
+    for m in tl.static_range(6, -1, -1):
+        y = tl.fma(y, v, tl.load(tables + _step(curve, m, CAPACITY, RUNS)))
+    return y
+
+
+# ------------------------------------------------------------------------------------------------------------ sums
+
+
+@triton.jit
+def _sum_rows(t):
+    """Sum over dimension 0; a tree on GPUs, whereas the interpreter adds one after the other: 64 at once."""
+    if INTERPRETED:
+        for _ in tl.static_range(2):
+            if t.shape[0] >= 64:
+                if len(t.shape) == 1:
+                    t = tl.sum(tl.reshape(t, [t.shape[0] // 64, 64]), 1)
+                elif len(t.shape) == 2:
+                    t = tl.sum(tl.reshape(t, [t.shape[0] // 64, 64, t.shape[1]]), 1)
+                else:
+                    t = tl.sum(tl.reshape(t, [t.shape[0] // 64, 64, t.shape[1], t.shape[2]]), 1)
+    return tl.sum(t, 0)
+
+
+@triton.jit
+def _fold(t, WRAPS: tl.constexpr, RUNS: tl.constexpr):
+    """Sum the elements of a tile [R, W] that one thread holds for a channel: to [threads], or [R / WRAPS, W]."""
+    R: tl.constexpr = t.shape[0]
+    if RUNS:
+        t = tl.sum(t, 1)
+        if WRAPS > 1:
+            t = tl.sum(tl.reshape(t, [WRAPS, R // WRAPS]), 0)
+    elif WRAPS > 1:
+        t = tl.sum(tl.reshape(t, [WRAPS, R // WRAPS, t.shape[1]]), 0)
+    return t
+
+
+@triton.jit
+def _zeros(COUNT: tl.constexpr, R: tl.constexpr, W: tl.constexpr, WRAPS: tl.constexpr, RUNS: tl.constexpr,
+           FLOAT: tl.constexpr):  # fmt: skip
+    """So many of what `_fold` makes of a tile of zeros."""
+    zeros = ()
+    for _ in tl.static_range(COUNT):
+        if RUNS:
+            zeros += (tl.zeros([R // WRAPS], FLOAT),)
+        else:
+            zeros += (tl.zeros([R // WRAPS, W], FLOAT),)
+    return zeros
+
+
+@triton.jit
+def _powers(gamma_ptr, half_hi, half_lo, first, D, WINDOW: tl.constexpr):
+    """What sums by powers need to know of a channel: csrc/cuda/even.cuh has the formulas.
+
+    Returns 1/Δ as hi + lo, κ = 2γΔ log2 e, κ c, -t log2 e, the first anchor in steps from the dictionary's middle, Δ.
+    """
+    step = (half_hi.to(tl.float64) + half_lo.to(tl.float64)) * 2
+    inverse_hi, inverse_lo = _split(1 / step)
+    # Rounded, κ stands for a γ that all of this is exact for.
+    kappa = (tl.load(gamma_ptr).to(tl.float64) * step * (2 * LOG2E)).to(tl.float32)
+    begin = first - 0.5 * (D - 1)
+    centre = tl.floor((begin + 0.5 * (WINDOW - 1)) * step.to(tl.float32) * kappa + 0.5)
+    return inverse_hi, inverse_lo, kappa, centre, (kappa.to(tl.float64) * step * -0.5).to(tl.float32), begin + 2, step
+
+
+@triton.jit
+def _add_powers(sums, x, g, powers, WINDOW: tl.constexpr, WRAPS: tl.constexpr, RUNS: tl.constexpr):
+    """sums + Σ_elements g E r^j, for the window's groups of five points, j = -2 ... 2."""
+    inverse_hi, inverse_lo, kappa, centre, exponent, anchor, _ = powers
+    # r = 2^(κ x - κ c): the product's own rounding error comes back as a factor. The 0 keeps it from being fused.
+    p = tl.fma(x, kappa, 0.0)
+    error = tl.fma(x, kappa, -p) * LN2
+    p = _clamped(p - centre, -60.0, 60.0)
+    r, s = tl.exp2(p), tl.exp2(-p)
+    r, s = tl.fma(r, error, r), tl.fma(s, -error, s)
+    result = ()
+    for q in tl.static_range(WINDOW // 5):
+        e = tl.fma(x, inverse_lo, tl.fma(x, inverse_hi, -(anchor + 5 * q)))
+        w = g * tl.exp2(exponent * e * e)
+        terms = (w * (s * s), w * s, w, w * r, w * (r * r))
+        for j in tl.static_range(5):
+            result += (sums[5 * q + j] + _fold(terms[j], WRAPS, RUNS),)
+    return result
+
+
+@triton.jit
+def _scales(powers, i, RUNS: tl.constexpr):
+    """What the sum of the window's i-th point is to be multiplied by: exp(-t j² - 2 t a j), and κ c undone."""
+    _, _, kappa, centre, _, anchor, step = powers
+    if not RUNS:
+        i, kappa, centre = i[None, :], kappa[:, None], centre[:, None]
+    j = (i % 5 - 2).to(tl.float32)
+    a = anchor + (i // 5 * 5).to(tl.float32)
+    exponent = (-0.5 * j * (j + 2 * a)).to(tl.float64) * (kappa.to(tl.float64) * step) + j * centre
+    hi, lo = _split(exponent)
+    power = tl.exp2(hi)
+    return tl.fma(power, lo * LN2, power)
+
+
+@triton.jit
+def _four(sums, m: tl.constexpr, COUNT: tl.constexpr):
+    """The sums m ... m + 3 over a program: [4] or [W, 4]."""
+    zero = tl.zeros_like(sums[0])
+    four = ()
+    for i in tl.static_range(4):
+        four += (sums[m + i] if m + i < COUNT else zero,)
+    t = tl.join(tl.join(four[0], four[2]), tl.join(four[1], four[3]))
+    if len(zero.shape) == 1:
+        return _sum_rows(tl.reshape(t, [t.shape[0], 4]))
+    else:
+        return _sum_rows(tl.reshape(t, [t.shape[0], t.shape[1], 4]))
+
+
+# --------------------------------------------------------------------------------------------------------- kernels
+
+
+@triton.jit
+def _add_to_memory(ptr, k, i, term, factor, exists, RUNS: tl.constexpr):
+    """Add a tile's sum times a factor to the program's sum of point k, which only this program has."""
+    before = tl.load(ptr + k, (i > 0) & exists, other=0)
+    total = tl.sum(term) if RUNS else _sum_rows(term)
+    tl.store(ptr + k, tl.fma(total, factor, before), (i >= 0) & exists)
+
+
+@triton.jit
+def _store_sums(ptr, exists, sums, powers, first, D, WINDOW: tl.constexpr, RUNS: tl.constexpr):
+    """Leave a program's sums for the window's points, as `_add_powers` formed them."""
+    for m in tl.static_range(0, WINDOW, 4):
+        i = m + tl.arange(0, 4)
+        inside = (i < WINDOW) & (first + i < D)
+        total = _four(sums, m, WINDOW) * _scales(powers, i, RUNS)
+        if RUNS:
+            tl.store(ptr + (first + i), total, inside)
+        else:
+            tl.store(ptr[:, None] + (first + i)[None, :], total, inside[None, :] & exists[:, None])
+
+
+@triton.jit(do_not_specialize=["flags", "D", *GEOMETRY])
+def kaf_kernel(
+    x_ptr, y_ptr, alpha_ptr, gamma_ptr, dictionary_ptr, workspace_ptr, boundary: tl.float64, flags, D,
+    B, C, L, units, gap, parts, part, rows_each, magic, shift,
+    R: tl.constexpr, W: tl.constexpr, ALIGN: tl.constexpr, RUNS: tl.constexpr, CAPACITY: tl.constexpr,
+):  # fmt: skip
+    """y = Σ_k α_k exp(-γ (x - δ_k)²)."""
+    offset, count, channel, _, exists = _place(
+        tl.program_id(0), B, C, L, units, gap, parts, part, rows_each, R, W, ALIGN, RUNS
+    )
+    x_ptr += offset
+    y_ptr += offset
+    on_cells = _kind(workspace_ptr, channel, flags, RUNS) > 0 if CAPACITY else False
+    if on_cells:
+        _on_cells(
+            x_ptr, y_ptr, workspace_ptr, channel, flags, count, exists, C, units, gap, magic, shift, R, W, ALIGN, RUNS,
+            CAPACITY,
+        )  # fmt: skip
+    else:
+        alpha_at, gamma_at, dictionary_at = _rows(channel, flags, D)
+        _direct(
+            x_ptr, y_ptr, alpha_ptr + alpha_at, gamma_ptr + gamma_at, _moved(dictionary_ptr, dictionary_at), D,
+            boundary, count, exists, units, gap, magic, shift, R, W, ALIGN, RUNS,
+        )  # fmt: skip
+
+
+@triton.jit
+def _on_cells(
+    x_ptr, y_ptr, workspace_ptr, channel, flags, count, exists, C, units, gap, magic, shift,
+    R: tl.constexpr, W: tl.constexpr, ALIGN: tl.constexpr, RUNS: tl.constexpr, CAPACITY: tl.constexpr,
+):  # fmt: skip
+    where = _cells(workspace_ptr, channel, flags)
+    tables = _table_of(workspace_ptr, channel, C, 1, CAPACITY, RUNS)
+    for i in range(tl.cdiv(count, R)):
+        offsets, inside = _tile(i, count, exists, units, gap, magic, shift, R, W, ALIGN, RUNS)
+        x = _clamped(_load(x_ptr, offsets, inside, tl.float32), where[3], where[4])
+        row, v = _find(x, where)
+        _store(y_ptr, offsets, inside, _polynomial(tables, row, v, 0, CAPACITY, RUNS))
+
+
+@triton.jit
+def _direct(
+    x_ptr, y_ptr, alpha_ptr, gamma_ptr, dictionary_ptr, D, boundary, count, exists, units, gap, magic, shift,
+    R: tl.constexpr, W: tl.constexpr, ALIGN: tl.constexpr, RUNS: tl.constexpr,
+):  # fmt: skip
+    FLOAT: tl.constexpr = _float(x_ptr)
+    _, gamma_log2e = _bandwidth(gamma_ptr, FLOAT)
+    half_hi, half_lo = _half(boundary, D, FLOAT)
+    for i in range(tl.cdiv(count, R)):
+        offsets, inside = _tile(i, count, exists, units, gap, magic, shift, R, W, ALIGN, RUNS)
+        x = _far(_load(x_ptr, offsets, inside, FLOAT))
+        y = tl.zeros([R, W], FLOAT)
+        for k in range(D):
+            hi, lo = _point(dictionary_ptr, k, D, boundary, half_hi, half_lo, True, FLOAT)
+            K = _gaussian((x - hi) - lo, gamma_log2e)[1]
+            y = tl.fma(tl.load(alpha_ptr + k).to(FLOAT), K, y)
+        _store(y_ptr, offsets, inside, y)
+
+
+@triton.jit(do_not_specialize=["flags", "D", *GEOMETRY, "windows", "slots"])
+def kaf_backward_kernel(
+    grad_ptr, x_ptr, dx_ptr, sums_ptr, alpha_ptr, gamma_ptr, dictionary_ptr, workspace_ptr, boundary: tl.float64,
+    flags, D, B, C, L, units, gap, parts, part, rows_each, magic, shift, windows, slots,
+    R: tl.constexpr, W: tl.constexpr, ALIGN: tl.constexpr, RUNS: tl.constexpr, CAPACITY: tl.constexpr,
+    WRAPS: tl.constexpr, WINDOW: tl.constexpr, ALPHA: tl.constexpr, GAMMA: tl.constexpr, DICTIONARY: tl.constexpr,
+):  # fmt: skip
+    """dx = g f′(x)    dα_k = Σ_n g K    dγ = Σ_n g ∂f/∂γ(x)    dδ_k = 2γ α Σ_n g d K.
+
+    The sums over elements n are those of one program, [chunks, C (RUNS) or M, slots]: for the points of α, for those of
+    δ, and for γ. A program has a window of the points, and that of the first has dx and γ too.
+    """
+    POWERS: tl.constexpr = CAPACITY and ALPHA and not DICTIONARY and dictionary_ptr is None
+    offset, count, channel, partial, exists = _place(
+        tl.program_id(0) // windows, B, C, L, units, gap, parts, part, rows_each, R, W, ALIGN, RUNS
+    )
+    first = tl.program_id(0) % windows * WINDOW
+    grad_ptr += offset
+    x_ptr += offset
+    dx_ptr = _moved(dx_ptr, offset)
+    sums_ptr = _moved(sums_ptr, partial * slots)
+    alpha_at, gamma_at, dictionary_at = _rows(channel, flags, D)
+    alpha_ptr += alpha_at
+    gamma_ptr += gamma_at
+    dictionary_ptr = _moved(dictionary_ptr, dictionary_at)
+    kind = _kind(workspace_ptr, channel, flags, RUNS) if CAPACITY else 0
+    if POWERS:
+        if kind == 2:
+            _backward_by_powers(
+                grad_ptr, x_ptr, dx_ptr, sums_ptr, gamma_ptr, workspace_ptr, channel, flags, boundary, D, first, slots,
+                count, exists, C, units, gap, magic, shift, R, W, ALIGN, RUNS, CAPACITY, WRAPS, WINDOW, GAMMA,
+            )  # fmt: skip
+    count = tl.where((first == 0) & (kind < (2 if POWERS else 3)), count, 0)
+    if count > 0:
+        _backward_by_points(
+            grad_ptr, x_ptr, dx_ptr, sums_ptr, alpha_ptr, gamma_ptr, dictionary_ptr, workspace_ptr, channel, flags,
+            kind > 0, boundary, D, slots, count, exists, C, units, gap, magic, shift, R, W, ALIGN, RUNS, CAPACITY,
+            WRAPS, ALPHA, GAMMA, DICTIONARY,
+        )  # fmt: skip
+
+
+@triton.jit
+def _backward_by_powers(
+    grad_ptr, x_ptr, dx_ptr, sums_ptr, gamma_ptr, workspace_ptr, channel, flags, boundary, D, first, slots,
+    count, exists, C, units, gap, magic, shift,
+    R: tl.constexpr, W: tl.constexpr, ALIGN: tl.constexpr, RUNS: tl.constexpr, CAPACITY: tl.constexpr,
+    WRAPS: tl.constexpr, WINDOW: tl.constexpr, GAMMA: tl.constexpr,
+):  # fmt: skip
+    half_hi, half_lo = _half(boundary, D, tl.float32)
+    where = _cells(workspace_ptr, channel, flags)
+    tables = _table_of(workspace_ptr, channel, C, 1 + GAMMA, CAPACITY, RUNS)
+    powers = _powers(gamma_ptr, half_hi, half_lo, first, D, WINDOW)
+    sums = _zeros(WINDOW, R, W, WRAPS, RUNS, tl.float32)
+    dgamma = _zeros(1, R, W, WRAPS, RUNS, tl.float32)[0]
+    for i in range(tl.cdiv(count, R)):
+        offsets, inside = _tile(i, count, exists, units, gap, magic, shift, R, W, ALIGN, RUNS)
+        x = _clamped(_load(x_ptr, offsets, inside, tl.float32), where[3], where[4])
+        g = _load(grad_ptr, offsets, inside, tl.float32)
+        if dx_ptr is not None or GAMMA:
+            if first == 0:
+                row, v = _find(x, where)
+                if dx_ptr is not None:
+                    _store(dx_ptr, offsets, inside, g * _polynomial(tables, row, v, 0, CAPACITY, RUNS))
+                if GAMMA:
+                    dgamma += _fold(g * _polynomial(tables, row, v, 1, CAPACITY, RUNS), WRAPS, RUNS)
+        sums = _add_powers(sums, x, g, powers, WINDOW, WRAPS, RUNS)
+    _store_sums(sums_ptr, exists, sums, powers, first, D, WINDOW, RUNS)
+    if GAMMA:
+        tl.store(sums_ptr + (slots - 1), _sum_rows(dgamma), (first == 0) & exists)
+
+
+@triton.jit
+def _backward_by_points(
+    grad_ptr, x_ptr, dx_ptr, sums_ptr, alpha_ptr, gamma_ptr, dictionary_ptr, workspace_ptr, channel, flags,
+    on_cells, boundary, D, slots, count, exists, C, units, gap, magic, shift,
+    R: tl.constexpr, W: tl.constexpr, ALIGN: tl.constexpr, RUNS: tl.constexpr, CAPACITY: tl.constexpr,
+    WRAPS: tl.constexpr, ALPHA: tl.constexpr, GAMMA: tl.constexpr, DICTIONARY: tl.constexpr,
+):  # fmt: skip
+    FLOAT: tl.constexpr = _float(x_ptr)
+    gamma, gamma_log2e = _bandwidth(gamma_ptr, FLOAT)
+    half_hi, half_lo = _half(boundary, D, FLOAT)
+    if CAPACITY:
+        where = _cells(workspace_ptr, channel, flags)
+        tables = _table_of(workspace_ptr, channel, C, 1 + GAMMA, CAPACITY, RUNS)
+    end = D if ALPHA or DICTIONARY else tl.where(on_cells, 0, D)
+    dgamma = _zeros(1, R, W, WRAPS, RUNS, FLOAT)[0]
+    for i in range(tl.cdiv(count, R)):
+        if ALPHA or DICTIONARY:
+            tl.debug_barrier()  # between what one tile and the next add to memory
+        offsets, inside = _tile(i, count, exists, units, gap, magic, shift, R, W, ALIGN, RUNS)
+        x = _far(_load(x_ptr, offsets, inside, FLOAT))
+        g = _load(grad_ptr, offsets, inside, FLOAT)
+        slope, square = tl.zeros([R, W], FLOAT), tl.zeros([R, W], FLOAT)
+        for k in range(end):
+            hi, lo = _point(dictionary_ptr, k, D, boundary, half_hi, half_lo, True, FLOAT)
+            d, K = _gaussian((x - hi) - lo, gamma_log2e)
+            alpha = tl.load(alpha_ptr + k).to(FLOAT)
+            if on_cells == 0:
+                f = alpha * K * d
+                slope += f
+                square = tl.fma(f, d, square)
+            w = g * K
+            if ALPHA:
+                _add_to_memory(sums_ptr, k, i, w, 1.0, exists, RUNS)
+            if DICTIONARY:
+                _add_to_memory(sums_ptr + (D if ALPHA else 0), k, i, w * d, alpha * gamma * 2, exists, RUNS)
+        slope, square = slope * (gamma * -2), -square
+        if CAPACITY:
+            if on_cells:
+                row, v = _find(_clamped(x, where[3], where[4]), where)
+                slope = _polynomial(tables, row, v, 0, CAPACITY, RUNS)
+                if GAMMA:
+                    square = _polynomial(tables, row, v, 1, CAPACITY, RUNS)
+        if dx_ptr is not None:
+            _store(dx_ptr, offsets, inside, g * slope)
+        if GAMMA:
+            dgamma += _fold(g * square, WRAPS, RUNS)
+    if GAMMA:
+        tl.store(sums_ptr + (slots - 1), _sum_rows(dgamma), (count > 0) & exists)
+
+
+@triton.jit(do_not_specialize=["flags", "D", *GEOMETRY, "slots"])
+def kaf_double_backward_kernel(
+    v_x_ptr, v_alpha_ptr, v_gamma_ptr, v_dictionary_ptr, grad_ptr, x_ptr, dgrad_ptr, dx_ptr, sums_ptr,
+    alpha_ptr, gamma_ptr, dictionary_ptr, workspace_ptr, boundary: tl.float64,
+    flags, D, B, C, L, units, gap, parts, part, rows_each, magic, shift, slots,
+    R: tl.constexpr, W: tl.constexpr, ALIGN: tl.constexpr, RUNS: tl.constexpr, CAPACITY: tl.constexpr,
+    WRAPS: tl.constexpr, ALPHA: tl.constexpr, GAMMA: tl.constexpr, DICTIONARY: tl.constexpr,
+):  # fmt: skip
+    """The derivatives of <v_x, dx> + <v_α, dα> + <v_γ, dγ> + <v_δ, dδ>, where absent v are 0.
+
+    With h = v_x g, and q the derivative of f along (v_α, v_γ, v_δ):
+
+        dgrad = v_x f′ + q    dx = h f″ + g q′    dα, dγ = Σ_n h ∂f′ + g ∂q by α, γ    dδ_k = -Σ_n the k-th term of dx
+
+    The sums lie as in `kaf_backward_kernel`.
+    """
+    FLOAT: tl.constexpr = _float(x_ptr)
+    ALONG_V: tl.constexpr = not (v_alpha_ptr is None and v_gamma_ptr is None and v_dictionary_ptr is None)
+    COUNT: tl.constexpr = (2 + GAMMA) * (1 + ALONG_V)
+    offset, count, channel, partial, exists = _place(
+        tl.program_id(0), B, C, L, units, gap, parts, part, rows_each, R, W, ALIGN, RUNS
+    )
+    x_ptr += offset
+    grad_ptr += offset
+    v_x_ptr = _moved(v_x_ptr, offset)
+    dgrad_ptr = _moved(dgrad_ptr, offset)
+    dx_ptr = _moved(dx_ptr, offset)
+    sums_ptr = _moved(sums_ptr, partial * slots)
+    alpha_at, gamma_at, dictionary_at = _rows(channel, flags, D)
+    alpha_ptr += alpha_at
+    v_alpha_ptr = _moved(v_alpha_ptr, alpha_at)
+    dictionary_ptr = _moved(dictionary_ptr, dictionary_at)
+    v_dictionary_ptr = _moved(v_dictionary_ptr, dictionary_at)
+    gamma, gamma_log2e = _bandwidth(gamma_ptr + gamma_at, FLOAT)
+    v_gamma = _optional(v_gamma_ptr, gamma_at, True, gamma)
+    half_hi, half_lo = _half(boundary, D, FLOAT)
+    on_cells = False
+    if CAPACITY:
+        on_cells = _kind(workspace_ptr, channel, flags, RUNS) > 0
+        where = _cells(workspace_ptr, channel, flags)
+        tables = _table_of(workspace_ptr, channel, C, COUNT, CAPACITY, RUNS)
+    end = D if ALPHA or DICTIONARY else tl.where(on_cells, 0, D)
+    gamma_sum = _zeros(1, R, W, WRAPS, RUNS, FLOAT)[0]
+    for i in range(tl.cdiv(count, R)):
+        if ALPHA or DICTIONARY:
+            tl.debug_barrier()  # between what one tile and the next add to memory
+        offsets, inside = _tile(i, count, exists, units, gap, magic, shift, R, W, ALIGN, RUNS)
+        x = _far(_load(x_ptr, offsets, inside, FLOAT))
+        g = _load(grad_ptr, offsets, inside, FLOAT)
+        if v_x_ptr is None:
+            v_x = tl.zeros_like(g)
+        else:
+            v_x = _load(v_x_ptr, offsets, inside, FLOAT)
+        h = v_x * g
+        dgrad, dx, dgamma = tl.zeros_like(g), tl.zeros_like(g), tl.zeros_like(g)
+        for k in range(end):
+            alpha = tl.load(alpha_ptr + k).to(FLOAT)
+            p = alpha, _optional(v_alpha_ptr, k, True, alpha), v_gamma, _optional(v_dictionary_ptr, k, True, alpha)
+            hi, lo = _point(dictionary_ptr, k, D, boundary, half_hi, half_lo, True, FLOAT)
+            d, K = _gaussian((x - hi) - lo, gamma_log2e)
+            of_x = h * _term(CURVATURE, d, K, gamma, *p)
+            if ALONG_V:
+                of_x += g * _term(ALONG_SLOPE, d, K, gamma, *p)
+            if on_cells == 0:
+                dx += of_x
+                dgrad += v_x * _term(SLOPE, d, K, gamma, *p)
+                if GAMMA:
+                    dgamma += h * _term(SLOPE_BY_GAMMA, d, K, gamma, *p)
+                if ALONG_V:
+                    dgrad += _term(ALONG, d, K, gamma, *p)
+                    if GAMMA:
+                        dgamma += g * _term(ALONG_BY_GAMMA, d, K, gamma, *p)
+            if ALPHA:
+                of_alpha = h * _term(SLOPE_BY_ALPHA, d, K, gamma, *p)
+                if ALONG_V:
+                    of_alpha += g * _term(ALONG_BY_ALPHA, d, K, gamma, *p)
+                _add_to_memory(sums_ptr, k, i, of_alpha, 1.0, exists, RUNS)
+            if DICTIONARY:
+                _add_to_memory(sums_ptr + (D if ALPHA else 0), k, i, of_x, -1.0, exists, RUNS)
+        if CAPACITY:
+            if on_cells:
+                row, v = _find(_clamped(x, where[3], where[4]), where)
+                dgrad = v_x * _polynomial(tables, row, v, 0, CAPACITY, RUNS)
+                dx = h * _polynomial(tables, row, v, 1, CAPACITY, RUNS)
+                if ALONG_V:
+                    dgrad += _polynomial(tables, row, v, 2, CAPACITY, RUNS)
+                    dx = tl.fma(g, _polynomial(tables, row, v, 3, CAPACITY, RUNS), dx)
+                if GAMMA:
+                    dgamma = h * _polynomial(tables, row, v, COUNT - 1 - ALONG_V, CAPACITY, RUNS)
+                    if ALONG_V:
+                        dgamma = tl.fma(g, _polynomial(tables, row, v, COUNT - 1, CAPACITY, RUNS), dgamma)
+        if dgrad_ptr is not None:
+            _store(dgrad_ptr, offsets, inside, dgrad)
+        if dx_ptr is not None:
+            _store(dx_ptr, offsets, inside, dx)
+        if GAMMA:
+            gamma_sum += _fold(dgamma, WRAPS, RUNS)
+    if GAMMA:
+        tl.store(sums_ptr + (slots - 1), _sum_rows(gamma_sum), (count > 0) & exists)
 
 
 @triton.jit(do_not_specialize=["outer", "inner", "outer_stride", "inner_stride", "each", "K"])
@@ -780,8 +830,8 @@ def add_partial_sums_kernel(
 
     The larger of both numbers, with its stride, is `inner`, which the lanes of a program run along.
     """
-    row = tl.program_id(0).to(tl.int64)
-    k = tl.program_id(1) * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]
+    row = (tl.program_id(0) // tl.cdiv(K, BLOCK_K)).to(tl.int64)
+    k = tl.program_id(0) % tl.cdiv(K, BLOCK_K) * BLOCK_K + tl.arange(0, BLOCK_K)[None, :]
     total = tl.zeros([BLOCK_N, BLOCK_K], tl.float64)
     for i in range(outer):
         for start in range(0, inner, BLOCK_N):
