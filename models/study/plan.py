@@ -148,7 +148,7 @@ class Study:
     def common(self, activation: str) -> Rates:
         """Return the rates of an activation's runs as the study file says them."""
         training = {"activation_lr": 1.0, **self.training, **self._variant(activation).get("training", {})}
-        return {name: training[name] for name in ("lr", "activation_lr")}
+        return {name: training[name] for name in ("lr", "activation_lr") if name in training}  # else told later
 
     def frozen(self, activation: str) -> bool:
         """Say whether the activation has parameters that are not trained."""
