@@ -9,11 +9,15 @@ from typing import Any
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
+import latex2mathml.converter  # noqa: E402
+from docutils import nodes  # noqa: E402
+
 import kafops  # noqa: E402
 from kafops.backends.record import Backend  # noqa: E402
 
 project = "kafops"
 author = "the kafops maintainers"
+project_copyright = f"2026, {author}"
 version = release = kafops.__version__
 extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon", "sphinx.ext.doctest", "sphinx.ext.viewcode"]
 root_doc = "docs/index"
@@ -24,12 +28,16 @@ myst_heading_anchors = 4
 myst_enable_extensions = ["dollarmath", "substitution"]
 
 default_role = "code"
+autodoc_typehints = "none"  # what an argument may be is in the words beside it
 autodoc_member_order = "bysource"
 napoleon_use_ivar = True
 
 html_theme = "furo"
+html_math_renderer = "mathml"  # which browsers draw themselves, without a network
 html_title = f"kafops {release}"
 html_copy_source = False
+html_static_path = ["site.css"]
+html_css_files = ["site.css"]
 html_theme_options = {
     "light_css_variables": {"color-brand-primary": "#0072b2", "color-brand-content": "#0072b2"},
     "dark_css_variables": {"color-brand-primary": "#56b4e9", "color-brand-content": "#56b4e9"},
@@ -82,6 +90,15 @@ def _as_it_reads(app: object, what: str, name: str, object_: object, options: ob
             lines[i] = re.sub(r"(?<![*\\])([*|])(?!\*)", r"\\\1", line)
 
 
+def _formula(display: str) -> Any:
+    def visit(translator: Any, node: nodes.Element) -> None:
+        translator.body.append(latex2mathml.converter.convert(node.astext(), display=display))
+        raise nodes.SkipNode
+
+    return visit, None
+
+
 def setup(app: Any) -> None:
-    """Connect what reads docstrings, before napoleon does."""
+    """Connect what reads docstrings, before napoleon does, and what writes formulas."""
     app.connect("autodoc-process-docstring", _as_it_reads, priority=100)
+    app.add_html_math_renderer("mathml", inline_renderers=_formula("inline"), block_renderers=_formula("block"))

@@ -30,13 +30,10 @@ def kernels() -> Figure:
     figure = Figure(figsize=(5.6, 2.4), layout="constrained")
     axes = figure.subplots()
     axes.axhline(0, color=PALE, lw=0.8)
-    for term in terms.T:
-        axes.plot(x, term, color=BLUE, lw=1, alpha=0.6)
-    axes.plot(x, terms.sum(1), color=VERMILLION, lw=2)
-    axes.plot(points, np.zeros(8), "|", color=GREY, ms=9)
-    axes.annotate("α κ(√γ (x − δ))", (-1.5, -0.42), color=BLUE)
-    axes.annotate("f(x)", (1.2, 1.6), color=VERMILLION)
-    axes.annotate("δ", (-3.05, -0.26), color=GREY)
+    axes.plot(x, terms, color=BLUE, lw=1, alpha=0.6, label=["α κ(√γ (x − δ)), for each point", *7 * ["_"]])
+    axes.plot(x, terms.sum(1), color=VERMILLION, lw=2, label="f(x), their sum")
+    axes.plot(points, np.zeros(8), "|", color=GREY, ms=9, label="points δ of the dictionary")
+    axes.legend(loc="upper left")
     axes.set_xlabel("x")
     return figure
 
