@@ -8,6 +8,7 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 python=$(realpath -s "${1:-.venv/bin/python}")
+export VIRTUAL_ENV=$("$python" -c "import sys; print(sys.prefix)")  # whose torch the wheel is built with
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 
