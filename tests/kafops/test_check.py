@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import kafops
-from kafops import backends, check, ops
+from kafops import autograd, backends, check, ops
 from kafops.backends import cpu
 
 STAGES = ("forward", "backward", "double backward")
@@ -27,9 +27,15 @@ def spoil(monkeypatch):
                 return change(result)
             return (change(result[0]) if result[0].numel() else result[0], *result[1:])
 
-        monkeypatch.setattr(ops, name, wrong)
+        put_in_place(monkeypatch, name, wrong)
 
     return replace
+
+
+def put_in_place(monkeypatch, name, function):
+    """Let a function stand for an operator wherever it is called from."""
+    monkeypatch.setattr(ops, name, function)
+    monkeypatch.setattr(autograd, f"_{name}", function, raising=name != "kaf_double_backward")
 
 
 def rows(output: str) -> dict[str, str]:
@@ -92,7 +98,7 @@ def test_an_operator_that_raises(monkeypatch, capsys):
     def broken(*arguments):
         raise RuntimeError("undefined symbol")
 
-    monkeypatch.setattr(ops, "kaf_backward", broken)
+    put_in_place(monkeypatch, "kaf_backward", broken)
     assert check.main([]) == 1
     assert "RuntimeError: undefined symbol  WRONG" in capsys.readouterr().out
 
