@@ -5,7 +5,7 @@ import sys
 
 COMMANDS = (
     "bounds", "compare", "curves", "demo", "distributions", "evaluate", "find-lr", "gradients", "recipe", "recipes",
-    "report", "study", "train",
+    "report", "study", "train", "tune",
 )  # fmt: skip
 _EXTRAS = ("matplotlib", "numpy", "rich", "safetensors", "torchvision")
 _given = sys.argv[1] if len(sys.argv) > 1 else "-"

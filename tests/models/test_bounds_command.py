@@ -18,6 +18,7 @@ from models.figures import bounds as figures
 from models.runs import session, trained
 from models.runs.settings import Settings
 from models.study import page, plan
+from models.study.summary import summarise
 from models.training import Recipe
 
 DATA = "mnist5k:train=200,test=40,validation=10,size=12"
@@ -292,8 +293,7 @@ def test_a_study_can_vary_the_training() -> None:
     assert (limited.activation, limited.training.slope_limit, limited.training.slope_penalty) == ("kaf_elu", 1, 0)
     assert math.isclose(limited.training.eps, 0.22)
     assert limited.training.epochs == first["relu"].training.epochs
-    summary = {"runs": 0, "of": 36, "baseline": "kaf_elu", "measures": [], "networks": {}, "failed": {}}
-    text = page.markdown(study, summary, {}, "command")
+    text = page.markdown(study, summarise(study, {}), {}, "command")
     assert "- kaf_penalty0.1: `kaf_elu` with slope_penalty = 0.1" in text
 
 
