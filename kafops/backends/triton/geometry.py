@@ -36,6 +36,8 @@ _NVIDIA = {
     "kaf_backward": Tiling(128, 4, 32, 1024),
     "kaf_double_backward": Tiling(128, 8, 32, 1024),
 }
+# Four elements of columns would spill there.
+_DATACENTER_BLACKWELL = _NVIDIA | {"kaf_backward": Tiling(128, 2, 32, 1024)}
 # Programs of four warps of 64, on up to 304 multiprocessors.
 _AMD = {key: Tiling(256, t.elements, t.tiles, 2 * t.programs) for key, t in _NVIDIA.items()}
 # An operation costs the interpreter the same on one element and on thousands.
@@ -49,7 +51,8 @@ def tiling(operator: str, architecture: str) -> Tiling:
         operator: as above.
         architecture: "interpreted", "hip", or a CUDA compute capability such as "90".
     """
-    return {"interpreted": _INTERPRETED, "hip": _AMD}.get(architecture, _NVIDIA)[operator]
+    others = {"interpreted": _INTERPRETED, "hip": _AMD, "100": _DATACENTER_BLACKWELL, "103": _DATACENTER_BLACKWELL}
+    return others.get(architecture, _NVIDIA)[operator]
 
 
 @dataclass(frozen=True)

@@ -552,13 +552,15 @@ def kaf_kernel(
     )
     x_ptr += offset
     y_ptr += offset
-    on_cells = _kind(workspace_ptr, channel, flags, RUNS) > 0 if CAPACITY else False
-    if on_cells:
-        _on_cells(
-            x_ptr, y_ptr, workspace_ptr, channel, flags, count, exists, C, units, gap, magic, shift, R, W, ALIGN, RUNS,
-            CAPACITY,
-        )  # fmt: skip
-    else:
+    kind = 0
+    if CAPACITY:
+        kind = _kind(workspace_ptr, channel, flags, RUNS)
+        if kind > 0:
+            _on_cells(
+                x_ptr, y_ptr, workspace_ptr, channel, flags, count, exists, C, units, gap, magic, shift, R, W, ALIGN,
+                RUNS, CAPACITY,
+            )  # fmt: skip
+    if kind == 0:
         alpha_at, gamma_at, dictionary_at = _rows(channel, flags, D)
         _direct(
             x_ptr, y_ptr, alpha_ptr + alpha_at, gamma_ptr + gamma_at, _moved(dictionary_ptr, dictionary_at), D,
