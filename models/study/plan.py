@@ -17,6 +17,7 @@ FOLDER = Path(__file__).parent
 
 
 COMMON, TUNED = "common", "tuned"
+HELD_OUT = "held out"  # what the attack of a tuning is called
 Rates = dict[str, float]
 """Learning rates as settings of a training: "lr", and "activation_lr" as a multiple of it."""
 
@@ -134,7 +135,7 @@ class Study:
         if self.tuning is None:
             raise ValueError(f"study {self.name} says nothing of tuning")
         how = self.tuning
-        attacks = {"held out": how.attack}
+        attacks = {HELD_OUT: how.attack}
         return replace(
             self, seeds=how.seeds, attacks=attacks, images=how.images, rates=("tried",), tuned={}, part="validation"
         )
@@ -237,8 +238,8 @@ def _tuples(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check_rates(study: Study) -> None:
-    if unknown := set(study.rates) - {COMMON, TUNED} or not study.rates:
-        raise ValueError(f"rates must be {COMMON}, {TUNED} or both, got {', '.join(map(str, study.rates)) or unknown}")
+    if not study.rates or not set(study.rates) <= {COMMON, TUNED}:
+        raise ValueError(f"rates must be {COMMON}, {TUNED} or both, got {', '.join(map(str, study.rates)) or 'none'}")
     if TUNED in study.rates and study.tuning is None:
         raise ValueError(f"a study at {TUNED} rates must say how they are chosen: tuning")
     if study.tuning is None:

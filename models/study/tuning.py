@@ -3,9 +3,7 @@
 import statistics
 from typing import Any
 
-from models.study.plan import Rates, Study
-
-_ATTACK = "held out"
+from models.study.plan import HELD_OUT, Rates, Study
 
 
 def tried(study: Study, results: dict[str, dict[str, Any]]) -> dict[str, dict[str, list[dict[str, Any]]]]:
@@ -26,7 +24,7 @@ def tried(study: Study, results: dict[str, dict[str, Any]]) -> dict[str, dict[st
         of_activation = found.setdefault(run.network, {}).setdefault(run.activation, {})
         entry = of_activation.setdefault(run.rate, {**rates, "values": [], "failed": 0, "collapsed": 0})
         result = results[run.name]
-        mask = result["found"][_ATTACK] if "error" not in result else "1"
+        mask = result["found"][HELD_OUT] if "error" not in result else "1"
         entry["values"].append(mask.count("0") / len(mask))
         entry["failed"] += "error" in result
         entry["collapsed"] += bool(result.get("collapsed"))
