@@ -10,10 +10,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode
 from torch.nn import functional as F
 
 from kafops import autograd, kernels, ops, plain, reference
-from kafops.torch_private import register_decomposition
 
 __all__ = ["decompositions", "kaf"]
 
@@ -100,8 +100,18 @@ def _cast(arguments: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
     return {name: a.to(dtype) if isinstance(a, Tensor) else a for name, a in arguments.items()}
 
 
-# For torch.onnx.export of programs that were exported before. FakeTensor would take a decomposition for the fake kernel
-# where sizes are symbolic, unless there is one in its table.
+def _rule(decomposition: Callable[..., Any]) -> Callable[..., Any]:
+    def rule(mode: Any, operator: Any, types: Any, arguments: Any = (), named: Any = None) -> Any:
+        if not torch.onnx.is_in_onnx_export():
+            return mode.__torch_dispatch__(operator, types, arguments, named)
+        with mode:
+            return decomposition(*arguments, **named or {})
+
+    return rule
+
+
+# For torch.onnx.export of programs that were exported before. A rule for the mode that records them, rather than an
+# entry of torch._decomp's table: Inductor refuses an operator of that table that it does not decompose where the
+# environment has CI, and FakeTensor would take it for the fake kernel.
 for _operator, _function in decompositions().items():
-    register_decomposition(_operator)(_function)
-    register_decomposition(_operator, type="meta")(ops.fakes[_operator])
+    torch.library.register_torch_dispatch(_operator, ProxyTorchDispatchMode, _rule(_function))

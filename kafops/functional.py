@@ -126,7 +126,7 @@ def call(
         with warnings.catch_warnings():  # of checks in Python: what they ask for does not depend on the batch
             warnings.simplefilter("ignore", torch.jit.TracerWarning)
             return _checked(x, alpha, gamma, dictionary, boundary, kernel, base, channel_dim)
-    if type(x) is not Tensor:  # of DTensors PyTorch would else find the decomposition of kaf, and none of its gradient
+    if type(x) is not Tensor:  # a DTensor, it may be
         sharding.register()
     try:
         if channel_dim == 1 and type(channel_dim) is int and kernel == "gaussian" and backends.choose(x) != "reference":

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
-from torch import _decomp
 from torch._functorch import utils as _functorch_utils
 from torch._subclasses import fake_tensor as _fake_tensor
 from torch.autograd import forward_ad as _forward_ad
@@ -26,7 +25,6 @@ __all__ = [
     "gradients_wanted",
     "is_fake",
     "real_tensors",
-    "register_decomposition",
     "transforms_active",
     "unregister",
     "watched",
@@ -56,9 +54,6 @@ enable_single_level_functions = _functorch_utils.enable_single_level_autograd_fu
 
 # Forward mode is off within a kernel on the Autograd key; one that is differentiated further needs it. 2.0
 enable_forward_mode = _forward_ad._set_fwd_grad_enabled
-
-# What torch.onnx does with an operator that it finds in an exported program. 2.0
-register_decomposition = _decomp.register_decomposition
 
 # Tensors without values, under a FakeTensorMode, and a context that leaves it, for constants. 2.4
 is_fake = _fake_tensor.is_fake
