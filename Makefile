@@ -34,8 +34,8 @@ $(BUILT): $(INSTALLED) setup.py $(SOURCES)
 demo: build  ## train, attack and compare three small networks, and write runs/demo/report.html
 	$(PY) -m models demo $(ARGS)
 
-test: build  ## run the tests (ARGS="-k name" for some)
-	$(PY) -m pytest -m "not slow" $(ARGS)
+test: build  ## run the tests, two files at a time (ARGS="-k name" for some)
+	$(PY) -m pytest -n 2 --dist loadfile -m "not slow" $(ARGS)
 
 test-slow: build  ## run the tests that need many GB or many minutes
 	$(PY) -m pytest -m slow $(ARGS)
