@@ -139,7 +139,8 @@ def test_trace(make):
 # --------------------------------------------------------------------------------------------------------- fake tensors
 
 FAKED = {
-    **{f"init {i}": lambda i=i: kafops.KAF2d(6, init=i) for i in ("normal", "isometric", "elu", "zeros", torch.sin)},
+    **{f"init {i}": lambda i=i: kafops.KAF2d(6, init=i) for i in ("normal", "isometric", "elu", "zeros")},
+    "init torch.sin": lambda: kafops.KAF2d(6, init=torch.sin),
     "one curve": lambda: kafops.KAF2d(1),
     "gamma": lambda: kafops.KAF2d(6, gamma=torch.ones(6)),
     "gamma, one": lambda: kafops.KAF2d(6, gamma=torch.ones(1)),

@@ -217,7 +217,7 @@ def test_layers_by_default():
 TARGETS = {"relu": F.relu, "elu": F.elu, "silu": F.silu, "tanh": torch.tanh, "identity": torch.clone}
 
 
-@pytest.mark.parametrize("start", [*TARGETS, torch.sin], ids=str)
+@pytest.mark.parametrize("start", [*TARGETS, torch.sin], ids=[*TARGETS, "torch.sin"])
 def test_starts_that_fit(start):
     layer = kafops.KAF(3, init=start, dtype=F64)
     alpha = init.ridge(TARGETS.get(start, start), layer.points()[0], layer.gamma)
