@@ -91,6 +91,10 @@ def check(
         sanity.never_beats("attacks without gradient never beat those by gradient", without, by_gradient),
         sanity.has_gradients("gradients are not 0", gradients),
     ]
+    if thorough := _of(plan, given, ("autoattack",)):
+        usual = _together("PGD", [with_restarts, *_of(plan, given, ("pgd",))])
+        title = "AutoAttack finds little that PGD does not"
+        verdicts.append(sanity.finds_little_more(title, usual, thorough[0]))
     if len(over_radii) > 1:
         verdicts.insert(1, sanity.more_never_helps("a larger ε never helps the network", over_radii))
     if any(isinstance(module, KWinners) for module in model.modules()):

@@ -13,10 +13,11 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from models.evaluation import Gradients, accuracy
+from models.evaluation import Accuracy, Gradients, accuracy
 
 PASS, WARNING, FAIL = "pass", "warning", "fail"
 _SMALL, _LEVEL = 0.002, 0.01
+_GAP = 0.05  # of the images: what the most thorough attack may break beyond PGD
 _ZERO_IMAGES = 0.05  # with more images than that without a gradient, accuracy under gradient attacks means little
 
 
@@ -109,6 +110,29 @@ def more_never_helps(check: str, curve: Sequence[Attacked]) -> Verdict:
         PASS,
         f"accuracy goes from {_share(first.found)} with {first.name} to {_share(last.found)} with {last.name}",
     )
+
+
+def finds_little_more(check: str, usual: Attacked, thorough: Attacked) -> Verdict:
+    """Judge that an attack of many kinds breaks few images that the usual one, by gradient, leaves.
+
+    Where it breaks many, the usual one's gradients did not lead there: the network hides something, and perhaps more
+    than the thorough one finds too. Fails when the 95 % interval of the share of such images lies above 5 %, and warns
+    when only the share does. Says from how many images on it would have failed.
+    """
+    found = compare(usual.found, thorough.found)
+    beyond = found.only_stronger
+
+    def surely(count: int) -> bool:
+        return Accuracy(count, found.total).interval[0] > _GAP
+
+    least = next(n for n in range(found.total + 1) if surely(n))
+    evidence = (
+        f"{thorough.name} breaks {beyond} of {found.total} images that {usual.name} leaves; "
+        f"the check would have failed from {least} on"
+    )
+    if surely(beyond):
+        return Verdict(check, FAIL, evidence)
+    return Verdict(check, WARNING if beyond > _GAP * found.total else PASS, evidence)
 
 
 def falls_to_chance(check: str, largest: Attacked, classes: int) -> Verdict:

@@ -17,6 +17,33 @@ def attacked(name: str, start: int, end: int, of: int = 200) -> Attacked:
 
 
 @pytest.mark.parametrize(
+    ("beyond", "of", "result", "least"),
+    [
+        (
+            5,
+            200,
+            PASS,
+            "would have failed from 17 on",
+        ),  # Wilson's interval of 17 of 200 begins at 5.4 %, of 16 at 4.98 %
+        (10, 200, PASS, ""),
+        (11, 200, WARNING, ""),
+        (34, 200, FAIL, ""),  # 73.5 % under PGD, 56.5 % under AutoAttack
+        (60, 200, FAIL, ""),  # 47 and 17 %
+        (1, 1, FAIL, "would have failed from 1 on"),
+    ],
+)
+def test_a_thorough_attack_that_finds_much_more(beyond: int, of: int, result: str, least: str) -> None:
+    usual, thorough = attacked("PGD", 0, 0, of), attacked("AutoAttack", 0, beyond, of)
+    verdict = sanity.finds_little_more("gap", usual, thorough)
+    assert verdict.result == result
+    assert f"AutoAttack breaks {beyond} of {of} images that PGD leaves; " in verdict.evidence
+    assert verdict.evidence.endswith(least)
+    # What PGD alone breaks is of no account: it is no sign that PGD failed.
+    both = attacked("AutoAttack and not all of PGD", 0, beyond // 2, of)
+    assert sanity.finds_little_more("gap", thorough, both).result == PASS
+
+
+@pytest.mark.parametrize(
     ("more", "fewer", "p"),
     [(0, 0, 1.0), (1, 0, 0.5), (3, 0, 1 / 8), (2, 2, 11 / 16), (7, 0, 1 / 128), (9, 1, 11 / 1024)],
 )
