@@ -24,7 +24,7 @@ def attacked(name: str, start: int, end: int, of: int = 200) -> Attacked:
             200,
             PASS,
             "would have failed from 17 on",
-        ),  # Wilson's interval of 17 of 200 begins at 5.4 %, of 16 at 4.98 %
+        ),  # Wilson's interval of 17 begins at 5.4 %, of 16 at 4.98
         (10, 200, PASS, ""),
         (11, 200, WARNING, ""),
         (34, 200, FAIL, ""),  # 73.5 % under PGD, 56.5 % under AutoAttack
