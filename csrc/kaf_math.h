@@ -127,26 +127,47 @@ KAF_FN double exp_double(double z) {
   return z == z ? e : z;
 }
 
+// What a curve is a sum of: the codes of kafops/kernels.py.
+enum Kernel : int64_t { kGaussian, kRationalQuadratic, kMatern32, kBSpline, kKernels };
+
+// Whether a kernel may be differentiated n times in x (or the points) and m times in γ.
+KAF_FN bool offers(int64_t kernel, int64_t n, int64_t m) {
+  const bool smooth = kernel == kGaussian || kernel == kRationalQuadratic;
+  return 0 <= n && n <= kHighest && 0 <= m && m <= kHighest && n + 2 * m <= kHighest && (smooth || n + m <= 2);
+}
+
 // What lies beneath a curve: the codes of kafops/bases.py.
 enum Base : int { kNoBase, kIdentity, kRelu, kSilu, kGelu };
 
 constexpr int kMaxOrder = 13;  // of a base's derivative
 
-// σ^(n)(x), σ(x) = 1 / (1 + e^−x), given e = e^−|x|: e (1 + e)^−(n + 1) Σ_k (−1)^k A_k e^k at −|x|, with A the Eulerian
-// numbers of n, and the odd or even continuation of that at |x|. The sum cancels to 1/300 at n = 13, and little below.
-KAF_FN double sigmoid_derivative(int n, double x, double e) {
+// The Eulerian numbers of n and of n − 1, which the derivatives of σ of these orders are made of.
+struct Eulerian {
+  double of[2][kMaxOrder];
+};
+KAF_FN Eulerian eulerian(int n) {
+  Eulerian r = {};
+  for (int i = 0; i < 2; ++i) {
+    double* a = r.of[i];
+    a[0] = 1;
+    for (int m = 2; m <= n - i; ++m)
+      for (int k = m - 1; k > 0; --k) a[k] = (k + 1) * a[k] + (m - k) * a[k - 1];
+  }
+  return r;
+}
+
+// σ^(n)(x), σ(x) = 1 / (1 + e^−x), given e = e^−|x| and the Eulerian numbers A of n: e (1 + e)^−(n + 1) Σ_k (−1)^k A_k e^k
+// at −|x|, and the odd or even continuation of that at |x|. The sum cancels to 1/300 at n = 13, and little below.
+KAF_FN double sigmoid_derivative(int n, const double* a, double x, double e) {
   const double t = 1 / (1 + e);
   if (n == 0) return x > 0 ? t : e * t;
-  double a[kMaxOrder] = {1};
-  for (int m = 2; m <= n; ++m)
-    for (int k = m - 1; k > 0; --k) a[k] = (k + 1) * a[k] + (m - k) * a[k - 1];
   double y = a[n - 1], power = e * t * t;
   for (int k = n - 2; k >= 0; --k) y = a[k] - e * y, power *= t;
   return x > 0 && n % 2 == 0 ? -y * power : y * power;
 }
 
 // The n-th derivative of a base at x, 0 ≤ n ≤ kMaxOrder: its limit at ±inf, NaN for NaN, and ReLU's slope 0 at 0.
-KAF_FN double base_derivative(int base, int n, double x) {
+KAF_FN double base_derivative(int base, int n, double x, const Eulerian& numbers) {
   if (x != x) return x;
   if (base == kNoBase) return 0;
   if (base == kIdentity) return n == 0 ? x : n == 1;
@@ -155,7 +176,8 @@ KAF_FN double base_derivative(int base, int n, double x) {
   // A base is max(x, 0) − |x| σ(−|x|), or with Φ, the distribution function of N(0, 1), in place of σ.
   const double tail = base == kSilu ? e / (1 + e) : n < 2 ? 0.5 * std::erfc(std::fabs(x) * 0.70710678118654752440) : 0;
   if (n == 0) return (x > 0 ? x : 0) - std::fabs(x) * tail;
-  if (base == kSilu) return x * sigmoid_derivative(n, x, e) + n * sigmoid_derivative(n - 1, x, e);
+  if (base == kSilu)
+    return x * sigmoid_derivative(n, numbers.of[0], x, e) + n * sigmoid_derivative(n - 1, numbers.of[1], x, e);
   double before = x > 0 ? 1 - tail : tail, density = e * 0.39894228040143267794;  // Φ and φ, then their derivatives
   for (int k = 0; k < n - 1; ++k) {
     const double next = -x * density - k * (k > 0 ? before : 0);
@@ -163,6 +185,9 @@ KAF_FN double base_derivative(int base, int n, double x) {
     density = next;
   }
   return x * density + n * before;
+}
+KAF_FN double base_derivative(int base, int n, double x) {
+  return base_derivative(base, n, x, base == kSilu && n > 0 ? eulerian(n) : Eulerian{});
 }
 
 }  // namespace kaf

@@ -46,8 +46,8 @@ def kaf(
         gamma: bandwidths [C] or [1], of the same dtypes. Must be positive; values are not checked here.
         boundary: half-width of the dictionary, a positive float in the units of x.
         kernel: "gaussian" (default), or another κ(√γ (x - δ)) in its place: "rational_quadratic", "matern32" or
-            "bspline", defined in `kafops.kernels`. These are fused on the CPU, where they cost D kernel values for each
-            element; elsewhere they are computed in plain PyTorch.
+            "bspline", defined in `kafops.kernels`. The compiled kernels compute D values of these for each
+            element; Triton's have none, and leave them to plain PyTorch.
         base: function beneath the curve: None (default), "identity", "relu", "silu" or "gelu", defined in
             `kafops.bases`.
         channel_dim: dimension of the channels, default 1; -1 for transformers and MLPs. 0 or -1 of an x [C] is a single

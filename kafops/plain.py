@@ -6,7 +6,7 @@ every point is a few passes over x. With u = √γ (x − δ_k) and d = x − δ
     ψ[n, m](d) = ∂ⁿ/∂xⁿ ∂ᵐ/∂γᵐ κ(√γ d) = γ^(n/2 − m) Σ_{p ≤ m} a_p uᵖ κ^(n + p)(u)
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
@@ -59,92 +59,8 @@ def kaf_backward(
     return dx, dalpha, dgamma, ddictionary
 
 
-# The operators, where a backend's own functions for them, given first, have the Gaussian with n = m = 0 and no base.
-
-
-def complete_kaf(
-    gaussian: Callable[..., Tensor],
-    x: Tensor,  # [N, C, *]
-    alpha: Tensor,  # [C, D] or [1, D]
-    gamma: Tensor,  # [C] or [1]
-    dictionary: Tensor | None,  # [C, D] or [1, D]
-    boundary: float,
-    kappa: int = 0,
-    base: int = 0,
-    n: int = 0,
-    m: int = 0,
-) -> Tensor:  # [N, C, *]
-    """Compute the operator `kaf`. With a base, the sum is rounded to x's dtype once."""
-    curve = (alpha, gamma, dictionary, boundary)
-    if kappa or n or m:
-        return kaf(x, *curve, kappa, base, n, m)
-    wide = _wide(x)
-    return _narrow(gaussian(wide, *curve).add_(_base(base, wide, 0)), x)
-
-
-def complete_kaf_backward(
-    gaussian: Callable[..., tuple[Tensor, ...]],
-    grad: Tensor,  # [N, C, *]
-    x: Tensor,  # [N, C, *]
-    alpha: Tensor,  # [C, D] or [1, D]
-    gamma: Tensor,  # [C] or [1]
-    dictionary: Tensor | None,  # [C, D] or [1, D]
-    boundary: float,
-    needs: int,
-    kappa: int = 0,
-    base: int = 0,
-    n: int = 0,
-    m: int = 0,
-) -> tuple[Tensor, ...]:
-    """Compute the operator `kaf_backward`."""
-    curve = (alpha, gamma, dictionary, boundary)
-    if kappa or n or m:
-        return kaf_backward(grad, x, *curve, needs, kappa, base, n, m)
-    wide, weight = _wide(x), _wide(grad)
-    dx, *of_parameters = gaussian(weight, wide, *curve, needs)
-    if needs & 1:
-        dx.addcmul_(weight, _base(base, wide, 1))
-    return _narrow(dx, x), *of_parameters
-
-
-def complete_kaf_double_backward(
-    gaussian: Callable[..., tuple[Tensor, ...]],
-    v_x: Tensor | None,  # [N, C, *]
-    v_alpha: Tensor | None,  # [C, D] or [1, D]
-    v_gamma: Tensor | None,  # [C] or [1]
-    v_dictionary: Tensor | None,  # [C, D] or [1, D]
-    grad: Tensor,  # [N, C, *]
-    x: Tensor,  # [N, C, *]
-    alpha: Tensor,  # [C, D] or [1, D]
-    gamma: Tensor,  # [C] or [1]
-    dictionary: Tensor | None,  # [C, D] or [1, D]
-    boundary: float,
-    needs: int,
-    base: int = 0,
-) -> tuple[Tensor, ...]:
-    """Compute the operator `kaf_double_backward`."""
-    wide, weight, v = _wide(x), _wide(grad), None if v_x is None else _wide(v_x)
-    curve = (alpha, gamma, dictionary, boundary)
-    dgrad, dx, *of_parameters = gaussian(v, v_alpha, v_gamma, v_dictionary, weight, wide, *curve, needs)
-    if v is not None and needs & 16:
-        dgrad.addcmul_(v, _base(base, wide, 1))
-    if v is not None and needs & 1:
-        dx.addcmul_(v * weight, _base(base, wide, 2))
-    return _narrow(dgrad, x), _narrow(dx, x), *of_parameters
-
-
 def _base(base: int, x: Tensor, n: int) -> Tensor:
     return bases.value(BASES[base], x, n)
-
-
-def _wide(t: Tensor) -> Tensor:
-    """Cast to the dtype of arithmetic, laid out as outputs are."""
-    dtype = torch.promote_types(t.dtype, torch.float32)
-    return t if t.dtype == dtype else torch.empty_like(t, dtype=dtype).copy_(t)
-
-
-def _narrow(t: Tensor, x: Tensor) -> Tensor:
-    return t if t.dtype == x.dtype else torch.empty_like(x if t.shape == x.shape else t, dtype=x.dtype).copy_(t)
 
 
 def _curve(terms: "_Terms", alpha: Tensor, base: int, n: int, m: int) -> Tensor:

@@ -81,8 +81,6 @@ struct Windows {
   std::vector<double> base;     // [products][cells][kPoints], coefficients of the bases that tables hold
 };
 
-enum Kernel : int64_t { kGaussian, kRationalQuadratic, kMatern32, kBSpline, kKernels };  // codes of kafops/kernels.py
-
 struct Order {  // of differentiation: n times in x and m times in γ
   int n = 0, m = 0;
 };

@@ -40,9 +40,9 @@ struct Answers : Channel {
     }
     __syncthreads();
   }
-  // The first curve at x, which may be clamped.
-  __device__ __forceinline__ float operator()(float x) const {
-    const uint32_t bits = __float_as_uint(x) >> 16, magnitude = bits & 0x7fff;
+  // The first curve at x, which clamped is of no account.
+  __device__ __forceinline__ float operator()(bfloat16 x, float) const {
+    const uint32_t bits = x.bits, magnitude = bits & 0x7fff;
     const uint32_t i = magnitude > 0x7f80 ? last + 1 : min(max(magnitude, low) - low, last);
     return table[i + (bits >> 15) * (last + 2)];
   }

@@ -60,6 +60,15 @@ KAF_FN double gaussian_scale(double gamma) { return -gamma; }
 __device__ __forceinline__ float gaussian(float d, float scale) { return exp2_approx(scale * d * d); }
 __device__ __forceinline__ double gaussian(double d, double scale) { return exp_double(scale * d * d); }
 
+__device__ __forceinline__ float exponential(float v) { return exp2_approx(v * 1.44269504f); }
+__device__ __forceinline__ double exponential(double v) { return exp_double(v); }
+// 1 / v to a rounding.
+__device__ __forceinline__ float reciprocal(float v) {
+  const float r = reciprocal_approx(v);
+  return fmaf(r, fmaf(-v, r, 1.0f), r);
+}
+__device__ __forceinline__ double reciprocal(double v) { return 1 / v; }
+
 // v, which the compiler takes for another: so that what is computed of it before a loop and after it is computed twice, and
 // has no registers in the loop.
 KAF_FN uint32_t again(uint32_t v) {

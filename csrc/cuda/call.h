@@ -17,19 +17,31 @@ template <class A> constexpr int kWindow = 80 / sizeof(A);  // points whose sums
 
 enum class Type : uint8_t { f32, f64, bf16, f16 };
 
+// n / by for n < 2^31 as mulhi(n, magic) >> shift: see quotient() in tiles.cuh. A division takes conversions, which are slow.
+struct Divisor {
+  uint32_t by = 1, magic = 0;
+  int shift = 0;
+};
+inline Divisor divisor(int64_t by) {
+  if (by == 1) return {};
+  const int s = std::bit_width(static_cast<uint32_t>(by - 1));  // ceil(log2(by))
+  return {static_cast<uint32_t>(by), static_cast<uint32_t>(((uint64_t{1} << (31 + s)) + by - 1) / by), s - 1};
+}
+
 // Who computes which elements: see tiles.cuh.
 struct Tiling {
   int threads;
-  int64_t rows, pitch, inner, columns, columns_per_channel;
-  int64_t row_blocks, run_blocks;  // blocks along the rows and along a run, for each set of columns
+  int64_t rows, pitch, inner, columns;
+  Divisor columns_per_channel;
+  Divisor chunks, run_blocks;  // blocks for each set of columns, and of these along a run
   int rows_per_block;              // more than 1 only where a block takes whole runs
   int run;                         // elements of a run that a block takes
-  int columns_at_once;             // a power of two, at most 32
+  int columns_at_once, columns_shift, group_shift;  // 2^columns_shift, at most 32; threads of a column, 2^group_shift
   bool vectors;                    // whether threads take 16 bytes at once, then columns_at_once = 1
-  // The offset of position q < 2^31 of a block: q · step + row · row_step, with row = mulhi(q, run_magic) >> run_shift.
-  // Where a block takes whole runs that is q / run; runs of one element, and parts of a run, do with row = 0.
-  uint32_t step, row_step, run_magic;
-  int run_shift;
+  // The offset of position q < 2^31 of a block: q · step + row · row_step. Where a block takes whole runs, row = q / run;
+  // runs of one element, and parts of a run, do with row = 0, which the magic number 0 makes.
+  uint32_t step, row_step;
+  Divisor whole_run;
 };
 
 // One parameter, [C, ...] or with row = 0 one row for all channels. Absent: data = nullptr, reads as 0.
@@ -87,15 +99,26 @@ struct Uniform {
   Split<float> step, inverse_step, kappa_by_gamma;  // Δ, 1 / Δ, 2Δ log2 e
 };
 
+// ψ[n, m] = γ^(n/2 − m) Σ_{p ≤ m} a_p u^p κ^(n + p)(u), u = √γ (x − δ): a curve of another kernel than the Gaussian, or
+// differentiated. With its gradients there are three, of ψ[n, m], ψ[n + 1, m] and ψ[n, m + 1].
+struct Psi {
+  int kernel, n, m;
+  int count;  // of the derivatives of κ, from the n-th, that are needed; 0: the Gaussian itself, which has loops of its own
+  float a[3][kHighest / 2 + 2];  // by u^p κ^(n + p); of the second by u^(p − 1) κ^(n + p)
+};
+
 struct Call {
   Tiling tiling;
   Parameter alpha, gamma, dictionary, v_alpha, v_gamma, v_dictionary;
   int size;              // D
   double boundary;       // of the uniform dictionary, where there is no other
+  Psi psi;
+  int base, base_order;  // what lies beneath: base^(base_order), where this is not the operator's own order
+  Eulerian eulerian;     // of base_order
   Uniform uniform;
   Tables tables;
   int powers;            // of two that a table of all answers holds; 0: there is none. See answers.cuh
-  int windows;           // of points, of which a block forms the sums
+  Divisor windows;       // of points, of which a block forms the sums
   const void *x, *grad, *v_x;
   void *y, *dx, *dgrad;  // nullptr: not wanted
   Gradient dalpha, ddictionary, dgamma;
@@ -105,9 +128,8 @@ struct Call {
   bool finishes;         // whether the last of these blocks adds up what all have left; else a second launch does
 };
 
-KAF_FN int64_t chunks_of(const Tiling& t) { return t.row_blocks * t.run_blocks; }
-KAF_FN int64_t blocks_of(const Tiling& t) {
-  return chunks_of(t) * ((t.columns + t.columns_at_once - 1) / t.columns_at_once);
+inline int64_t blocks_of(const Tiling& t) {
+  return t.chunks.by * ((t.columns + t.columns_at_once - 1) / t.columns_at_once);
 }
 
 using Stream = void*;

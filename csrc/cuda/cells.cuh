@@ -102,8 +102,8 @@ struct SharedCurves : Curves<32> {
     }
     __syncthreads();
   }
-  // The first curve at a clamped x.
-  __device__ __forceinline__ float operator()(float x) const { return polynomial(find(x), 0); }
+  // The first curve at x, clamped.
+  template <class T> __device__ __forceinline__ float operator()(T, float x) const { return polynomial(find(x), 0); }
 };
 
 }  // namespace kaf

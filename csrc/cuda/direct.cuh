@@ -1,6 +1,7 @@
-// The direct path: one exponential for each element and point. It takes every dictionary, every γ and every derivative.
+// The direct path: every element pays for every point, for a Gaussian with one exponential. It takes every dictionary, γ,
+// kernel and derivative.
 //
-// With d = x − δ, K = exp(−γ d²), v the gradients of the first gradients (see kaf_math.h for the second derivatives):
+// Of the Gaussian itself, with d = x − δ, K = exp(−γ d²), v the gradients of the first gradients (see kaf_math.h for the second derivatives):
 //
 //     forward           y = Σ_k α K
 //     backward          dx = g Σ_k −2γ d α K         ∂α_k = Σ_n g K       ∂γ = −Σ_n g Σ_k α d² K     ∂δ_k = −Σ_n dx's k-th term
@@ -12,7 +13,8 @@
 // Napkin: float32, D = 20, an element costs 20 exponentials, 2 cycles of a multiprocessor a warp each, where memory takes
 // 18 forward, 27 backward, 44 in double backward: so this path is bound by them forward and backward.
 #pragma once
-#include "tiles.cuh"
+#include "base.cuh"
+#include "kappa.cuh"
 
 namespace kaf {
 
@@ -36,7 +38,7 @@ template <Order order, class A, class Tile>
 __device__ __forceinline__ void stage(const Tile& tile, const Call& call, int begin, int count, A* points) {
   const int columns = tile.t.columns_at_once;
   for (int i = threadIdx.x; i < count * columns; i += tile.t.threads) {
-    const int column = i & (columns - 1), k = begin + i / columns;
+    const int column = i & (columns - 1), k = begin + (i >> tile.t.columns_shift);
     if (!tile.is_active(column)) continue;
     const int64_t channel = tile.channel_of(column);
     const Split<A> delta = point<A>(call, channel, k);
@@ -51,13 +53,14 @@ __device__ __forceinline__ void stage(const Tile& tile, const Call& call, int be
 }
 
 // `window` says which points' sums this block forms; the first also writes what is not a sum over elements.
-template <Order order, class T, bool kVector, int kApart>
+template <Order order, bool kAnyPsi, class T, bool kVector, int kApart>
 __device__ __forceinline__ void direct(const Tile<T, kVector, kApart>& tile, const Call& call, int window, unsigned char* memory) {
   using A = typename Arithmetic<T>::type;
   constexpr int V = Tile<T, kVector, kApart>::kElements;
   const DirectShared<A, order> shared(memory);
-  const int columns = tile.t.columns_at_once, at_once = kStaged<A> / columns, threads = tile.t.threads;
+  const int columns = tile.t.columns_at_once, at_once = kStaged<A> >> tile.t.columns_shift, threads = tile.t.threads;
   const A gamma = read<A>(call.gamma, tile.channel(), 0), scale = gaussian_scale(gamma);
+  const Kappa<kAnyPsi, A> kappa(call, read<double>(call.gamma, tile.channel(), 0));
   const A v_gamma = order == kDoubleBackward ? read<A>(call.v_gamma, tile.channel(), 0) : A(0);
   const T* x = tile.column_of(static_cast<const T*>(call.x));
   const T* grad = order == kForward ? nullptr : tile.column_of(static_cast<const T*>(call.grad));
@@ -105,20 +108,18 @@ __device__ __forceinline__ void direct(const Tile<T, kVector, kApart>& tile, con
 #pragma unroll
         for (int e = 0; e < V; ++e) {
           A d = (at[e] - high) - low;
-          const A K = gaussian(d, scale);
-          if constexpr (order == kForward) {
-            out[e] += alpha * K;
-            continue;
-          }
-          d = K == 0 ? A(0) : d;  // an infinite distance times 0
+          if constexpr (order == kForward) out[e] += alpha * kappa(d).here;
           if constexpr (order == kBackward) {
-            const A term = g[e] * (alpha * K) * d;
+            const PsiValues<A> psi = kappa(d);
+            const A weight = g[e] * alpha, term = weight * psi.by_x;
             out[e] += term;
             x_sum += term;
-            alpha_sum += g[e] * K;
-            gamma_sum += term * d;
+            alpha_sum += g[e] * psi.here;
+            gamma_sum += weight * psi.by_gamma;
           }
           if constexpr (order == kDoubleBackward) {
+            const A K = gaussian(d, scale);
+            d = K == 0 ? A(0) : d;  // an infinite distance times 0
             const SecondOrder<A> s = second_order(d, K, gamma, alpha, p[3 * kStaged<A>], v_gamma, p[4 * kStaged<A>]);
             const A vg = v[e] * g[e], term = vg * s.curvature + g[e] * s.along_slope;
             out_grad[e] += v[e] * s.slope + s.along;
@@ -136,27 +137,38 @@ __device__ __forceinline__ void direct(const Tile<T, kVector, kApart>& tile, con
       }
     }
     if (!writes) continue;
-    if constexpr (order == kBackward) {
+    constexpr Factor kOfResult = order == kForward ? kOfHere : order == kBackward ? kOfByX : kOne;
 #pragma unroll
-      for (int e = 0; e < V; ++e) out[e] *= -2 * gamma;
-    }
+    for (int e = 0; e < V; ++e) out[e] = kappa.scaled(kOfResult, out[e]);
+    constexpr int kOwnOrder = kAnyPsi ? kAnyOrder : order;
+    if constexpr (order == kForward) add_base<kOwnOrder>(call, tile, place, out, x);
+    if constexpr (order == kBackward)
+      if (result) add_base<kOwnOrder>(call, tile, place, out, x, grad);
+    if constexpr (order == kDoubleBackward)
+      if (v_x) {
+        if (dgrad) add_base<1>(call, tile, place, out_grad, x, v_x);
+        if (result) add_base<2>(call, tile, place, out, x, v_x, grad);
+      }
     if (result) tile.store(result, place, out);
     if (dgrad) tile.store(dgrad, place, out_grad);
   }
 
   const int in_window = window_end - window_begin;
+  const auto scaled = [&](int column, Factor factor, A sum) {
+    const double of_column = read<double>(call.gamma, tile.channel_of(column), 0);
+    return Kappa<kAnyPsi, A>(call, of_column).scaled(order == kBackward ? factor : kOne, sum);
+  };
   if (want_alpha)
     sum_over_threads(shared.sums, in_window, tile, [&](int w, int column, A total) {
-      put_partial(tile, call, call.dalpha.slot + window_begin + w, column, total);
+      put_partial(tile, call, call.dalpha.slot + window_begin + w, column, scaled(column, kOfHere, total));
     });
   if (want_dictionary)
     sum_over_threads(dictionary_sums - threadIdx.x, in_window, tile, [&](int w, int column, A total) {
-      const A factor = order == kBackward ? 2 * read<A>(call.gamma, tile.channel_of(column), 0) : A(-1);
-      put_partial(tile, call, call.ddictionary.slot + window_begin + w, column, factor * total);
+      put_partial(tile, call, call.ddictionary.slot + window_begin + w, column, -scaled(column, kOfByX, total));
     });
   if (want_gamma) {
     A* const sums = dictionary_sums - threadIdx.x + (want_dictionary ? kWindow<A> * threads : 0);
-    sums[threadIdx.x] = order == kBackward ? -gamma_sum : gamma_sum;
+    sums[threadIdx.x] = kappa.scaled(order == kBackward ? kOfByGamma : kOne, gamma_sum);
     sum_over_threads(sums, 1, tile, [&](int, int column, A total) { put_partial(tile, call, call.dgamma.slot, column, total); });
   }
   if constexpr (order != kForward) finish<A>(tile, call, window);

@@ -16,8 +16,8 @@ template <bool kAnswers> using Lookup = std::conditional_t<kAnswers, Answers, Sh
 static_assert(kWindow<float> == kEvenWindow, "calls with and without tables divide the points into the same windows");
 
 // y = f(x)
-template <class T, bool kVector, bool kAnswers>
-__global__ void __launch_bounds__(kForwardThreads, kAnswers ? 4 : kVector ? 3 : 2) forward_kernel(const Call call) {
+template <class T, bool kVector, bool kAnswers, bool kBase>
+__global__ void __launch_bounds__(kForwardThreads, kVector ? (kBase ? 3 : 4) : 2) forward_kernel(const Call call) {
   KAF_DYNAMIC_SHARED(memory);
   float* const shared = reinterpret_cast<float*>(memory);
   using Part = Tile<T, kVector, 8>;
@@ -30,20 +30,23 @@ __global__ void __launch_bounds__(kForwardThreads, kAnswers ? 4 : kVector ? 3 : 
     for (int i = 0; i < part.tiles; ++i) {
       const auto place = part.place(i);
       constexpr int V = std::decay_t<decltype(part)>::kElements;
+      T raw[V];
       float at[V], out[V] = {};
-      part.load(x, place, at);
-      evaluate(at, out);
+      part.fetch(x, place, raw);
+#pragma unroll
+      for (int v = 0; v < V; ++v) at[v] = curve.clamped(to_arithmetic(raw[v]));
+      evaluate(raw, at, out);
+      if constexpr (kBase) add_base<0>(call, part, place, out, x);
       part.store(y, place, out);
     }
   };
   if (curve.cells.count > 0) {
-    each(tile, [&](const auto& at, auto& out) {
+    each(tile, [&](const auto& raw, const auto& at, auto& out) {
 #pragma unroll
-      for (int v = 0; v < static_cast<int>(std::size(at)); ++v) out[v] = curve(kAnswers ? at[v] : curve.clamped(at[v]));
+      for (int v = 0; v < static_cast<int>(std::size(at)); ++v) out[v] = curve(raw[v], at[v]);
     });
   } else {  // few at once: exponentials are what they wait for
-    each(Tile<T, false, 2>(call.tiling, again(blockIdx.x)), [&](auto& at, auto& out) {
-      for (float& a : at) a = curve.clamped(a);
+    each(Tile<T, false, 2>(call.tiling, again(blockIdx.x)), [&](const auto&, const auto& at, auto& out) {
       curve.at_points(at, 0, call.size, [&](int v, float, float K, const Point& p) { out[v] += p.alpha * K; });
     });
   }
@@ -58,8 +61,8 @@ template <class T, bool kVector, int kApart = 4> struct Share {
   const Tile<T, kVector, kApart> tile;
 
   __device__ __forceinline__ Share(const Call& call, uint32_t block)
-      : window(static_cast<int>(block % static_cast<unsigned>(call.windows))), begin(window * kEvenWindow),
-        count(min(kEvenWindow, call.size - begin)), tile(call.tiling, block / static_cast<unsigned>(call.windows)) {}
+      : window(static_cast<int>(block - quotient(block, call.windows) * call.windows.by)), begin(window * kEvenWindow),
+        count(min(kEvenWindow, call.size - begin)), tile(call.tiling, quotient(block, call.windows)) {}
 
   __device__ __forceinline__ const T* input(const void* data) const {
     return tile.column_of(static_cast<const T*>(data));
@@ -100,10 +103,14 @@ template <Sums kSums> struct Totals {
   }
 };
 
+// Blocks on a multiprocessor that registers are kept for: with what a thread adds up, three or two.
+template <class T, Sums kSums, bool kBase>
+constexpr int kBackwardBlocks = kSums == kNoSums && !kBase ? 4
+                                : kSums == kOfAlphaAndDictionary || (kSums == kOfAlpha && kBase && kMore<T> > 1) ? 2 : 3;
+
 // dx = g f′(x), and partial sums of the gradients of α, δ and γ.
-template <class T, bool kVector, Sums kSums, bool kAnswers>
-__global__ void __launch_bounds__(kBackwardThreads, kSums == kOfAlphaAndDictionary ? 2 : 3)
-    backward_kernel(const Call call) {
+template <class T, bool kVector, Sums kSums, bool kAnswers, bool kBase>
+__global__ void __launch_bounds__(kBackwardThreads, kBackwardBlocks<T, kSums, kBase>) backward_kernel(const Call call) {
   KAF_DYNAMIC_SHARED(memory);
   using Own = Share<T, kVector, kSums == kNoSums ? 4 * kMore<T> : 4>;
   float* const shared = reinterpret_cast<float*>(memory);
@@ -120,34 +127,38 @@ __global__ void __launch_bounds__(kBackwardThreads, kSums == kOfAlphaAndDictiona
   const auto each = [&](auto evaluate) {
     for (int i = 0; i < tile.tiles; ++i) {
       const auto place = tile.place(i);
+      T raw[V];
       float at[V], g[V], out[V] = {};
-      tile.load(x, place, at);
+      tile.fetch(x, place, raw);
       tile.load(grad, place, g);
 #pragma unroll
-      for (float& a : at) a = curve.clamped(a);
-      evaluate(at, g, out);
-      if (dx) tile.store(dx, place, out);
+      for (int v = 0; v < V; ++v) at[v] = curve.clamped(to_arithmetic(raw[v]));
+      evaluate(raw, at, g, out);
+      if (!dx) continue;
+      if constexpr (kBase) add_base<1>(call, tile, place, out, x, grad);
+      tile.store(dx, place, out);
     }
   };
-  const auto look_up = [&](const float (&at)[V], const float (&g)[V], float (&out)[V]) {
-    if (!dx && !want_gamma) return;
+  const auto look_up = [&](const T (&raw)[V], const float (&at)[V], const float (&g)[V], float (&out)[V]) {
+    if constexpr (!kAnswers)
+      if (want_gamma) {
 #pragma unroll
-    for (int v = 0; v < V; ++v) {
-      if constexpr (!kAnswers)
-        if (want_gamma) sums.gamma[0] = fmaf(g[v], curve.polynomial(curve.find(at[v]), 1), sums.gamma[0]);
-      if (dx) out[v] = g[v] * curve(at[v]);
-    }
+        for (int v = 0; v < V; ++v) sums.gamma[0] = fmaf(g[v], curve.polynomial(curve.find(at[v]), 1), sums.gamma[0]);
+      }
+    if (!dx) return;
+#pragma unroll
+    for (int v = 0; v < V; ++v) out[v] = g[v] * curve(raw[v], at[v]);
   };
   if (curve.cells.count > 0 && (kSums == kNoSums || (kSums == kOfAlpha && curve.cells.even))) {
-    each([&](const float (&at)[V], const float (&g)[V], float (&out)[V]) {
+    each([&](const T (&raw)[V], const float (&at)[V], const float (&g)[V], float (&out)[V]) {
       if constexpr (kSums == kOfAlpha) {
 #pragma unroll
         for (int v = 0; v < V; ++v) even.add(at[v], g[v], sums.alpha);
       }
-      look_up(at, g, out);
+      look_up(raw, at, g, out);
     });
   } else {
-    each([&](const float (&at)[V], const float (&g)[V], float (&out)[V]) {
+    each([&](const T (&raw)[V], const float (&at)[V], const float (&g)[V], float (&out)[V]) {
       if constexpr (kSums != kNoSums) {
 #pragma unroll
         for (int k = 0; k < kEvenWindow; ++k) {
@@ -158,7 +169,7 @@ __global__ void __launch_bounds__(kBackwardThreads, kSums == kOfAlphaAndDictiona
           });
         }
       }
-      if (curve.cells.count > 0) return look_up(at, g, out);
+      if (curve.cells.count > 0) return look_up(raw, at, g, out);
       if (!dx && !want_gamma) return;
       curve.at_points(at, 0, call.size, [&](int v, float d, float K, const Point& p) {
         const float term = g[v] * (p.alpha * K) * d;
@@ -183,7 +194,7 @@ __global__ void __launch_bounds__(kBackwardThreads, kSums == kOfAlphaAndDictiona
 
 // dgrad = v_x f′(x) + q(x), dx = v_x g f″(x) + g q′(x), and partial sums as in backward. Without kAlong q is 0, as in a
 // gradient penalty; with it four tables of 42 KB leave room for one block.
-template <class T, bool kVector, Sums kSums, bool kWithAlong>
+template <class T, bool kVector, Sums kSums, bool kWithAlong, bool kBase>
 __global__ void __launch_bounds__(kBackwardThreads, kWithAlong || kSums == kOfAlphaAndDictionary ? 1 : 2)
     double_backward_kernel(const Call call) {
   KAF_DYNAMIC_SHARED(memory);
@@ -251,6 +262,10 @@ __global__ void __launch_bounds__(kBackwardThreads, kWithAlong || kSums == kOfAl
           sums.gamma[0] += g[e] * s.gamma_v;
         });
     }
+    if constexpr (kBase) {
+      if (v_x && dx) add_base<2>(call, tile, place, out, x, v_x, grad);
+      if (v_x && dgrad) add_base<1>(call, tile, place, out_grad, x, v_x);
+    }
     if (dx) tile.store(dx, place, out);
     if (dgrad) tile.store(dgrad, place, out_grad);
   }
@@ -259,11 +274,12 @@ __global__ void __launch_bounds__(kBackwardThreads, kWithAlong || kSums == kOfAl
 }
 
 // All of these, without tables.
-template <Order order, class T, bool kVector>
+template <Order order, class T, bool kVector, bool kAnyPsi>
 __global__ void __launch_bounds__(kThreads, order == kBackward ? 3 : 4) direct_kernel(const Call call) {
   KAF_DYNAMIC_SHARED(memory);
-  const Tile<T, kVector> tile(call.tiling, blockIdx.x / call.windows);
-  direct<order>(tile, call, static_cast<int>(blockIdx.x % call.windows), memory);
+  const uint32_t block = quotient(blockIdx.x, call.windows);
+  const Tile<T, kVector> tile(call.tiling, block);
+  direct<order, kAnyPsi>(tile, call, static_cast<int>(blockIdx.x - block * call.windows.by), memory);
 }
 
 // One warp to an output: the sum of its partial sums over blocks, over the columns of its channel, and over channels
@@ -279,9 +295,9 @@ template <class A> __global__ void __launch_bounds__(kThreads) reduce_kernel(con
       continue;
     }
     const int64_t row = output / g->size, k = output % g->size;
-    const int64_t columns = g->rows == 1 ? t.columns : t.columns_per_channel;
+    const int64_t columns = g->rows == 1 ? t.columns : t.columns_per_channel.by;
     const A* partial = static_cast<const A*>(call.partial) + row * columns * call.slots + g->slot + k;
-    const int64_t count = chunks_of(t) * columns;
+    const int64_t count = t.chunks.by * columns;
     double total = 0;
     for (int64_t i = lane; i < count; i += 32) total += partial[(i / columns * t.columns + i % columns) * call.slots];
     for (int offset = 16; offset > 0; offset /= 2) total += __shfl_xor_sync(0xffffffffu, total, offset);
@@ -295,33 +311,38 @@ template <class T, Order order> size_t shared_bytes(const Call& call) {
   const size_t sums = sizeof(float) * kEvenWindow * call.tiling.threads;
   return order == kForward ? table_bytes(call) : std::max(table_bytes(call), sums);
 }
-using Kernel = void (*)(Call);
-template <Order order, class T, bool kVector> Kernel kernel_of(const Call& call) {
+using Entry = void (*)(Call);
+template <Order order, class T, bool kVector, bool kBase> Entry kernel_with_tables(const Call& call) {
+  const auto with = [&](auto sums) -> Entry {
+    if constexpr (kHasAnswers<T> && kVector && order != kDoubleBackward && sums != kOfAlphaAndDictionary)
+      if (call.powers) {
+        if constexpr (order == kForward) return forward_kernel<T, kVector, true, kBase>;
+        else return backward_kernel<T, kVector, sums(), true, kBase>;
+      }
+    if constexpr (order == kForward) return forward_kernel<T, kVector, false, kBase>;
+    if constexpr (order == kBackward) return backward_kernel<T, kVector, sums(), false, kBase>;
+    [[maybe_unused]] const bool along = call.v_alpha.data || call.v_gamma.data || call.v_dictionary.data;
+    if constexpr (order == kDoubleBackward)
+      return along ? double_backward_kernel<T, kVector, sums(), true, kBase>
+                   : double_backward_kernel<T, kVector, sums(), false, kBase>;
+  };
+  if (call.ddictionary.slot >= 0) return with(std::integral_constant<Sums, kOfAlphaAndDictionary>());
+  if (call.dalpha.slot >= 0) return with(std::integral_constant<Sums, kOfAlpha>());
+  return with(std::integral_constant<Sums, kNoSums>());
+}
+template <Order order, class T, bool kVector> Entry kernel_of(const Call& call) {
   if constexpr (kHasTables<T>)
-    if (call.tables.cells) {
-      const auto with = [&](auto sums) -> Kernel {
-        if constexpr (kHasAnswers<T> && kVector && order != kDoubleBackward && sums != kOfAlphaAndDictionary)
-          if (call.powers) {
-            if constexpr (order == kForward) return forward_kernel<T, kVector, true>;
-            else return backward_kernel<T, kVector, sums(), true>;
-          }
-        if constexpr (order == kForward) return forward_kernel<T, kVector, false>;
-        if constexpr (order == kBackward) return backward_kernel<T, kVector, sums(), false>;
-        [[maybe_unused]] const bool along = call.v_alpha.data || call.v_gamma.data || call.v_dictionary.data;
-        if constexpr (order == kDoubleBackward)
-          return along ? double_backward_kernel<T, kVector, sums(), true>
-                       : double_backward_kernel<T, kVector, sums(), false>;
-      };
-      if (call.ddictionary.slot >= 0) return with(std::integral_constant<Sums, kOfAlphaAndDictionary>());
-      if (call.dalpha.slot >= 0) return with(std::integral_constant<Sums, kOfAlpha>());
-      return with(std::integral_constant<Sums, kNoSums>());
-    }
-  return direct_kernel<order, T, kVector>;
+    if (call.tables.cells)
+      return call.base ? kernel_with_tables<order, T, kVector, true>(call)
+                       : kernel_with_tables<order, T, kVector, false>(call);
+  if constexpr (order != kDoubleBackward)
+    if (call.psi.count) return direct_kernel<order, T, kVector, true>;
+  return direct_kernel<order, T, kVector, false>;
 }
 
 template <class T, Order order> int launch_of(const Call& call, Stream stream) {
-  const Kernel kernel = call.tiling.vectors ? kernel_of<order, T, true>(call) : kernel_of<order, T, false>(call);
-  const dim3 grid(static_cast<unsigned>(blocks_of(call.tiling) * call.windows));
+  const Entry kernel = call.tiling.vectors ? kernel_of<order, T, true>(call) : kernel_of<order, T, false>(call);
+  const dim3 grid(static_cast<unsigned>(blocks_of(call.tiling) * call.windows.by));
   return launch(kernel, grid, call.tiling.threads, shared_bytes<T, order>(call), stream, call);
 }
 

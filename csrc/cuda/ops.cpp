@@ -8,7 +8,6 @@
 #include <algorithm>
 #include <array>
 #include <bit>
-#include <exception>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -78,6 +77,15 @@ Tensor new_like(const Tensor& t, bool needed = true) {
   return is_dense(t) ? empty(t.sizes(), t.strides(), dtype, t) : torch::stable::empty_like(t);
 }
 
+// The a_p of ψ[n, m]: see Psi. Numbers of few bits, exact in float32.
+void put_psi(float* a, int64_t n, int64_t m) {
+  a[0] = 1;
+  for (int64_t j = 0; j < m; ++j)  // γ ∂/∂γ is (u/2) ∂/∂u
+    for (int64_t p = j + 1; p >= 0; --p) a[p] = (p <= j ? (p / 2.0f - j) * a[p] : 0) + (p > 0 ? a[p - 1] / 2 : 0);
+  for (int64_t i = 0; i < n; ++i)
+    for (int64_t p = 0; p < m; ++p) a[p] += (p + 1) * a[p + 1];
+}
+
 // The arguments that all operators share, and the order of memory that all tensors of x's shape are brought into.
 struct Arguments {
   Tensor x;
@@ -107,7 +115,26 @@ struct Arguments {
     if (dictionary) call.dictionary = parameter(*dictionary, "dictionary", 2, dictionary->size(0), d, x);
     call.size = static_cast<int>(d);
     call.boundary = boundary;
-    call.windows = 1;
+  }
+
+  // What the curve is, and which of its gradients are needed; 0 is the curve itself.
+  void set_curve(int64_t kernel, int64_t base, int64_t n, int64_t m, int64_t needs) {
+    STD_TORCH_CHECK(0 <= kernel && kernel < kKernels, "kappa must be a code from 0 to ", kKernels - 1, ", got ", kernel);
+    STD_TORCH_CHECK(kNoBase <= base && base <= kGelu, "base must be a code from 0 to ", int{kGelu}, ", got ", base);
+    const bool by_x = needs & (kNeedX | kNeedDictionary), by_gamma = needs & kNeedGamma;
+    for (const auto [of_x, of_gamma, wanted] : {std::array{n, m, int64_t{1}}, {n + 1, m, by_x}, {n, m + 1, by_gamma}})
+      STD_TORCH_CHECK(!wanted || offers(kernel, of_x, of_gamma), "kafops offers derivatives up to n + 2m = ", kHighest,
+                      ", n + m = 2 of the kernels with the codes 2 and 3; got n = ", of_x, " and m = ", of_gamma,
+                      " of kernel ", kernel, ", gradients included");
+    call.base = m == 0 ? static_cast<int>(base) : kNoBase;
+    if (!kernel && !n && !m) return;
+    call.psi = {static_cast<int>(kernel), static_cast<int>(n), static_cast<int>(m)};
+    call.psi.count = static_cast<int>(m + 1 + (by_x || by_gamma));
+    put_psi(call.psi.a[0], n, m);
+    if (by_x) put_psi(call.psi.a[1] + 1, n + 1, m);  // of u^p κ^(n + 1 + p)
+    if (by_gamma) put_psi(call.psi.a[2], n, m + 1);
+    call.base_order = static_cast<int>(n + (needs & kNeedX ? 1 : 0));
+    if (call.base == kSilu) call.eulerian = eulerian(call.base_order);
   }
 
   // A tensor of the shape and the strides of outputs.
@@ -141,7 +168,8 @@ struct Arguments {
     t.pitch = channels * inside;
     t.inner = runs ? inside : 1;
     t.columns = runs ? channels : t.pitch;
-    t.columns_per_channel = runs ? 1 : inside;
+    STD_TORCH_CHECK(t.columns < int64_t{1} << 31, "x has too many columns for one launch, ", shape_of(x));
+    t.columns_per_channel = divisor(runs ? 1 : inside);
 
     const int64_t bytes = type == Type::f64 ? 8 : type == Type::f32 ? 4 : 2;
     t.vectors = runs && t.inner * bytes % 16 == 0;
@@ -157,6 +185,8 @@ struct Arguments {
     // the tables of 32 channels or makes one of all answers; and fewer where there would be fewer threads than a large GPU
     // holds.
     t.threads = call.tables.count ? threads : kThreads;
+    t.columns_shift = std::countr_zero(static_cast<unsigned>(t.columns_at_once));
+    t.group_shift = std::countr_zero(static_cast<unsigned>(t.threads)) - t.columns_shift;
     const int64_t elements = t.vectors ? 16 / bytes : bytes == 8 ? 2 : 4, tile = t.threads / t.columns_at_once * elements;
     const int64_t column_blocks = (t.columns + t.columns_at_once - 1) / t.columns_at_once;
     const int64_t tiles = (t.rows * t.inner + tile - 1) / tile;
@@ -172,17 +202,17 @@ struct Arguments {
       const int64_t most_rows = std::max<int64_t>(1, (int64_t{1} << 31) / std::max<int64_t>(t.pitch, 1) - 1);
       t.rows_per_block = static_cast<int>(std::clamp<int64_t>(positions / t.inner, 1, std::min(most_rows, t.rows)));
     }
-    t.run_blocks = (t.inner + t.run - 1) / t.run;
-    t.row_blocks = (t.rows + t.rows_per_block - 1) / t.rows_per_block;
+    const int64_t run_blocks = (t.inner + t.run - 1) / t.run, row_blocks = (t.rows + t.rows_per_block - 1) / t.rows_per_block;
+    STD_TORCH_CHECK(run_blocks * row_blocks < int64_t{1} << 31, "x is too large for one launch, ", shape_of(x));
+    t.run_blocks = divisor(run_blocks);
+    t.chunks = divisor(run_blocks * row_blocks);
     t.step = t.run == 1 ? static_cast<uint32_t>(t.pitch) : 1;
     if (t.run > 1 && t.rows_per_block > 1) {
-      const int s = std::bit_width(static_cast<uint32_t>(t.run - 1));  // ceil(log2(run))
       t.row_step = static_cast<uint32_t>(t.pitch - t.run);
-      t.run_magic = static_cast<uint32_t>(((uint64_t{1} << (31 + s)) + t.run - 1) / t.run);
-      t.run_shift = s - 1;
+      t.whole_run = divisor(t.run);
     }
-    STD_TORCH_CHECK(blocks_of(t) < (int64_t{1} << 31) / call.windows, "x and alpha are too large for one launch: ",
-                    blocks_of(t), " blocks for the elements of x, ", shape_of(x), ", each ", call.windows,
+    STD_TORCH_CHECK(blocks_of(t) < (int64_t{1} << 31) / call.windows.by, "x and alpha are too large for one launch: ",
+                    blocks_of(t), " blocks for the elements of x, ", shape_of(x), ", each ", call.windows.by,
                     " times for alpha, ", shape_of(alpha));
 
     // Where a block has no more than twice as many elements as there are numbers, cells cost less.
@@ -210,7 +240,7 @@ struct Arguments {
 
   // Decides for tables of these curves where they save instructions. They take at most a quarter of x's memory.
   void want_tables(std::initializer_list<Curve> curves) {
-    if (type == Type::f64 || call.size > kTablePoints) return;
+    if (type == Type::f64 || call.size > kTablePoints || call.psi.count) return;
     Tables& t = call.tables;
     t.channels = channels;
     t.count = static_cast<int>(curves.size());
@@ -232,7 +262,7 @@ struct Arguments {
     g = {out.data_ptr(), like.scalar_type() == ScalarType::Double, call.slots, rows, size};
     call.slots += static_cast<int>(size);
     const int window = type == Type::f64 ? kWindow<double> : kWindow<float>;
-    if (like.dim() == 2) call.windows = (call.size + window - 1) / window;
+    if (like.dim() == 2) call.windows = divisor((call.size + window - 1) / window);
     return out;
   }
 
@@ -240,10 +270,10 @@ struct Arguments {
   // few. In calls without tables nothing is launched before that could set counters to 0, and one chunk needs none.
   bool finishes() const {
     const Tiling& t = call.tiling;
-    bool own = call.slots > 0 && t.columns_per_channel == 1;
+    bool own = call.slots > 0 && t.columns_per_channel.by == 1;
     for (const Gradient* g : {&call.dalpha, &call.ddictionary, &call.dgamma})
       own = own && (g->slot < 0 || g->rows == channels);
-    const int64_t chunks = chunks_of(t), outputs = t.columns_at_once * std::min(call.slots, 2 * kWindow<float>);
+    const int64_t chunks = int64_t{t.chunks.by}, outputs = t.columns_at_once * std::min(call.slots, 2 * kWindow<float>);
     const int64_t of_a_thread = (outputs + t.threads - 1) / t.threads * chunks;
     return own && (chunks == 1 || (call.tables.count && of_a_thread <= kFinished));
   }
@@ -251,10 +281,10 @@ struct Arguments {
   // Allocates what the call needs beside its outputs, and has the tables made.
   Tensor prepare(Stream stream) {
     Tables& t = call.tables;
-    const int64_t sums = chunks_of(call.tiling) * call.tiling.columns * call.slots * (type == Type::f64 ? 8 : 4);
+    const int64_t sums = int64_t{call.tiling.chunks.by} * call.tiling.columns * call.slots * (type == Type::f64 ? 8 : 4);
     const int64_t tables = t.count ? channels * bytes_of(t, call.size) : 0;
     call.finishes = finishes();
-    const int64_t counters = call.finishes && t.count ? channels * call.windows * 4 : 0;
+    const int64_t counters = call.finishes && t.count ? channels * call.windows.by * 4 : 0;
     const int64_t bytes = tables + sums + counters, one = 1;
     if (bytes == 0) return {};
     Tensor workspace = empty({&bytes, 1}, {&one, 1}, aoti_torch_dtype_uint8(), x);
@@ -276,27 +306,10 @@ struct Arguments {
   }
 };
 
-// Computes what these kernels lack by an operator that the Python package defines, with the same arguments.
-template <class... Outputs, class... Inputs>
-std::tuple<Outputs...> in_python(const char* name, const Inputs&... inputs) {
-  std::array<StableIValue, std::max(sizeof...(Inputs), sizeof...(Outputs))> stack{torch::stable::detail::from(inputs)...};
-  try {
-    STABLE_TORCH_ERROR_CODE_CHECK(torch_call_dispatcher(name, "", stack.data(), TORCH_ABI_VERSION));
-  } catch (const std::exception& error) {
-    STD_TORCH_CHECK(false, "kafops' CUDA kernels compute the Gaussian and its first two derivatives, without a base; all "
-                    "else is left to the operator ", name, " of the Python package kafops, which is not imported here, or "
-                    "failed: ", error.what());
-  }
-  return torch::stable::detail::unbox_to_tuple<Outputs...>(stack.data());
-}
-
 Tensor forward(const Tensor& x, const Tensor& alpha, const Tensor& gamma, const std::optional<Tensor>& dictionary,
                double boundary, int64_t kernel, int64_t base, int64_t n, int64_t m) {
   Arguments a(x, alpha, gamma, dictionary, boundary);
-  if (kernel || base || n || m) {
-    const char* name = "kafops::plain_kaf";
-    return std::get<0>(in_python<Tensor>(name, x, alpha, gamma, dictionary, boundary, kernel, base, n, m));
-  }
+  a.set_curve(kernel, base, n, m, 0);
   const Guard guard(x);
   Tensor y = new_like(x);
   if (x.numel() == 0) return y;
@@ -315,11 +328,9 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad, const Te
                                                     double boundary, int64_t needs, int64_t kernel, int64_t base,
                                                     int64_t n, int64_t m) {
   Arguments a(x, alpha, gamma, dictionary, boundary);
-  if (kernel || base || n || m)
-    return in_python<Tensor, Tensor, Tensor, Tensor>("kafops::plain_kaf_backward", grad, x, alpha, gamma, dictionary,
-                                                     boundary, needs, kernel, base, n, m);
-  const Guard guard(x);
   const bool need_dictionary = dictionary && (needs & kNeedDictionary);
+  a.set_curve(kernel, base, n, m, dictionary ? needs : needs & ~kNeedDictionary);
+  const Guard guard(x);
   Tensor dx = new_like(x, needs & kNeedX), dalpha = a.gradient(a.call.dalpha, alpha, needs & kNeedAlpha),
          dgamma = a.gradient(a.call.dgamma, gamma, needs & kNeedGamma),
          ddictionary = a.gradient(a.call.ddictionary, dictionary ? *dictionary : alpha, need_dictionary);
@@ -344,10 +355,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> double_backward(
     const Tensor& gamma, const std::optional<Tensor>& dictionary, double boundary, int64_t needs, int64_t base) {
   Arguments a(x, alpha, gamma, dictionary, boundary);
   STD_TORCH_CHECK(dictionary || !v_dictionary, "v_dictionary needs a dictionary, got None");
-  if (base)
-    return in_python<Tensor, Tensor, Tensor, Tensor, Tensor>("kafops::plain_kaf_double_backward", v_x, v_alpha, v_gamma,
-                                                             v_dictionary, grad, x, alpha, gamma, dictionary, boundary,
-                                                             needs, base);
+  a.set_curve(kGaussian, base, 0, 0, 0);
   const Guard guard(x);
   const bool need_dictionary = dictionary && (needs & kNeedDictionary);
   Tensor dgrad = new_like(x, needs & kNeedGrad), dx = new_like(x, needs & kNeedX),

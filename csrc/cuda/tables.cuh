@@ -108,7 +108,8 @@ static __global__ void __launch_bounds__(kTableThreads) table_kernel(const Call 
   const Cells cells = place_cells(call, bad ? NAN : first, last, read<double>(call.gamma, channel, 0));
   if (threadIdx.x == 0 && which == 0) t.cells[channel] = cells;
   if (call.finishes && which == 0)  // there are no more sets of columns than channels
-    for (int i = threadIdx.x; i < call.windows; i += kTableThreads) call.counters[channel * call.windows + i] = 0;
+    for (uint32_t i = threadIdx.x; i < call.windows.by; i += kTableThreads)
+      call.counters[channel * call.windows.by + i] = 0;
 
   const float half = cells.width / 2, scale = gaussian_scale(gamma), reach = 4.4721360f / sqrtf(gamma) + half;
   float* rows = t.rows + (channel * t.count + which) * t.capacity * kCoefficients;

@@ -30,6 +30,10 @@ template <class A> __device__ __forceinline__ Split<A> point(const Call& call, i
   return split<A>(call.size > 1 ? call.boundary * (2.0 * k / (call.size - 1) - 1) : 0.0);
 }
 
+__device__ __forceinline__ uint32_t quotient(uint32_t n, const Divisor& d) {
+  return d.by == 1 ? n : __umulhi(n, d.magic) >> d.shift;
+}
+
 template <class T> struct alignas(16) Vector16 {
   static constexpr int kSize = 16 / sizeof(T);
   T v[kSize];
@@ -40,6 +44,7 @@ template <class T> struct alignas(16) Vector16 {
 template <class T, bool kVector, int kApart = sizeof(T) == 8 ? 2 : 4> struct Tile {
   static constexpr int kElements = kVector ? Vector16<T>::kSize : kApart;
   static constexpr int kAccesses = kVector ? 1 : kElements;  // to memory, for one tile
+  using Type = T;
   using A = typename Arithmetic<T>::type;
 
   const Tiling& t;
@@ -53,28 +58,25 @@ template <class T, bool kVector, int kApart = sizeof(T) == 8 ? 2 : 4> struct Til
 
   __device__ __forceinline__ Tile(const Tiling& tiling, uint32_t block) : t(tiling) {
     column = threadIdx.x & (t.columns_at_once - 1);
-    lane = threadIdx.x / t.columns_at_once;
-    group = t.threads / t.columns_at_once;
-    // Blocks are fewer than 2^31, and divided as such: a division of 64 bits is a call, and costs registers.
-    const uint32_t chunks = static_cast<uint32_t>(chunks_of(t)), block_of_columns = block / chunks;
-    const uint32_t own_chunk = block - block_of_columns * chunks;
-    const uint32_t run_blocks = static_cast<uint32_t>(t.run_blocks), row_block = own_chunk / run_blocks;
+    lane = static_cast<int>(threadIdx.x) >> t.columns_shift;
+    group = 1 << t.group_shift;
+    const uint32_t block_of_columns = quotient(block, t.chunks), own_chunk = block - block_of_columns * t.chunks.by;
+    const uint32_t row_block = quotient(own_chunk, t.run_blocks);
     chunk = own_chunk;
     j = int64_t{block_of_columns} * t.columns_at_once + column;
     const int64_t rest = t.columns - (j - column);
     active = 0xffffffffu >> (32 - (rest < t.columns_at_once ? static_cast<int>(rest) : t.columns_at_once));
-    const int64_t row = int64_t{row_block} * t.rows_per_block, start = int64_t{own_chunk - row_block * run_blocks} * t.run;
+    const int64_t row = int64_t{row_block} * t.rows_per_block, start = int64_t{own_chunk - row_block * t.run_blocks.by} * t.run;
     const int64_t rows = t.rows - row, run = t.inner - start;
     count = (rows < t.rows_per_block ? static_cast<int>(rows) : t.rows_per_block) *
             (run < t.run ? static_cast<int>(run) : t.run);
-    tiles = (count + group * kElements - 1) / (group * kElements);
+    tiles = ((count - 1) / kElements >> t.group_shift) + 1;
     base = row * t.pitch + j * t.inner + start;
   }
 
   __device__ __forceinline__ bool is_active(int i) const { return active >> i & 1; }
   __device__ __forceinline__ int64_t channel_of(int i) const {
-    const int64_t of = j - column + i;
-    return t.columns_per_channel == 1 ? of : of / t.columns_per_channel;
+    return quotient(static_cast<uint32_t>(j) - column + i, t.columns_per_channel);
   }
   // The channel of the thread; some other where there is none.
   __device__ __forceinline__ int64_t channel() const { return channel_of(is_active(column) ? column : 0); }
@@ -94,12 +96,15 @@ template <class T, bool kVector, int kApart = sizeof(T) == 8 ? 2 : 4> struct Til
       const int q = kVector ? (tile * group + lane) * kElements : (tile * kElements + a) * group + lane;
       p.exists[a] = is_active(column) && q < count;
       p.offset[a] = q * t.step;
-      if (kVector) p.offset[a] += (__umulhi(q, t.run_magic) >> t.run_shift) * t.row_step;
+      if (kVector) p.offset[a] += (__umulhi(q, t.whole_run.magic) >> t.whole_run.shift) * t.row_step;
     }
     if (!kVector && t.row_step)  // of columns 0, which spares three instructions an element
 #pragma unroll
       for (int a = 0; a < kAccesses; ++a)
-        p.offset[a] += (__umulhi((tile * kElements + a) * group + lane, t.run_magic) >> t.run_shift) * t.row_step;
+        {
+        const uint32_t row = __umulhi((tile * kElements + a) * group + lane, t.whole_run.magic) >> t.whole_run.shift;
+        p.offset[a] += row * t.row_step;
+      }
     return p;
   }
 
@@ -168,7 +173,7 @@ __device__ __forceinline__ void put_partial(const Tile& tile, const Call& call, 
 template <class A, class Tile>
 __device__ __forceinline__ void finish(const Tile& tile, const Call& call, int window) {
   if (!call.finishes) return;
-  const uint32_t chunks = static_cast<uint32_t>(chunks_of(tile.t)), windows = static_cast<uint32_t>(call.windows);
+  const uint32_t chunks = tile.t.chunks.by;
   // What this block's threads have stored comes before the barrier, the barrier before the first fence of thread 0, and
   // that before its addition to the counter: whoever sees the sum of all additions sees all sums. There the second fence
   // keeps what follows the barrier from being read earlier, and __ldcg from a line of L1 that is older.
@@ -176,7 +181,8 @@ __device__ __forceinline__ void finish(const Tile& tile, const Call& call, int w
   bool last = false;
   if (threadIdx.x == 0) {
     __threadfence();
-    const uint32_t counter = blockIdx.x / (chunks * windows) * windows + window;
+    const uint32_t of_columns = quotient(quotient(blockIdx.x, call.windows), tile.t.chunks);
+    const uint32_t counter = of_columns * call.windows.by + window;
     last = chunks == 1 || atomicAdd(call.counters + counter, 1u) == chunks - 1;
     __threadfence();
   }
@@ -184,7 +190,7 @@ __device__ __forceinline__ void finish(const Tile& tile, const Call& call, int w
   const auto add = [&](const Gradient& g, int begin, int count) {
     if (g.slot < 0) return;
     for (int i = threadIdx.x; i < count * tile.t.columns_at_once; i += tile.t.threads) {
-      const int column = i / count, k = begin + i % count;
+      const int column = i & (tile.t.columns_at_once - 1), k = begin + (i >> tile.t.columns_shift);
       if (!tile.is_active(column)) continue;
       const int64_t channel = tile.j - tile.column + column;  // which has one column
       const int64_t stride = tile.t.columns * call.slots;

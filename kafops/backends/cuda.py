@@ -9,8 +9,8 @@ from collections.abc import Sequence
 import torch
 
 from kafops.backends import gpus
-from kafops.backends import plain_operators as plain_operators  # that the kernels call for what they lack
 from kafops.backends.record import OPERATORS, Backend
+from kafops.kernels import KERNELS
 from kafops.torch_private import assumed_constant
 
 
@@ -81,7 +81,7 @@ BACKEND = Backend(
     title="compiled CUDA kernels",
     devices=frozenset({"cuda"}),
     default_devices=frozenset({"cuda"}),
-    kernels=frozenset({"gaussian"}),
+    kernels=frozenset(KERNELS),
     operators=OPERATORS,
     describe=lambda device_type: "compiled CUDA kernels",
     load_error=lambda: load_error,

@@ -272,8 +272,20 @@ def test_the_command_lists_faults(monkeypatch, capsys):
     assert gpu_static.main(["--backend", "cuda"]) == 1
     out, err = capsys.readouterr()
     assert "FAULT: sm_90, forward, float32: 10 KiB of loads in flight" in err
+    assert "known to fall short: sm_90, forward, channels_last, bfloat16: 10 KiB of loads in flight" in out
+    assert "sm_90, forward, channels_last, bfloat16" not in err
     assert re.search(r"^forward, float32 +96 +20 +10 ", out, re.MULTILINE)
     assert f"{len(slow)} kernels compiled" in out
+
+
+def test_a_work_that_no_longer_falls_short_may_not_be_said_to(monkeypatch):
+    monkeypatch.setattr(gpu_gates, "faults", lambda work, counted, architecture: [])
+    fine = counted(FILL, HOT)
+    monkeypatch.setattr(gpu_gates, "count", lambda work, binary: fine)
+    monkeypatch.setattr(gpu_gates, "find", lambda work, binaries: binaries)
+    wrong = gpu_static.judge([binary(FILL, HOT)])
+    assert sorted(wrong) == sorted(f"sm_90, {t}: passes, and is named as one that does not" for t in gpu_gates.SHORT)
+    assert {w.title for w in gpu_gates.works()} > gpu_gates.SHORT
 
 
 AMD = """

@@ -2,6 +2,7 @@
 
 import ctypes
 import json
+import math
 import subprocess
 import sys
 from dataclasses import dataclass
@@ -104,26 +105,36 @@ import sys
 import torch
 torch.ops.load_library(sys.argv[1])
 x, alpha, gamma = torch.tensor([[0.0], [1.0]]), torch.tensor([[3.0]]), torch.tensor([1.0])
-print(torch.ops.kafops_emulated.kaf(x, alpha, gamma, None, 1.0).tolist())
-for more in ({"kappa": 1}, {"base": 1}, {"n": 1}, {"m": 1}):
-    try:
-        torch.ops.kafops_emulated.kaf(x, alpha, gamma, None, 1.0, **more)
-    except RuntimeError as error:
-        print(error)
+for more in ({}, {"kappa": 1}, {"base": 1}, {"n": 1}, {"m": 1}):
+    print(torch.ops.kafops_emulated.kaf(x, alpha, gamma, None, 1.0, **more).flatten().tolist())
 assert "kafops" not in sys.modules
 """
 
 
 def test_without_the_python_package(library):
-    """The Gaussian is computed; what is left to Python is refused, with the reason."""
+    """The Gaussian, a rational quadratic, with the identity beneath, its slope, and its derivative in gamma."""
     done = subprocess.run([sys.executable, "-c", PROGRAM, str(library)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    values, *refusals = done.stdout.splitlines()
-    (first,), (second,) = json.loads(values)
-    assert first == 3
-    assert second == pytest.approx(3 / 2.718281828, rel=1e-6)
-    reason = "left to the operator kafops::plain_kaf of the Python package kafops, which is not imported here"
-    assert [reason in line for line in refusals if "CUDA kernels" in line] == [True] * 4
+    at_one = 3 / math.e
+    want = [[3, at_one], [3, 1.5], [3, 1 + at_one], [0, -2 * at_one], [0, -at_one]]
+    assert [json.loads(line) for line in done.stdout.splitlines()] == [pytest.approx(w, rel=1e-6) for w in want]
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        ({"kappa": 4}, "kappa must be a code from 0 to 3, got 4"),
+        ({"base": -1}, "base must be a code from 0 to 4, got -1"),
+        ({"n": 13}, "derivatives up to n \\+ 2m = 12.*got n = 13 and m = 0 of kernel 0"),
+        ({"kappa": 2, "n": 2}, "got n = 3 and m = 0 of kernel 2, gradients included"),
+        ({"n": -1}, "got n = -1"),
+    ],
+    ids=str,
+)
+def test_what_is_refused(more, message, library):
+    x, alpha, gamma = torch.zeros(2, 1), torch.ones(1, 1), torch.ones(1)
+    with pytest.raises(RuntimeError, match=message):
+        torch.ops.kafops_emulated.kaf_backward(x, x, alpha, gamma, None, 1.0, X, **more)
 
 
 def test_more_windows_of_points_than_a_grid_has_rows(library):

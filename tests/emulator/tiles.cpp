@@ -21,11 +21,13 @@ __global__ void tell_active(const Blocks blocks) {
 // The mask of each block's columns, for one row of memory with so many columns of one element.
 std::vector<uint32_t> active_columns(int64_t columns, int columns_at_once) {
   kaf::Tiling t{};
-  t.rows = t.inner = t.columns_per_channel = t.row_blocks = t.run_blocks = 1;
+  t.rows = t.inner = 1;
   t.rows_per_block = t.run = 1;
   t.pitch = t.columns = columns;
   t.columns_at_once = columns_at_once;
   t.threads = kaf::kThreads;
+  t.columns_shift = std::countr_zero(static_cast<unsigned>(columns_at_once));
+  t.group_shift = std::countr_zero(static_cast<unsigned>(t.threads)) - t.columns_shift;
   std::vector<uint32_t> active(kaf::blocks_of(t));
   kaf::launch(tell_active, dim3(static_cast<unsigned>(active.size())), t.threads, 0, nullptr, Blocks{t, active.data()});
   return active;

@@ -86,14 +86,14 @@ def kaf(
     m: int = 0,
 ) -> Tensor:
     """Compute the operator `kaf` of kafops/schemas.inc."""
-    if kernel or base or n or m:
-        return plain.complete_kaf(kaf, x, alpha, gamma, dictionary, boundary, kernel, base, n, m)
+    if kernel or n or m:
+        return plain.kaf(x, alpha, gamma, dictionary, boundary, kernel, base, n, m)
     call = _Call(x, alpha, gamma, dictionary, boundary)
     y = torch.empty_like(x)
     if x.numel() > 0:
         call.lay_out("kaf", y)
         call.make_tables((_Curve.VALUE,), (None, None, None))
-        call.launch(_kernels().kaf_kernel, (call.x, y), (), {})
+        call.launch(_kernels().kaf_kernel, (call.x, y), (), {"BASE": base})
     return y
 
 
@@ -111,16 +111,16 @@ def kaf_backward(
     m: int = 0,
 ) -> tuple[Tensor, ...]:
     """Compute the operator `kaf_backward` of kafops/schemas.inc."""
-    if kernel or base or n or m:
-        arguments = (grad, x, alpha, gamma, dictionary, boundary, needs, kernel, base, n, m)
-        return plain.complete_kaf_backward(kaf_backward, *arguments)
+    if kernel or n or m:
+        return plain.kaf_backward(grad, x, alpha, gamma, dictionary, boundary, needs, kernel, base, n, m)
     call = _Call(x, alpha, gamma, dictionary, boundary, needs)
     dx = torch.empty_like(x) if needs & Needs.X else None
     if call.has_work():
         call.lay_out("kaf_backward", dx, grad)
         by_gamma = (_Curve.BY_GAMMA,) if needs & Needs.GAMMA else ()
         call.make_tables((_Curve.SLOPE, *by_gamma), (None, None, None))
-        call.launch_sums(_kernels().kaf_backward_kernel, (*call.data, call.x, dx), window=5 * min(4, -(-call.D // 5)))
+        window = 5 * min(4, -(-call.D // 5))
+        call.launch_sums(_kernels().kaf_backward_kernel, (*call.data, call.x, dx), base, window)
     return _or_empty(dx, x), *call.gradients()
 
 
@@ -139,10 +139,6 @@ def kaf_double_backward(
     base: int = 0,
 ) -> tuple[Tensor, ...]:
     """Compute the operator `kaf_double_backward` of kafops/schemas.inc."""
-    if base:
-        v = (v_x, v_alpha, v_gamma, v_dictionary)
-        arguments = (*v, grad, x, alpha, gamma, dictionary, boundary, needs, base)
-        return plain.complete_kaf_double_backward(kaf_double_backward, *arguments)
     call = _Call(x, alpha, gamma, dictionary, boundary, needs)
     dgrad = torch.empty_like(x) if needs & Needs.GRAD else None
     dx = torch.empty_like(x) if needs & Needs.X else None
@@ -155,7 +151,7 @@ def kaf_double_backward(
             curves += [_Curve.SLOPE_BY_GAMMA] + [_Curve.ALONG_BY_GAMMA] * along
         call.make_tables(tuple(curves), directions)
         g, v_of_x = call.data
-        call.launch_sums(_kernels().kaf_double_backward_kernel, (v_of_x, *directions, g, call.x, dgrad, dx))
+        call.launch_sums(_kernels().kaf_double_backward_kernel, (v_of_x, *directions, g, call.x, dgrad, dx), base)
     return _or_empty(dgrad, x), _or_empty(dx, x), *call.gradients()
 
 
@@ -234,7 +230,7 @@ class _Call:
         constants = {**g.constants, "CAPACITY": self.capacity, **constants}
         _launch(self.x.device, kernel, g.programs * windows, g.tiling, arguments, constants)
 
-    def launch_sums(self, kernel: Any, data: tuple[Any, ...], window: int = 0) -> None:
+    def launch_sums(self, kernel: Any, data: tuple[Any, ...], base: int, window: int = 0) -> None:
         """Launch a kernel with sums over elements; once for each window of points, where there are windows."""
         g, D, x = self.geometry, self.D, self.x
         alpha, gamma, points = (bool(self.needs & n) for n in (Needs.ALPHA, Needs.GAMMA, Needs.DICTIONARY))
@@ -242,7 +238,7 @@ class _Call:
         if slots:
             dtype = torch.float64 if x.dtype == torch.float64 else torch.float32
             self.partial = x.new_empty((g.chunks, g.columns, slots), dtype=dtype)
-        constants = {"WRAPS": g.WRAPS, "ALPHA": alpha, "GAMMA": gamma, "DICTIONARY": points}
+        constants = {"WRAPS": g.WRAPS, "ALPHA": alpha, "GAMMA": gamma, "DICTIONARY": points, "BASE": base}
         if not window:
             return self.launch(kernel, (*data, self.partial), (slots,), constants)
         by_powers = self.flags & 8 and alpha and not points and self.dictionary is None

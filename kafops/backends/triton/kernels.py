@@ -45,6 +45,9 @@ BY_GAMMA, SLOPE_BY_GAMMA, ALONG_BY_GAMMA, SLOPE_BY_ALPHA, ALONG_BY_ALPHA = (tl.c
 # Bits of `flags`: which parameters have a row for each channel, and whether there are tables.
 ALPHA_ROWS, GAMMA_ROWS, DICTIONARY_ROWS, TABLES = (tl.constexpr(1 << i) for i in range(4))
 
+# What lies beneath a curve: codes of kafops/bases.py.
+IDENTITY, RELU, SILU = (tl.constexpr(i) for i in range(1, 4))
+
 GEOMETRY = ("B", "C", "L", "units", "gap", "parts", "part", "rows_each", "magic", "shift")
 INTEGERS = ("flags", "D", *GEOMETRY, "windows", "slots")
 
@@ -247,6 +250,36 @@ def _term(CURVE: tl.constexpr, d, K, gamma, alpha, v_alpha, v_gamma, v_dictionar
         return w * K
     else:
         return m * K
+
+
+@triton.jit
+def _base(x, ORDER: tl.constexpr, BASE: tl.constexpr):
+    """The derivative of some order, at most 2, of a base at x: at ±inf its limit. csrc/cuda/base.cuh explains."""
+    above, zero = tl.where(x > 0, x, 0.0), tl.zeros_like(x)
+    a = tl.minimum(tl.abs(x), 750.0)  # where the tails are 0
+    if BASE == IDENTITY:
+        return x if ORDER == 0 else zero + (1 if ORDER == 1 else 0)
+    elif BASE == RELU:
+        return above if ORDER == 0 else tl.where(x > 0, zero + (1 if ORDER == 1 else 0), zero)
+    elif BASE == SILU:
+        e = tl.exp(-a)
+        t = 1 / (e + 1)
+        s = e * t  # σ(-|x|), and t = σ(|x|); σ′ = s t
+        if ORDER == 0:
+            return tl.fma(-a, s, above)
+        elif ORDER == 1:
+            return tl.where(x > 0, tl.fma(a * s, t, t), tl.fma(-a * s, t, s))
+        else:
+            return s * t * tl.fma(a, s - t, zero + 2)
+    else:
+        tail = 0.5 - tl.erf(a * 0.7071067811865476) * 0.5  # Φ(-|x|)
+        density = tl.exp(a * a * -0.5) * 0.3989422804014327
+        if ORDER == 0:
+            return tl.fma(-a, tail, above)
+        elif ORDER == 1:
+            return tl.where(x > 0, tl.fma(a, density, 1 - tail), tl.fma(-a, density, tail))
+        else:
+            return density * (2 - a * a)
 
 
 # ---------------------------------------------------------------------------------------------------------- tables
@@ -545,8 +578,9 @@ def kaf_kernel(
     x_ptr, y_ptr, alpha_ptr, gamma_ptr, dictionary_ptr, workspace_ptr, boundary: tl.float64, flags, D,
     B, C, L, units, gap, parts, part, rows_each, magic, shift,
     R: tl.constexpr, W: tl.constexpr, ALIGN: tl.constexpr, RUNS: tl.constexpr, CAPACITY: tl.constexpr,
+    BASE: tl.constexpr,
 ):  # fmt: skip
-    """y = Σ_k α_k exp(-γ (x - δ_k)²)."""
+    """y = base(x) + Σ_k α_k exp(-γ (x - δ_k)²)."""
     offset, count, channel, _, exists = _place(
         tl.program_id(0), B, C, L, units, gap, parts, part, rows_each, R, W, ALIGN, RUNS
     )
@@ -558,13 +592,13 @@ def kaf_kernel(
         if kind > 0:
             _on_cells(
                 x_ptr, y_ptr, workspace_ptr, channel, flags, count, exists, C, units, gap, magic, shift, R, W, ALIGN,
-                RUNS, CAPACITY,
+                RUNS, CAPACITY, BASE,
             )  # fmt: skip
     if kind == 0:
         alpha_at, gamma_at, dictionary_at = _rows(channel, flags, D)
         _direct(
             x_ptr, y_ptr, alpha_ptr + alpha_at, gamma_ptr + gamma_at, _moved(dictionary_ptr, dictionary_at), D,
-            boundary, count, exists, units, gap, magic, shift, R, W, ALIGN, RUNS,
+            boundary, count, exists, units, gap, magic, shift, R, W, ALIGN, RUNS, BASE,
         )  # fmt: skip
 
 
@@ -572,32 +606,38 @@ def kaf_kernel(
 def _on_cells(
     x_ptr, y_ptr, workspace_ptr, channel, flags, count, exists, C, units, gap, magic, shift,
     R: tl.constexpr, W: tl.constexpr, ALIGN: tl.constexpr, RUNS: tl.constexpr, CAPACITY: tl.constexpr,
+    BASE: tl.constexpr,
 ):  # fmt: skip
     where = _cells(workspace_ptr, channel, flags)
     tables = _table_of(workspace_ptr, channel, C, 1, CAPACITY, RUNS)
     for i in range(tl.cdiv(count, R)):
         offsets, inside = _tile(i, count, exists, units, gap, magic, shift, R, W, ALIGN, RUNS)
-        x = _clamped(_load(x_ptr, offsets, inside, tl.float32), where[3], where[4])
-        row, v = _find(x, where)
-        _store(y_ptr, offsets, inside, _polynomial(tables, row, v, 0, CAPACITY, RUNS))
+        x = _load(x_ptr, offsets, inside, tl.float32)
+        row, v = _find(_clamped(x, where[3], where[4]), where)
+        y = _polynomial(tables, row, v, 0, CAPACITY, RUNS)
+        if BASE:
+            y += _base(x, 0, BASE)
+        _store(y_ptr, offsets, inside, y)
 
 
 @triton.jit
 def _direct(
     x_ptr, y_ptr, alpha_ptr, gamma_ptr, dictionary_ptr, D, boundary, count, exists, units, gap, magic, shift,
-    R: tl.constexpr, W: tl.constexpr, ALIGN: tl.constexpr, RUNS: tl.constexpr,
+    R: tl.constexpr, W: tl.constexpr, ALIGN: tl.constexpr, RUNS: tl.constexpr, BASE: tl.constexpr,
 ):  # fmt: skip
     FLOAT: tl.constexpr = _float(x_ptr)
     _, gamma_log2e = _bandwidth(gamma_ptr, FLOAT)
     half_hi, half_lo = _half(boundary, D, FLOAT)
     for i in range(tl.cdiv(count, R)):
         offsets, inside = _tile(i, count, exists, units, gap, magic, shift, R, W, ALIGN, RUNS)
-        x = _far(_load(x_ptr, offsets, inside, FLOAT))
-        y = tl.zeros([R, W], FLOAT)
+        x = _load(x_ptr, offsets, inside, FLOAT)
+        near, y = _far(x), tl.zeros([R, W], FLOAT)
         for k in range(D):
             hi, lo = _point(dictionary_ptr, k, D, boundary, half_hi, half_lo, True, FLOAT)
-            K = _gaussian((x - hi) - lo, gamma_log2e)[1]
+            K = _gaussian((near - hi) - lo, gamma_log2e)[1]
             y = tl.fma(tl.load(alpha_ptr + k).to(FLOAT), K, y)
+        if BASE:
+            y += _base(x, 0, BASE)
         _store(y_ptr, offsets, inside, y)
 
 
@@ -607,8 +647,9 @@ def kaf_backward_kernel(
     flags, D, B, C, L, units, gap, parts, part, rows_each, magic, shift, windows, slots,
     R: tl.constexpr, W: tl.constexpr, ALIGN: tl.constexpr, RUNS: tl.constexpr, CAPACITY: tl.constexpr,
     WRAPS: tl.constexpr, WINDOW: tl.constexpr, ALPHA: tl.constexpr, GAMMA: tl.constexpr, DICTIONARY: tl.constexpr,
+    BASE: tl.constexpr,
 ):  # fmt: skip
-    """dx = g f′(x)    dα_k = Σ_n g K    dγ = Σ_n g ∂f/∂γ(x)    dδ_k = 2γ α Σ_n g d K.
+    """dx = g (base + f)′(x)    dα_k = Σ_n g K    dγ = Σ_n g ∂f/∂γ(x)    dδ_k = 2γ α Σ_n g d K.
 
     The sums over elements n are those of one program, [chunks, C (RUNS) or M, slots]: for the points of α, for those of
     δ, and for γ. A program has a window of the points, and that of the first has dx and γ too.
@@ -631,14 +672,14 @@ def kaf_backward_kernel(
         if kind == 2:
             _backward_by_powers(
                 grad_ptr, x_ptr, dx_ptr, sums_ptr, gamma_ptr, workspace_ptr, channel, flags, boundary, D, first, slots,
-                count, exists, C, units, gap, magic, shift, R, W, ALIGN, RUNS, CAPACITY, WRAPS, WINDOW, GAMMA,
+                count, exists, C, units, gap, magic, shift, R, W, ALIGN, RUNS, CAPACITY, WRAPS, WINDOW, GAMMA, BASE,
             )  # fmt: skip
     count = tl.where((first == 0) & (kind < (2 if POWERS else 3)), count, 0)
     if count > 0:
         _backward_by_points(
             grad_ptr, x_ptr, dx_ptr, sums_ptr, alpha_ptr, gamma_ptr, dictionary_ptr, workspace_ptr, channel, flags,
             kind > 0, boundary, D, slots, count, exists, C, units, gap, magic, shift, R, W, ALIGN, RUNS, CAPACITY,
-            WRAPS, ALPHA, GAMMA, DICTIONARY,
+            WRAPS, ALPHA, GAMMA, DICTIONARY, BASE,
         )  # fmt: skip
 
 
@@ -647,7 +688,7 @@ def _backward_by_powers(
     grad_ptr, x_ptr, dx_ptr, sums_ptr, gamma_ptr, workspace_ptr, channel, flags, boundary, D, first, slots,
     count, exists, C, units, gap, magic, shift,
     R: tl.constexpr, W: tl.constexpr, ALIGN: tl.constexpr, RUNS: tl.constexpr, CAPACITY: tl.constexpr,
-    WRAPS: tl.constexpr, WINDOW: tl.constexpr, GAMMA: tl.constexpr,
+    WRAPS: tl.constexpr, WINDOW: tl.constexpr, GAMMA: tl.constexpr, BASE: tl.constexpr,
 ):  # fmt: skip
     half_hi, half_lo = _half(boundary, D, tl.float32)
     where = _cells(workspace_ptr, channel, flags)
@@ -657,13 +698,17 @@ def _backward_by_powers(
     dgamma = _zeros(1, R, W, WRAPS, RUNS, tl.float32)[0]
     for i in range(tl.cdiv(count, R)):
         offsets, inside = _tile(i, count, exists, units, gap, magic, shift, R, W, ALIGN, RUNS)
-        x = _clamped(_load(x_ptr, offsets, inside, tl.float32), where[3], where[4])
+        raw = _load(x_ptr, offsets, inside, tl.float32)
+        x = _clamped(raw, where[3], where[4])
         g = _load(grad_ptr, offsets, inside, tl.float32)
         if dx_ptr is not None or GAMMA:
             if first == 0:
                 row, v = _find(x, where)
                 if dx_ptr is not None:
-                    _store(dx_ptr, offsets, inside, g * _polynomial(tables, row, v, 0, CAPACITY, RUNS))
+                    slope = _polynomial(tables, row, v, 0, CAPACITY, RUNS)
+                    if BASE:
+                        slope += _base(raw, 1, BASE)
+                    _store(dx_ptr, offsets, inside, g * slope)
                 if GAMMA:
                     dgamma += _fold(g * _polynomial(tables, row, v, 1, CAPACITY, RUNS), WRAPS, RUNS)
         sums = _add_powers(sums, x, g, powers, WINDOW, WRAPS, RUNS)
@@ -677,7 +722,7 @@ def _backward_by_points(
     grad_ptr, x_ptr, dx_ptr, sums_ptr, alpha_ptr, gamma_ptr, dictionary_ptr, workspace_ptr, channel, flags,
     on_cells, boundary, D, slots, count, exists, C, units, gap, magic, shift,
     R: tl.constexpr, W: tl.constexpr, ALIGN: tl.constexpr, RUNS: tl.constexpr, CAPACITY: tl.constexpr,
-    WRAPS: tl.constexpr, ALPHA: tl.constexpr, GAMMA: tl.constexpr, DICTIONARY: tl.constexpr,
+    WRAPS: tl.constexpr, ALPHA: tl.constexpr, GAMMA: tl.constexpr, DICTIONARY: tl.constexpr, BASE: tl.constexpr,
 ):  # fmt: skip
     FLOAT: tl.constexpr = _float(x_ptr)
     gamma, gamma_log2e = _bandwidth(gamma_ptr, FLOAT)
@@ -691,7 +736,8 @@ def _backward_by_points(
         if ALPHA or DICTIONARY:
             tl.debug_barrier()  # between what one tile and the next add to memory
         offsets, inside = _tile(i, count, exists, units, gap, magic, shift, R, W, ALIGN, RUNS)
-        x = _far(_load(x_ptr, offsets, inside, FLOAT))
+        raw = _load(x_ptr, offsets, inside, FLOAT)
+        x = _far(raw)
         g = _load(grad_ptr, offsets, inside, FLOAT)
         slope, square = tl.zeros([R, W], FLOAT), tl.zeros([R, W], FLOAT)
         for k in range(end):
@@ -715,6 +761,8 @@ def _backward_by_points(
                 if GAMMA:
                     square = _polynomial(tables, row, v, 1, CAPACITY, RUNS)
         if dx_ptr is not None:
+            if BASE:
+                slope += _base(raw, 1, BASE)
             _store(dx_ptr, offsets, inside, g * slope)
         if GAMMA:
             dgamma += _fold(g * square, WRAPS, RUNS)
@@ -728,11 +776,11 @@ def kaf_double_backward_kernel(
     alpha_ptr, gamma_ptr, dictionary_ptr, workspace_ptr, boundary: tl.float64,
     flags, D, B, C, L, units, gap, parts, part, rows_each, magic, shift, slots,
     R: tl.constexpr, W: tl.constexpr, ALIGN: tl.constexpr, RUNS: tl.constexpr, CAPACITY: tl.constexpr,
-    WRAPS: tl.constexpr, ALPHA: tl.constexpr, GAMMA: tl.constexpr, DICTIONARY: tl.constexpr,
+    WRAPS: tl.constexpr, ALPHA: tl.constexpr, GAMMA: tl.constexpr, DICTIONARY: tl.constexpr, BASE: tl.constexpr,
 ):  # fmt: skip
     """The derivatives of <v_x, dx> + <v_α, dα> + <v_γ, dγ> + <v_δ, dδ>, where absent v are 0.
 
-    With h = v_x g, and q the derivative of f along (v_α, v_γ, v_δ):
+    With h = v_x g, f with its base, and q the derivative of f along (v_α, v_γ, v_δ):
 
         dgrad = v_x f′ + q    dx = h f″ + g q′    dα, dγ = Σ_n h ∂f′ + g ∂q by α, γ    dδ_k = -Σ_n the k-th term of dx
 
@@ -769,7 +817,8 @@ def kaf_double_backward_kernel(
         if ALPHA or DICTIONARY:
             tl.debug_barrier()  # between what one tile and the next add to memory
         offsets, inside = _tile(i, count, exists, units, gap, magic, shift, R, W, ALIGN, RUNS)
-        x = _far(_load(x_ptr, offsets, inside, FLOAT))
+        raw = _load(x_ptr, offsets, inside, FLOAT)
+        x = _far(raw)
         g = _load(grad_ptr, offsets, inside, FLOAT)
         if v_x_ptr is None:
             v_x = tl.zeros_like(g)
@@ -813,6 +862,9 @@ def kaf_double_backward_kernel(
                     dgamma = h * _polynomial(tables, row, v, COUNT - 1 - ALONG_V, CAPACITY, RUNS)
                     if ALONG_V:
                         dgamma = tl.fma(g, _polynomial(tables, row, v, COUNT - 1, CAPACITY, RUNS), dgamma)
+        if BASE and v_x_ptr is not None:
+            dgrad += v_x * _base(raw, 1, BASE)
+            dx += h * _base(raw, 2, BASE)
         if dgrad_ptr is not None:
             _store(dgrad_ptr, offsets, inside, dgrad)
         if dx_ptr is not None:
