@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -9,10 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import kafops
-from bench import points, problems, trainings
+from bench import points, problems
 from bench.problems import Call, Curve, Problem
-from models.images import CIFAR10
-from models.networks import build
 
 
 @dataclass(frozen=True)
@@ -151,24 +150,11 @@ def empty_call() -> Pair:
     return Pair(call(layers[0]), call(layers[1]), calls=100)
 
 
-def training_step() -> Pair:
-    """One step of SGD of a ResNet20 of width 16 on a batch of 128 images 3 x 32 x 32."""
-    images, labels = torch.rand(128, 3, 32, 32), torch.arange(128) % 10
+def trainings() -> ModuleType:
+    """Return what times the application: only its rows import it."""
+    from bench import trainings
 
-    def step(activation: Callable[[int], nn.Module]) -> Call:
-        network = build("resnet20", activation, CIFAR10, seed=0)
-        optimizer = torch.optim.SGD(network.parameters(), lr=1e-3, momentum=0.9)
-
-        def call() -> tuple[Tensor, ...]:
-            optimizer.zero_grad()
-            loss = F.cross_entropy(network(images), labels)
-            loss.backward()
-            optimizer.step()
-            return (loss.detach(),)
-
-        return call
-
-    return Pair(step(lambda channels: kafops.KAF2d(channels, init="isometric")), step(lambda channels: nn.ReLU()))
+    return trainings
 
 
 def channels_last_rows() -> tuple[Row, ...]:
@@ -238,26 +224,29 @@ TARGETS = (
         "vmap", "vmap(grad(network)) at 4096 points", "the gradient of the batch", 2,
         lambda: Pair(points.gradients_by_vmap(), points.gradients_of_a_batch()), 20,
     ),
-    Row("training step", "ResNet20 training step, batch 128, 3×32×32", "the same with ReLU", 1.15, training_step, 20),
+    Row(
+        "training step", "ResNet20 training step, batch 128, 3×32×32", "the same with ReLU", 1.15,
+        lambda: Pair(trainings().step("kaf_isometric"), trainings().step("relu")), 20,
+    ),
     kaf_row(BOTH, ONE_THREAD, 1 / 1.6, "2 threads"),
     Row(
         "adversarial epoch", "ResNet20 epoch of fast adversarial training", "the same with ReLU", 1.15,
-        lambda: Pair(trainings.epoch("kaf_isometric"), trainings.epoch("relu")), 10,
+        lambda: Pair(trainings().epoch("kaf_isometric"), trainings().epoch("relu")), 10,
     ),
     Row(
         "adversarial epoch / clean", "KAF ResNet20 epoch of fast adversarial training", "a clean epoch", 2.2,
-        lambda: Pair(trainings.epoch("kaf_isometric"), trainings.epoch("kaf_isometric", "standard")), 10,
+        lambda: Pair(trainings().epoch("kaf_isometric"), trainings().epoch("kaf_isometric", "standard")), 10,
     ),
     Row(
         "epoch with loading", "KAF ResNet20 clean epoch, images cropped and flipped", "batches made beforehand", 1.1,
         lambda: Pair(
-            trainings.epoch("kaf_isometric", "standard"),
-            trainings.epoch("kaf_isometric", "standard", lambda: trainings.Made(trainings.source())),
+            trainings().epoch("kaf_isometric", "standard"),
+            trainings().epoch("kaf_isometric", "standard", lambda: trainings().Made(trainings().source())),
         ), 10,
     ),
     Row(
         "PGD on 2 threads", "PGD-10 on 128 images 3×32×32, KAF ResNet20, 2 threads", "1 thread", 1 / 1.4,
-        lambda: Pair(trainings.attack(2), trainings.attack(1)), 8,
+        lambda: Pair(trainings().attack(2), trainings().attack(1)), 8,
     ),
 )  # fmt: skip
 BYTES = {

@@ -1,4 +1,4 @@
-"""Epochs of adversarial training and attacks, to be timed in turn."""
+"""Steps and epochs of training and attacks, to be timed in turn."""
 
 import dataclasses
 import tempfile
@@ -7,6 +7,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from bench import problems
 from bench.problems import Call
@@ -44,6 +45,22 @@ def source() -> Source:
     """Return random images 3 × 32 × 32 that are cropped and flipped."""
     images = torch.randint(256, (IMAGES, 3, 32, 32), dtype=torch.uint8)
     return TensorSource(images, torch.arange(IMAGES) % 10, 0, CropAndFlip(4, True))
+
+
+def step(activation: str) -> Call:
+    """Return the call that makes a step of SGD of a ResNet20 of width 16 on a batch of 128 images 3 × 32 × 32."""
+    images, labels = torch.rand(BATCH, 3, 32, 32), torch.arange(BATCH) % 10
+    network = build("resnet20", activation, CIFAR10, seed=0)
+    optimizer = torch.optim.SGD(network.parameters(), lr=1e-3, momentum=0.9)
+
+    def call() -> tuple[Tensor, ...]:
+        optimizer.zero_grad()
+        loss = F.cross_entropy(network(images), labels)
+        loss.backward()
+        optimizer.step()
+        return (loss.detach(),)
+
+    return call
 
 
 def epoch(activation: str, method: str = "fast", images: Callable[[], Source] = source) -> Call:

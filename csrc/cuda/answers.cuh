@@ -40,7 +40,7 @@ struct Answers : Channel {
     }
     __syncthreads();
   }
-  // The first curve at x, which clamped is of no account.
+  // The first curve at x, which need not be clamped.
   __device__ __forceinline__ float operator()(bfloat16 x, float) const {
     const uint32_t bits = x.bits, magnitude = bits & 0x7fff;
     const uint32_t i = magnitude > 0x7f80 ? last + 1 : min(max(magnitude, low) - low, last);

@@ -1,4 +1,4 @@
-// The base beneath a curve, σ-like or none: one more term for each element, which the loops add to what they have.
+// The base beneath a curve, where it has one: one more term for each element.
 //
 // Napkin: SiLU and GELU cost some 25 instructions an element in float32, where the memory leaves 80 and cells take 33, and
 // 10 and 20 in half precision, whose own rounding leaves room for quick exponentials.

@@ -17,7 +17,7 @@ template <class A> constexpr int kWindow = 80 / sizeof(A);  // points whose sums
 
 enum class Type : uint8_t { f32, f64, bf16, f16 };
 
-// n / by for n < 2^31 as mulhi(n, magic) >> shift: see quotient() in tiles.cuh. A division takes conversions, which are slow.
+// n / by for n < 2^31 is mulhi(n, magic) >> shift: see quotient() in tiles.cuh. A division would be a dozen instructions.
 struct Divisor {
   uint32_t by = 1, magic = 0;
   int shift = 0;

@@ -1,7 +1,8 @@
 // The direct path: every element pays for every point, for a Gaussian with one exponential. It takes every dictionary, γ,
 // kernel and derivative.
 //
-// Of the Gaussian itself, with d = x − δ, K = exp(−γ d²), v the gradients of the first gradients (see kaf_math.h for the second derivatives):
+// Of the Gaussian itself, with d = x − δ, K = exp(−γ d²), v the gradients of the first gradients (kaf_math.h has the second
+// derivatives):
 //
 //     forward           y = Σ_k α K
 //     backward          dx = g Σ_k −2γ d α K         ∂α_k = Σ_n g K       ∂γ = −Σ_n g Σ_k α d² K     ∂δ_k = −Σ_n dx's k-th term

@@ -15,9 +15,17 @@ template <class T> constexpr int kMore = sizeof(T) == 2 ? 2 : 1;
 template <bool kAnswers> using Lookup = std::conditional_t<kAnswers, Answers, SharedCurves>;
 static_assert(kWindow<float> == kEvenWindow, "calls with and without tables divide the points into the same windows");
 
+// Blocks on a multiprocessor that registers are kept for, where its shared memory holds the tables of four.
+#if defined(__CUDA_ARCH__) && (__CUDA_ARCH__ < 900 || __CUDA_ARCH__ >= 1200)
+constexpr int kMostBlocks = 3;
+#else
+constexpr int kMostBlocks = 4;
+#endif
+template <bool kVector, bool kBase> constexpr int kForwardBlocks = !kVector ? 2 : kBase ? 3 : kMostBlocks;
+
 // y = f(x)
 template <class T, bool kVector, bool kAnswers, bool kBase>
-__global__ void __launch_bounds__(kForwardThreads, kVector ? (kBase ? 3 : 4) : 2) forward_kernel(const Call call) {
+__global__ void __launch_bounds__(kForwardThreads, kForwardBlocks<kVector, kBase>) forward_kernel(const Call call) {
   KAF_DYNAMIC_SHARED(memory);
   float* const shared = reinterpret_cast<float*>(memory);
   using Part = Tile<T, kVector, 8>;
@@ -103,9 +111,9 @@ template <Sums kSums> struct Totals {
   }
 };
 
-// Blocks on a multiprocessor that registers are kept for: with what a thread adds up, three or two.
+// Fewer with what a thread adds up.
 template <class T, Sums kSums, bool kBase>
-constexpr int kBackwardBlocks = kSums == kNoSums && !kBase ? 4
+constexpr int kBackwardBlocks = kSums == kNoSums && !kBase ? kMostBlocks
                                 : kSums == kOfAlphaAndDictionary || (kSums == kOfAlpha && kBase && kMore<T> > 1) ? 2 : 3;
 
 // dx = g f′(x), and partial sums of the gradients of α, δ and γ.
@@ -198,9 +206,11 @@ template <class T, bool kVector, Sums kSums, bool kWithAlong, bool kBase>
 __global__ void __launch_bounds__(kBackwardThreads, kWithAlong || kSums == kOfAlphaAndDictionary ? 1 : 2)
     double_backward_kernel(const Call call) {
   KAF_DYNAMIC_SHARED(memory);
-  constexpr int V = Tile<T, kVector>::kElements;
+  // Eight elements with all sums of theirs are more than 255 registers.
+  using Own = Share<T, kVector && !(kMore<T> > 1 && kWithAlong && kSums == kOfAlphaAndDictionary)>;
+  constexpr int V = decltype(Own::tile)::kElements;
   float* const shared = reinterpret_cast<float*>(memory);
-  const Share<T, kVector> share(call, blockIdx.x);
+  const Own share(call, blockIdx.x);
   const auto& tile = share.tile;
   const int64_t channel = tile.channel();
   if (share.window == 0) SharedCurves::prepare(call, channel, shared);
@@ -270,7 +280,7 @@ __global__ void __launch_bounds__(kBackwardThreads, kWithAlong || kSums == kOfAl
     if (dgrad) tile.store(dgrad, place, out_grad);
   }
   const auto as_it_is = [](int64_t, int) { return 1.0f; };
-  sums.put(Share<T, kVector>(call, again(blockIdx.x)), call, shared, as_it_is, as_it_is);
+  sums.put(Own(call, again(blockIdx.x)), call, shared, as_it_is, as_it_is);
 }
 
 // All of these, without tables.

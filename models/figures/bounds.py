@@ -11,8 +11,7 @@ from matplotlib.ticker import LogLocator, MaxNLocator, NullLocator
 
 from models.figures import style
 
-_GREEN = "#009e73"
-_METHODS = {"interval propagation": _GREEN, "global Lipschitz": style.GREY, "local Lipschitz": style.VERMILLION}
+_METHODS = {"interval propagation": style.GREEN, "global Lipschitz": style.GREY, "local Lipschitz": style.VERMILLION}
 _LINE = 0.09  # of the height of the upper panel, a line of text
 _LEAST_RADIUS = 1e-7  # where the axis of radii begins, at the latest
 

@@ -15,7 +15,7 @@ from models.figures import style
 
 _COLUMNS = 4
 _SPIKE = 4.0  # times the second highest column, above which the highest one is cut off and its share written down
-_PALETTE = (style.VERMILLION, style.BLUE, style.GREY, "#009e73", "#cc79a7", "#e69f00", "#56b4e9")
+_PALETTE = (style.VERMILLION, style.BLUE, style.GREY, style.GREEN, style.PINK, style.ORANGE, style.SKY)
 _BANDS = 3  # networks, above which their spreads would only hide each other
 
 

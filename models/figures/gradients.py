@@ -11,8 +11,6 @@ from matplotlib.ticker import MaxNLocator
 
 from models.figures import style
 
-_PALETTE = (style.GREY, style.BLUE, "#56b4e9", "#cc79a7", "#e69f00", "#009e73", "#f0e442", style.VERMILLION)
-
 
 def starts(found: list[dict[str, Any]]) -> bytes:
     """Draw the gradient norm of each convolution relative to the last one's: a panel a network, a line an activation.
@@ -142,9 +140,12 @@ def _columns(activations: list[str]) -> int:
 
 
 def _look(activations: list[str], activation: str) -> dict[str, Any]:
-    """Return colour and dashes; every other line is dashed, so that lines on one another are both seen."""
+    """Return colour and dashes; every other line is dashed, so that lines on one another are both seen.
+
+    The palette has an odd number of colours: the second line of a colour is dashed where the first is not.
+    """
     number = activations.index(activation)
-    return {"color": _PALETTE[number % len(_PALETTE)], "ls": ((0, (4, 2)) if number % 2 else "-")}
+    return {"color": style.PALETTE[number % len(style.PALETTE)], "ls": ((0, (4, 2)) if number % 2 else "-")}
 
 
 def _short(network: str) -> str:

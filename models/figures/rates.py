@@ -4,13 +4,6 @@ from matplotlib.ticker import FixedLocator, NullLocator
 
 from models.figures import style
 
-GREEN, PINK = "#009e73", "#cc79a7"
-LINES = (
-    *((colour, "-") for colour in (style.GREY, style.BLUE, GREEN, style.VERMILLION, PINK)),
-    *((colour, "--") for colour in (style.GREY, style.BLUE, GREEN, style.VERMILLION, PINK)),
-    *((colour, ":") for colour in (style.GREY, style.BLUE, GREEN, style.VERMILLION, PINK)),
-)
-
 
 def draw(networks: dict[str, dict[str, dict[float, list[float]]]], common: float) -> bytes:
     """Draw a panel for each network.
@@ -26,13 +19,13 @@ def draw(networks: dict[str, dict[str, dict[float, list[float]]]], common: float
         panels = figure.subplots(1, len(networks), sharey=True, squeeze=False)[0]
         for axes, (network, activations) in zip(panels, networks.items(), strict=True):
             axes.axvline(common, color=style.PALE_GREY, lw=4, zorder=0)
-            for name, line in activations.items():
-                colour, dashes = LINES[names.index(name) % len(LINES)]
-                points = sorted(line.items())
+            for name, of_rates in activations.items():
+                look = style.line(names.index(name))
+                points = sorted(of_rates.items())
                 means = [100 * sum(values) / len(values) for _, values in points]
-                axes.plot([lr for lr, _ in points], means, dashes, color=colour, marker="o", ms=3.5, label=name)
+                axes.plot([lr for lr, _ in points], means, marker="o", ms=3.5, label=name, **look)
                 for lr, values in points:
-                    axes.plot([lr] * len(values), [100 * v for v in values], ".", ms=3, color=colour, alpha=0.5)
+                    axes.plot([lr] * len(values), [100 * v for v in values], ".", ms=3, color=look["color"], alpha=0.5)
             axes.set_xscale("log")
             axes.xaxis.set_major_locator(FixedLocator(rates))
             axes.xaxis.set_minor_locator(NullLocator())

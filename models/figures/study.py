@@ -93,5 +93,4 @@ def _rows(axes: Axes, names: list[str]) -> None:
 
 
 def _colours(measures: list[str]) -> dict[str, str]:
-    palette = (style.GREY, style.BLUE, "#009e73", style.VERMILLION, "#cc79a7")
-    return {m: palette[i % len(palette)] for i, m in enumerate(measures)}
+    return {m: style.line(i)["color"] for i, m in enumerate(measures)}

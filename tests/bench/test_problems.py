@@ -1,3 +1,7 @@
+import subprocess
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from torch.nn import functional as F
@@ -5,6 +9,8 @@ from torch.nn import functional as F
 import kafops
 from bench import problems, table
 from bench.problems import BOUNDARY, Problem
+
+ROOT = Path(__file__).parents[2]
 
 
 def small(dictionary_size=20, free=False):
@@ -76,3 +82,9 @@ def test_threads_come_back():
     with problems.threads(1):
         assert torch.get_num_threads() == 1
     assert torch.get_num_threads() == before
+
+
+def test_kernels_are_timed_without_the_application():
+    program = "import sys, bench.table\nprint([m for m in sys.modules if m.startswith(('models.', 'bench.trainings'))])"
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "[]\n"
