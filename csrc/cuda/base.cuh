@@ -71,10 +71,10 @@ __device__ __forceinline__ void add_base(const Call& call, const Tile& tile, con
   } else {
     constexpr bool kQuick = sizeof(T) == 2;
     switch (call.base) {
-      case kIdentity: return add(base_at<kIdentity, kOrder, kQuick>);
-      case kRelu: return add(base_at<kRelu, kOrder, kQuick>);
-      case kSilu: return add(base_at<kSilu, kOrder, kQuick>);
-      default: return add(base_at<kGelu, kOrder, kQuick>);
+      case kIdentity: return add([](float x) { return base_at<kIdentity, kOrder, kQuick>(x); });
+      case kRelu: return add([](float x) { return base_at<kRelu, kOrder, kQuick>(x); });
+      case kSilu: return add([](float x) { return base_at<kSilu, kOrder, kQuick>(x); });
+      default: return add([](float x) { return base_at<kGelu, kOrder, kQuick>(x); });
     }
   }
 }
