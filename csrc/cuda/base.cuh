@@ -20,7 +20,7 @@ template <Base kBase, int kOrder, bool kQuick> __device__ __forceinline__ float 
   const float above = x > 0 ? x : 0;
   if constexpr (kBase == kIdentity) return kOrder == 0 ? x : kOrder == 1;
   if constexpr (kBase == kRelu) return kOrder == 0 ? above : kOrder == 1 && x > 0;
-  const float a = min(fabsf(x), 150.0f);  // where the tails are 0
+  const float size = fabsf(x), a = size < 150 ? size : 150.0f;  // where the tails are 0; of NaN too, as the curve has it
   if constexpr (kBase == kSilu) {
     const float e = exp_negative<kQuick>(a), t = kQuick ? reciprocal_approx(1 + e) : reciprocal(1 + e);
     const float s = e * t;  // σ(−|x|) and t = σ(|x|); σ′ = s t
