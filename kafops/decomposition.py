@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 from torch.fx.experimental.proxy_tensor import ProxyTorchDispatchMode
 from torch.nn import functional as F
 
@@ -113,5 +113,6 @@ def _rule(decomposition: Callable[..., Any]) -> Callable[..., Any]:
 # For torch.onnx.export of programs that were exported before. A rule for the mode that records them, rather than an
 # entry of torch._decomp's table: Inductor refuses an operator of that table that it does not decompose where the
 # environment has CI, and FakeTensor would take it for the fake kernel.
+_register = library.register_torch_dispatch
 for _operator, _function in decompositions().items():
-    torch.library.register_torch_dispatch(_operator, ProxyTorchDispatchMode, _rule(_function))
+    _register(_operator, ProxyTorchDispatchMode, _rule(_function))
