@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -12,12 +13,15 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
-from models.analysis.distributions import SIDES, Density, Layer, Moved, Panel, Recorder
+from models.analysis.distributions import ALL, SIDES, Density, Images, Layer, Moved, Panel, Recorder, across
+from models.analysis.gradients import finite
 from models.commands import looking
 from models.evaluation.outcomes import described, digest
 from models.figures import distributions as figures
 from models.runs import trained
+from models.runs.settings import completed
 from models.runs.trained import Trained
+from models.study.statistics import rank
 from models.support import checkpoints, environment, files, seeds, terminal
 from models.support.interrupts import AFTER_THIS, Interrupted, StopRequest
 
@@ -27,12 +31,14 @@ channel, the inputs of the activations and their outputs. Writes to RUN/distribu
 distances of the pairs, Wasserstein-1 distances of the distributions), distributions.png (densities of the inputs of
 some channels, with the learned curves over them), outputs.png (of the outputs) and layers.png (distances over depth).
 
-Of several runs, distributions.json and layers.png in OUT show all.
+Of several runs, distributions.json and layers.png in OUT show all; of three or more, against.png and Spearman's rank
+correlation say whether the networks that move images less are the more robust, on all images and on those that the
+attack did not break.
 
 Ctrl-C stops at any time and loses at most the batch under way: the same command goes on where it stopped.
 """
 
-FORMAT = 1
+FORMAT = 2
 DEFAULT_IMAGES = 500
 DEFAULT_ATTACK = "pgd-20"
 _PARTIAL, _SAVE_SECONDS = "partial.safetensors", 60.0
@@ -71,10 +77,15 @@ def _run(options: argparse.Namespace, command: str) -> int:
     for folder, network in zip(options.folders, networks, strict=True):
         files.write_bytes(folder / "distributions/layers.png", figures.depth([network]))
     if len(networks) > 1:
-        summary = {"format": FORMAT, "command": command, "runs": _summaries(labels, options.folders, results)}
+        runs = _summaries(labels, options.folders, results)
+        ranks = _ranks(runs)
+        summary = {"format": FORMAT, "command": command, "runs": runs, "ranks": ranks}
         files.write_json(options.out / "distributions.json", summary)
         files.write_bytes(options.out / "layers.png", figures.depth(networks))
+        files.write_bytes(options.out / "against.png", figures.against(_points(runs)))
     _show(networks, console)
+    if len(networks) > 1:
+        _show_ranks(ranks, console)
     folders = [str(folder / "distributions") for folder in options.folders]
     console.print(f"Written to {', '.join(folders + [str(options.out)] * (len(folders) > 1))}")
     return 0
@@ -93,6 +104,18 @@ def panels_of(result: dict[str, Any]) -> list[Panel]:
         ends = entry["dictionary"]
         panels.append(Panel(**{**entry, **densities, "dictionary": None if ends is None else (ends[0], ends[1])}))
     return panels
+
+
+def images_of(result: dict[str, Any]) -> Images:
+    """Return what became of each image, in the content of a distributions.json."""
+    entry = result["by_image"]
+    clean, attacked = ([mark == "0" for mark in entry["wrong"][name]] for name in ("clean", "attacked"))
+    moved = {side: [math.nan if v is None else v for v in entry["moved"][side]] for side in SIDES}
+    return Images(moved, (clean, attacked))
+
+
+def _check(content: dict[str, Any]) -> None:
+    layers_of(content), panels_of(content), images_of(content)
 
 
 class _Look:
@@ -131,7 +154,7 @@ class _Look:
         """
         path = self.folder / "distributions.json"
         task = progress.add_task(self.label, total=self.images, status="")
-        found = looking.kept(path, self.identity, lambda content: (layers_of(content), panels_of(content)))
+        found = looking.kept(path, self.identity, _check)
         if found is None:
             found = self._measure(lambda images: progress.update(task, completed=images), stop)
             files.write_json(path, found)
@@ -153,7 +176,7 @@ class _Look:
                 continue
             x, y = x.to(self.device), y.to(self.device)
             generator = seeds.generator(self.device, self.options.seed, "attack", number)
-            recorder.add(x, looking.adversarial(self.model, self.attack, x, y, generator))
+            recorder.add(x, looking.adversarial(self.model, self.attack, x, y, generator), y)
             on_images(recorder.images)
             if stop.requested or time.monotonic() - saved > _SAVE_SECONDS:
                 tensors, record = recorder.state()
@@ -169,6 +192,7 @@ class _Look:
             "which": self.options.which,
             "layers": [asdict(layer) for layer in recorder.layers()],
             "panels": [asdict(panel) for panel in recorder.panels()],
+            "by_image": _by_image(recorder.by_image()),
             "environment": environment.describe(),
         }
 
@@ -181,22 +205,56 @@ class _Look:
                 recorder.load_state(tensors, record)
 
 
+def _by_image(images: Images) -> dict[str, Any]:
+    """Return what `images_of` reads: distances to four digits, and "1" where the network is wrong."""
+    moved = {side: [None if math.isnan(v) else float(f"{v:.4g}") for v in images.moved[side]] for side in SIDES}
+    wrong = {
+        n: "".join("01"[not r] for r in right) for n, right in zip(("clean", "attacked"), images.right, strict=True)
+    }
+    return {"moved": moved, "wrong": wrong}
+
+
 def _summaries(labels: list[str], folders: list[Path], results: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return for each run its distances over depth, without those of single channels."""
+    """Return for each run its accuracies, how far its images are moved, and its distances over depth, by layer."""
     kept = ("l2", "l2_std", "w1", "w1_low", "w1_high", "scale")
+    images = [images_of(result) for result in results]
+    moved = across(images)
     return [
         {
             "run": label,
             "folder": str(folder),
             "activation": result["settings"]["activation"],
+            "lr": completed(dict(result["settings"]))["training"]["lr"],
+            "seed": result["settings"]["seed"],
+            "commit": result["environment"]["commit"],
             "identity": result["identity"],
+            "accuracy": dict(zip(("clean", "attacked"), images[number].accuracies, strict=True)),
+            "moved": {
+                which: {side: finite(values[number]) for side, values in of_sides.items()}
+                for which, of_sides in moved.items()
+            },
+            "wrong": result["by_image"]["wrong"],
             "layers": [
                 {"name": entry["name"], **{side: {key: entry[side][key] for key in kept} for side in SIDES}}
                 for entry in result["layers"]
             ],
         }
-        for label, folder, result in zip(labels, folders, results, strict=True)
+        for number, (label, folder, result) in enumerate(zip(labels, folders, results, strict=True))
     ]
+
+
+def _ranks(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return Spearman's correlation of robust accuracy with each distance, over runs."""
+    robust = [run["accuracy"]["attacked"] for run in runs]
+    found = []
+    for side in SIDES:
+        distances = {("relative L2", which): [run["moved"][which][side] for run in runs] for which in runs[0]["moved"]}
+        w1 = [[layer[side]["w1"] for layer in run["layers"] if layer[side]["w1"] is not None] for run in runs]
+        distances["W1 / std", ALL] = [sum(values) / len(values) if values else None for values in w1]
+        for (distance, which), values in distances.items():
+            correlation = rank([math.nan if v is None else v for v in values], robust)
+            found.append({"distance": distance, "side": side, "images": which, **asdict(correlation)})
+    return found
 
 
 def _show(networks: list[figures.Network], console: Console) -> None:
@@ -213,6 +271,25 @@ def _show(networks: list[figures.Network], console: Console) -> None:
                 cells = (values[0], values[len(values) // 2], values[-1], mean)
                 table.add_row(network.label, name, side, *map(_percent, cells))
     console.print(table)
+
+
+def _show_ranks(ranks: list[dict[str, Any]], console: Console) -> None:
+    table = terminal.table("distance", "of the", "images")
+    for column in ("rank correlation with robust accuracy", "95 % interval", "runs"):
+        table.add_column(column)
+    for row in ranks:
+        interval = "-" if row["low"] is None else f"[{row['low']:+.2f}, {row['high']:+.2f}]"
+        rho = "-" if row["rho"] is None else f"{row['rho']:+.2f}"
+        table.add_row(row["distance"], row["side"], row["images"], rho, interval, str(row["count"]))
+    console.print(table)
+
+
+def _points(runs: list[dict[str, Any]]) -> list[figures.Point]:
+    return [
+        figures.Point(r["activation"], r["lr"], r["accuracy"]["attacked"],
+                      {which: sides["outputs"] for which, sides in r["moved"].items()})
+        for r in runs
+    ]  # fmt: skip
 
 
 def _percent(share: float | None) -> str:

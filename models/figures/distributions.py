@@ -16,6 +16,7 @@ from models.figures import style
 _COLUMNS = 4
 _SPIKE = 4.0  # times the second highest column, above which the highest one is cut off and its share written down
 _PALETTE = (style.VERMILLION, style.BLUE, style.GREY, style.GREEN, style.PINK, style.ORANGE, style.SKY)
+_MARKS = ("o", "s", "D", "^", "v")  # of learning rates
 _BANDS = 3  # networks, above which their spreads would only hide each other
 
 
@@ -26,6 +27,23 @@ class Network:
     label: str
     activation: str
     layers: Sequence[Layer]
+
+
+@dataclass(frozen=True)
+class Point:
+    """One network in `against`.
+
+    Args:
+        activation: for the colour.
+        lr: its learning rate, for the mark.
+        robust: accuracy under the attack, in [0, 1].
+        moved: mean relative L2 distance of outputs, by which images; None where there are none.
+    """
+
+    activation: str
+    lr: float
+    robust: float
+    moved: dict[str, float | None]
 
 
 def inputs(panels: Sequence[Panel], layers: int) -> bytes:
@@ -95,6 +113,38 @@ def depth(networks: Sequence[Network]) -> bytes:
             spread = "bands: ± std of images, 80 % of channels"
             handles.append(Patch(color=style.PALE_GREY, lw=0, label=spread))
         figure.legend(handles=handles, loc="outside upper left", ncols=2, fontsize=8)
+        return style.png(figure)
+
+
+def against(points: Sequence[Point]) -> bytes:
+    """Draw robust accuracy over how far images are moved, a panel for each kind of images."""
+    activations = list(dict.fromkeys(point.activation for point in points))
+    rates = sorted({point.lr for point in points})
+    kinds = list(points[0].moved)
+    with style.context():
+        figure = style.figure(height=3.1 + 0.2 * (-(-(len(activations) + len(rates)) // 4)))
+        panels = figure.subplots(1, len(kinds), sharey=True, squeeze=False)[0]
+        for axes, kind in zip(panels, kinds, strict=True):
+            for point in points:
+                if (moved := point.moved[kind]) is not None:
+                    colour = style.PALETTE[activations.index(point.activation) % len(style.PALETTE)]
+                    mark = _MARKS[rates.index(point.lr) % len(_MARKS)]
+                    axes.plot(100 * moved, 100 * point.robust, mark, ms=5, color=colour, mfc="none", mew=1.3)
+            axes.set_title(f"images {kind}" if kind != "all" else "all images", fontsize=8)
+            axes.set_xlim(left=0)
+            axes.set_ylim(0, 100)
+            axes.grid(color=style.PALE_GREY, lw=0.6)
+            axes.set_axisbelow(True)
+            axes.xaxis.set_major_locator(MaxNLocator(4))
+        figure.supxlabel("how far outputs move, relative L2, %", fontsize=9, color=style.GREY)
+        panels[0].set_ylabel("accuracy under the attack, %")
+        handles = [
+            *(Line2D([], [], ls="", marker="s", ms=6, color=style.PALETTE[i % len(style.PALETTE)], label=name)
+              for i, name in enumerate(activations)),
+            *(Line2D([], [], ls="", marker=_MARKS[i % len(_MARKS)], ms=5, mfc="none", color=style.GREY,
+                     label=f"learning rate {rate:g}") for i, rate in enumerate(rates)),
+        ]  # fmt: skip
+        figure.legend(handles=handles, loc="outside upper left", ncols=4, fontsize=8, handletextpad=0.2)
         return style.png(figure)
 
 

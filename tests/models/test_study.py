@@ -12,12 +12,14 @@ import matplotlib.image
 import numpy as np
 import pytest
 import torch
+from scipy.stats import bootstrap, spearmanr
 from scipy.stats import t as scipy_t
+from statsmodels.stats.weightstats import ttost_paired
 
 from models.cli import main
 from models.study import plan, tuning, workers
 from models.study.plan import Study, Tuning
-from models.study.statistics import Difference, difference, estimate, holm, paired
+from models.study.statistics import Difference, difference, equivalence, estimate, holm, paired, rank
 from models.study.summary import accuracies, summarise
 from models.support import checkpoints
 
@@ -128,6 +130,43 @@ def test_holm_corrects_by_hand() -> None:
     assert first.low > 0  # at the level 0.05 / 3
     assert third.low < 0  # at 0.05 / 2
     assert holm([]) == []
+
+
+def test_equality_is_claimed_within_a_margin_only() -> None:
+    """Both one-sided tests at 5 %, as statsmodels makes them; t with 2 degrees of freedom is 2.920 at 5 %."""
+    one, other = np.array([0.953, 0.961, 0.958]), np.array([0.960, 0.962, 0.966])
+    apart = paired(one, other)
+    found = equivalence(apart.mean, apart.std / 3**0.5, 2)
+    assert found.high - apart.mean == pytest.approx(2.920 * apart.std / 3**0.5, rel=1e-4)
+    assert (found.low + found.high) / 2 == pytest.approx(apart.mean)
+    for margin in (0.008, 0.0115, 0.0118, 0.02):
+        shown = equivalence(apart.mean, apart.std / 3**0.5, 2, margin).shown
+        assert shown == (ttost_paired(one, other, -margin, margin)[0] < 0.05)
+        assert shown == (margin > 0.0116)
+    assert not equivalence(0.03, 0.001, 2).shown  # a difference is shown, and it is not small
+
+
+def test_ranks_are_correlated_over_runs() -> None:
+    generator = np.random.default_rng(0)
+    x = generator.normal(size=12)
+    y = np.round(x + generator.normal(size=12))  # with ties
+    found = rank(x, y)
+    assert found.rho == pytest.approx(spearmanr(x, y).statistic)
+    # SciPy's own bootstrap of pairs: percentiles of 9,999 draws are right to about 0.02.
+    theirs = bootstrap((x, y), lambda a, b: spearmanr(a, b).statistic, paired=True, vectorized=False,
+                       n_resamples=2000, method="percentile", rng=1).confidence_interval  # fmt: skip
+    assert (found.low, found.high) == pytest.approx(tuple(theirs), abs=0.05)
+    assert rank(x, y) == found
+    falling = rank([1, 2, 3, 4, 5], [5, 4, 2, 1, 0])
+    assert (falling.rho, falling.low, falling.high) == pytest.approx((-1, -1, -1))
+
+
+@pytest.mark.parametrize(
+    ("x", "y"), [([1, 2], [2, 1]), ([1, 1, 1, 1], [1, 2, 3, 4]), ([1, 2, float("nan")], [1, 2, 3])]
+)
+def test_what_cannot_be_ranked_has_no_correlation(x: list[float], y: list[float]) -> None:
+    found = rank(x, y)
+    assert (found.rho, found.low, found.high, found.count) == (None, None, None, len(x))
 
 
 def test_an_image_is_robust_in_the_worst_case_where_nothing_breaks_it() -> None:
