@@ -154,7 +154,7 @@ class Recorder:
             )
         self._sides: dict[tuple[str, str], _Side] = {}
         self._ranks: dict[str, int] = {}
-        # Of each image, a column: the mean distance of inputs and of outputs, whether x and x' are right (NaN: unknown).
+        # Of each image, a column: mean distance of inputs and of outputs, whether x and x' are right (NaN: unknown).
         self._seen = torch.zeros(4, 0, dtype=torch.float64)
 
     @property

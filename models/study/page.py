@@ -34,6 +34,8 @@ def markdown(study: Study, summary: dict[str, Any], results: dict[str, dict[str,
         "breaks it, of the images that all attacks were made on.",
     ]
     parts += [_table(network, rate, content, summary) for rate, network, content in _panels(summary)]
+    if len(summary["activations"]) > 1:
+        parts += ["![robust against clean](robust-clean.png)", "Under the worst of all attacks; dots are seeds."]
     parts += [f"## Differences to {summary['baseline']}", "![differences](differences.png)", _DIFFERENCES]
     parts += [_differences(network, rate, content) for rate, network, content in _panels(summary)]
     parts += ["## What the numbers say", *_findings(summary, results)]
@@ -50,8 +52,8 @@ _HOLM = (
 )
 _DIFFERENCES = (
     "Points of accuracy under the worst of all attacks, seed by seed (same starting weights, batches and test images), "
-    "with the 95 % interval for the choice of seeds and images. These were not named beforehand and are not corrected: "
-    "one in twenty excludes 0 by chance."
+    "with the 95 % interval for the choice of seeds and images; small dots are seeds, and an arrow says that an "
+    "interval goes on. These were not named beforehand and are not corrected: one in twenty excludes 0 by chance."
 )
 
 

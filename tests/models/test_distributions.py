@@ -35,6 +35,9 @@ def network() -> nn.Module:
     ).double()  # fmt: skip  # in float32 the network itself depends on the size of the batch
 
 
+LABELS = torch.arange(40) % 5
+
+
 def images(count: int = 40) -> tuple[torch.Tensor, torch.Tensor]:
     g = torch.Generator().manual_seed(1)
     x = torch.rand(count, 1, 6, 6, generator=g, dtype=torch.float64)
@@ -43,8 +46,8 @@ def images(count: int = 40) -> tuple[torch.Tensor, torch.Tensor]:
 
 def recorded(model: nn.Module, *cuts: int) -> Recorder:
     recorder = Recorder(model)
-    for pair in zip(*(part.tensor_split(cuts) for part in images()), strict=True):
-        recorder.add(*pair)
+    for batch in zip(*(part.tensor_split(cuts) for part in (*images(), LABELS)), strict=True):
+        recorder.add(*batch)
     return recorder
 
 
@@ -113,12 +116,12 @@ def test_a_recorder_goes_on_from_a_state() -> None:
 
 
 def test_what_becomes_of_each_image_is_kept() -> None:
-    model, pair, labels = network().eval(), images(), torch.arange(40) % 5
+    model, pair = network().eval(), images()
     first, recorder = Recorder(model), Recorder(model)
-    first.add(*(x[:25] for x in pair), labels[:25])
+    first.add(*(x[:25] for x in pair), LABELS[:25])
     tensors, record = first.state()
     recorder.load_state(tensors, json.loads(json.dumps(record)))
-    recorder.add(*(x[25:] for x in pair), labels[25:])
+    recorder.add(*(x[25:] for x in pair), LABELS[25:])
     found = recorder.by_image()
     clean, adversarial = (activations_of(model, x) for x in pair)
     for number, side in enumerate(SIDES):
@@ -128,11 +131,12 @@ def test_what_becomes_of_each_image_is_kept() -> None:
             ratios.append(np.linalg.norm(b - a, axis=1) / np.linalg.norm(a, axis=1))
         np.testing.assert_allclose(found.moved[side], np.mean(ratios, axis=0), rtol=1e-12)
     with torch.no_grad():
-        right = [(model(x).argmax(1) == labels).tolist() for x in pair]
+        right = [(model(x).argmax(1) == LABELS).tolist() for x in pair]
     assert found.right == tuple(right)
     assert 0 < sum(right[0]) < 40  # else all of this would say little
+    recorder.add(*pair)
     with pytest.raises(ValueError, match="labels were not given"):
-        recorded(model).by_image()
+        recorder.by_image()
 
 
 def test_networks_are_compared_on_images_that_were_not_broken() -> None:

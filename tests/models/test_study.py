@@ -17,6 +17,7 @@ from scipy.stats import t as scipy_t
 from statsmodels.stats.weightstats import ttost_paired
 
 from models.cli import main
+from models.figures import study as study_figures
 from models.study import plan, tuning, workers
 from models.study.plan import Study, Tuning
 from models.study.statistics import Difference, difference, equivalence, estimate, holm, paired, rank
@@ -222,7 +223,7 @@ def test_a_study_is_done_shown_and_not_done_twice(
     page = (out / "README.md").read_text()
     assert f"{command[0]} {command[1]}" in page
     assert "4 of 4 runs" in page
-    for name in ("accuracies", "differences"):
+    for name in ("accuracies", "differences", "robust-clean"):
         assert matplotlib.image.imread(out / f"{name}.png")[..., :3].std() > 0.05
     before = {p: p.stat().st_mtime_ns for p in (out / "runs").iterdir()}
     (out / "runs/light-kaf-1.json").unlink()
@@ -257,6 +258,14 @@ def test_failed_runs_are_left_out_and_named() -> None:
         ["relu"],
         {"light-kaf-0": "the loss became nan"},
     )
+
+
+def test_a_figure_pairs_the_seeds_that_both_have() -> None:
+    entries = [
+        {"seeds": [0, 1, 3], "worst": {"values": [0.5, 0.6, 0.9]}},
+        {"seeds": [1, 2, 0], "worst": {"values": [0.7, 0.1, 0.3]}},
+    ]
+    assert study_figures._seeds(*entries, "worst") == pytest.approx([0.2, -0.1])
 
 
 def test_attacks_of_another_network_or_other_images_are_not_reused(tmp_path: Path) -> None:
