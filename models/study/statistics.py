@@ -152,13 +152,21 @@ class Equivalence:
     Args:
         low, high: the 90 % interval, which both tests at 5 % come down to.
         margin: what counts as small, named before the runs.
-        shown: whether the interval lies within ± margin. Where not, equality has not been shown, nor a difference.
     """
 
     low: float
     high: float
     margin: float
-    shown: bool
+
+    @property
+    def shown(self) -> bool:
+        """Whether the interval lies within ± margin. Where not, equality has not been shown, nor a difference."""
+        return -self.margin < self.low and self.high < self.margin
+
+    @property
+    def excluded(self) -> bool:
+        """Whether it lies beyond the margin, to one side."""
+        return self.high < -self.margin or self.margin < self.low
 
 
 def equivalence(mean: float, error: float, freedom: float, margin: float = MARGIN) -> Equivalence:
@@ -176,8 +184,7 @@ def equivalence(mean: float, error: float, freedom: float, margin: float = MARGI
         True
     """
     half = float(student.ppf(1 - LEVEL, freedom)) * error
-    low, high = mean - half, mean + half
-    return Equivalence(low, high, margin, -margin < low and high < margin)
+    return Equivalence(mean - half, mean + half, margin)
 
 
 @dataclass(frozen=True)

@@ -144,7 +144,9 @@ def test_equality_is_claimed_within_a_margin_only() -> None:
         shown = equivalence(apart.mean, apart.std / 3**0.5, 2, margin).shown
         assert shown == (ttost_paired(one, other, -margin, margin)[0] < 0.05)
         assert shown == (margin > 0.0116)
-    assert not equivalence(0.03, 0.001, 2).shown  # a difference is shown, and it is not small
+        assert not equivalence(apart.mean, apart.std / 3**0.5, 2, margin).excluded
+    large = equivalence(0.03, 0.001, 2)
+    assert (large.shown, large.excluded) == (False, True)
 
 
 def test_ranks_are_correlated_over_runs() -> None:

@@ -1,13 +1,14 @@
 """What `python -m models gradients` writes: tables and figures of networks as they start, and along training."""
 
 import itertools
+import math
 import statistics
 from pathlib import Path
 from typing import Any
 
 from models.figures import gradients as figures
 from models.study.plan import Study
-from models.study.statistics import estimate, paired
+from models.study.statistics import MARGIN, equivalence, estimate, paired
 from models.study.summary import CLEAN, accuracies
 from models.support import files
 
@@ -61,9 +62,9 @@ def report(study: Study, done: dict[str, dict[str, Any]], results: Path, command
             "the mean variance of a channel).",
         ]
     rows = [
-        "| network | activation | accuracy | difference to " + study.activations[0] + " | first to last at the start | "
-        "largest in training | at the end | failed |",
-        "|---|---|---|---|---|---|---|---|",
+        f"| network | activation | accuracy | difference to {study.activations[0]} | within ± {100 * MARGIN:g}? | "
+        "first to last at the start | largest in training | at the end | failed |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for network, activation in itertools.product(study.networks, study.activations):
         same = {r.seed: x for r, x in shown if (r.network, r.activation) == (network, activation)}
@@ -84,10 +85,11 @@ def report(study: Study, done: dict[str, dict[str, Any]], results: Path, command
         ),
         "![gradient norms along training](training.png)",
         "Accuracy on test images in %, mean over seeds ± standard deviation between seeds; the difference is paired by "
-        "seed, with the 95 % interval of Student's t. *First to last* is the gradient norm of the first convolution "
-        "over that of the last one, in training mode on held-out images: the median over seeds at the start and at "
-        "the end, and the largest or smallest (whichever is farther from 1) after any epoch of any seed. *Failed* "
-        "counts runs whose loss became NaN or infinite.",
+        "seed, with the 95 % interval of Student's t. *Within*: the 90 % interval, and whether it shows, by two "
+        f"one-sided tests at 5 %, that the difference is below {100 * MARGIN:g} points. *First to last* is the gradient "
+        "norm of the first convolution over that of the last one, in training mode on held-out images: the median over "
+        "seeds at the start and at the end, and the largest or smallest (whichever is farther from 1) after any epoch "
+        "of any seed. *Failed* counts runs whose loss became NaN or infinite.",
         "\n".join(rows),
         *layers,
         "## Machine",
@@ -99,7 +101,7 @@ def report(study: Study, done: dict[str, dict[str, Any]], results: Path, command
 def _row(same: dict[int, dict[str, Any]], base: dict[int, dict[str, Any]], activation: str, study: Study) -> list[str]:
     finished = {seed: accuracies(x)[CLEAN] for seed, x in same.items() if "error" not in x}
     compared = {seed: accuracies(x)[CLEAN] for seed, x in base.items() if "error" not in x and seed in finished}
-    accuracy = difference = ""
+    accuracy = difference = within = ""
     if finished:
         found = estimate(list(finished.values()))
         accuracy = f"{100 * found.mean:.1f}" + ("" if found.std is None else f" ± {100 * found.std:.1f}")
@@ -108,6 +110,11 @@ def _row(same: dict[int, dict[str, Any]], base: dict[int, dict[str, Any]], activ
         difference = f"{100 * apart.mean:+.1f}"
         if apart.low is not None and apart.high is not None:
             difference += f" [{100 * apart.low:+.1f}, {100 * apart.high:+.1f}]"
+        if apart.std is not None:
+            count = len(compared)
+            small = equivalence(apart.mean, apart.std / math.sqrt(count), count - 1)
+            verdict = "yes" if small.shown else "no" if small.excluded else "not shown"
+            within = f"[{100 * small.low:+.1f}, {100 * small.high:+.1f}]: {verdict}"
     ratios = [[g["ratio"] for g in x["gradients"]] for x in same.values()]
     every = [r for series in ratios for r in series]
     known = [r for r in every if r]
@@ -116,6 +123,7 @@ def _row(same: dict[int, dict[str, Any]], base: dict[int, dict[str, Any]], activ
     return [
         accuracy,
         difference,
+        within,
         _median([series[0] for series in ratios]),
         _number(farthest),
         _median([series[-1] for series in ratios]),
