@@ -95,6 +95,8 @@ def _run(options: argparse.Namespace, command: str) -> int:
         summary = {"format": FORMAT, "command": command, "runs": _summaries(labels, options.folders, results)}
         files.write_json(options.out / "bounds.json", summary)
         files.write_bytes(options.out / "bounds.png", figures.networks(rows, results[0]["identity"]["eps"]))
+        attacked = attacked_groups(labels, results)
+        files.write_bytes(options.out / "over-eps.png", figures.over_radius(attacked, results[0]["attack"]["name"]))
     folders = [str(folder / "bounds") for folder in options.folders]
     console.print(f"Written to {', '.join(folders + [str(options.out)] * (len(folders) > 1))}")
     return 0
@@ -309,6 +311,35 @@ def figure_of(
 
 def figure_rows(labels: Sequence[str], results: Sequence[Mapping[str, Any]]) -> list[figures.Row]:
     """Return what the figure of several runs shows: runs that differ in their seed alone make one row."""
+    at = _telling(results)
+    return [
+        figures.Row(
+            label,
+            str(results[chosen[0]]["settings"]["activation"]),
+            [_bounds(results[n]) for n in chosen],
+            [results[n]["attacked"][0]["accuracy"] for n in chosen],
+            [_at_eps(results[n])["accuracy"] for n in chosen],
+            [_certified(results[n], at) for n in chosen],
+            at,
+        )
+        for label, chosen in _groups(labels, results).items()
+    ]
+
+
+def attacked_groups(
+    labels: Sequence[str], results: Sequence[Mapping[str, Any]]
+) -> dict[str, list[list[figures.Attacked]]]:
+    """Return accuracies over radii of the same groups, for the figure of these."""
+    return {
+        label: [
+            [figures.Attacked(p["eps"], p["accuracy"], *p["interval"]) for p in results[n]["attacked"]] for n in them
+        ]
+        for label, them in _groups(labels, results).items()
+    }
+
+
+def _groups(labels: Sequence[str], results: Sequence[Mapping[str, Any]]) -> dict[str, list[int]]:
+    """Return which runs differ in their seed alone, by what they are."""
     settings = [_flat(result["settings"]) for result in results]
     different = [n for n in settings[0] if any(s.get(n) != settings[0][n] for s in settings)]
     names = ["activation", *(n for n in different if n not in ("activation", "seed"))]
@@ -320,19 +351,7 @@ def figure_rows(labels: Sequence[str], results: Sequence[Mapping[str, Any]]) -> 
         ]
         label = ", ".join(short) if len(results) > 1 else labels[number]
         groups.setdefault(label, []).append(number)
-    at = _telling(results)
-    return [
-        figures.Row(
-            label,
-            str(settings[chosen[0]]["activation"]),
-            [_bounds(results[n]) for n in chosen],
-            [results[n]["attacked"][0]["accuracy"] for n in chosen],
-            [_at_eps(results[n])["accuracy"] for n in chosen],
-            [_certified(results[n], at) for n in chosen],
-            at,
-        )
-        for label, chosen in groups.items()
-    ]
+    return groups
 
 
 _PLAIN = ("data", "network", "activation", "method", "schedule", "precision", "decay")

@@ -116,6 +116,27 @@ def networks(rows: Sequence[Row], eps: float) -> bytes:
         return style.png(figure)
 
 
+def over_radius(groups: Mapping[str, Sequence[Sequence[Attacked]]], attack: str) -> bytes:
+    """Draw accuracy under an attack over its radius: a line for each group's mean over seeds, a dot for each seed."""
+    with style.context():
+        figure = style.figure(height=2.9 + 0.2 * -(-len(groups) // 3))
+        axes = figure.subplots()
+        for number, (label, runs) in enumerate(groups.items()):
+            look = style.line(number)
+            radii = sorted({point.eps for run in runs for point in run})
+            values = [[100 * p.accuracy for run in runs for p in run if p.eps == radius] for radius in radii]
+            axes.plot(radii, [sum(v) / len(v) for v in values], lw=1.5, label=label, **look)
+            shift = 0.004 * max(radii) * (number - (len(groups) - 1) / 2)  # so that dots of groups are side by side
+            for radius, of_seeds in zip(radii, values, strict=True):
+                axes.plot([radius + shift] * len(of_seeds), of_seeds, ".", ms=4, color=look["color"])
+        axes.set_ylim(0, 102)
+        axes.set_xlabel("radius ε in L∞")
+        axes.set_ylabel(f"accuracy under {attack}, %")
+        axes.grid(axis="y", color=style.PALE_GREY, lw=0.6)
+        figure.legend(loc="outside upper left", ncols=3, fontsize=8, handlelength=2.4)
+        return style.png(figure)
+
+
 def _growth(axes: Axes, places: Sequence[Place], bounds: Bounds) -> None:
     finite = [(number, place.bound) for number, place in enumerate(places, 1) if place.bound]
     last = len(places)

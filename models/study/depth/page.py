@@ -86,10 +86,10 @@ def report(study: Study, done: dict[str, dict[str, Any]], results: Path, command
         "![gradient norms along training](training.png)",
         "Accuracy on test images in %, mean over seeds ± standard deviation between seeds; the difference is paired by "
         "seed, with the 95 % interval of Student's t. *Within*: the 90 % interval, and whether it shows, by two "
-        f"one-sided tests at 5 %, that the difference is below {100 * MARGIN:g} points. *First to last* is the gradient "
-        "norm of the first convolution over that of the last one, in training mode on held-out images: the median over "
-        "seeds at the start and at the end, and the largest or smallest (whichever is farther from 1) after any epoch "
-        "of any seed. *Failed* counts runs whose loss became NaN or infinite.",
+        f"one-sided tests at 5 %, that the difference is below {100 * MARGIN:g} points. *First to last* is the "
+        "gradient norm of the first convolution over that of the last one, in training mode on held-out images: the "
+        "median over seeds at the start and at the end, and the largest or smallest (whichever is farther from 1) "
+        "after any epoch of any seed. *Failed* counts runs whose loss became NaN or infinite.",
         "\n".join(rows),
         *layers,
         "## Machine",
