@@ -12,7 +12,7 @@ from models.attacks.dead_zones import continued, has_dead_zones, widened
 from models.attacks.libraries import FOOLBOX, MEMBERS, AttackError, AutoAttackMember, Foolbox, autoattack
 from models.attacks.linf import LinfAttack, fast, fgsm, margin, nfgsm, perturb, pgd, search
 from models.attacks.smoothed import SmoothedAttack
-from models.attacks.targeted import MultiTargeted
+from models.attacks.targeted import MultiTargeted, targeted
 from models.attacks.transfer import Transfer, transfer
 from models.attacks.wrappers import BPDA, EOT, backward_of, identity, soft_winners
 from models.registry import Registry
@@ -46,6 +46,7 @@ __all__ = [
     "pgd",
     "search",
     "soft_winners",
+    "targeted",
     "transfer",
     "widened",
 ]
@@ -84,7 +85,7 @@ def _pgd(eps: float, *, steps: int = 50, restarts: int = 1, step: float | None =
 
 @ATTACKS.register("targeted")
 def _targeted(eps: float, *, steps: int = 50, targets: int = 9, step: float | None = None) -> Attack:
-    return MultiTargeted(pgd(eps, steps, step), targets)
+    return targeted(eps, steps, targets, step)
 
 
 def _register_smoothed(name: str, distribution: str) -> None:

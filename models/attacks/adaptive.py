@@ -13,7 +13,7 @@ from models.attacks.attack import Attack, Halfway, Strongest
 from models.attacks.dead_zones import continued, has_dead_zones, widened
 from models.attacks.linf import LinfAttack, pgd
 from models.attacks.smoothed import SmoothedAttack
-from models.attacks.targeted import MultiTargeted
+from models.attacks.targeted import MultiTargeted, targeted
 from models.attacks.wrappers import BPDA, identity, soft_winners
 
 
@@ -85,7 +85,7 @@ class Adaptive:
         return pgd(self.eps, self.pgd_steps, restarts=self.pgd_restarts, loss="margin")
 
     def _targeted(self) -> MultiTargeted:
-        return MultiTargeted(pgd(self.eps, self.pgd_steps), self.targets)
+        return targeted(self.eps, self.pgd_steps, self.targets)
 
     def _gradient_free(self) -> SmoothedAttack:
         return SmoothedAttack(self.eps, "gaussian", self.samples, self.growth, steps=self.steps)

@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from models.attacks.linf import LinfAttack, search
+from models.attacks.linf import LinfAttack, pgd, search
 
 
 @dataclass(frozen=True)
@@ -48,3 +48,11 @@ class MultiTargeted:
             found_now = search(model, x[todo], y[todo], self.attack, generator, target[todo])
             adversarial[todo], found[todo] = found_now
         return adversarial, found
+
+
+def targeted(eps: float, steps: int = 50, targets: int = 9, step: float | None = None) -> MultiTargeted:
+    """Aim at up to `targets` classes with `steps` steps of `step` each: eps / 4, or more where there are few.
+
+    PGD's own steps, 2.5 eps / steps, are so small that learned curves, which wave, hold them up.
+    """
+    return MultiTargeted(pgd(eps, steps, max(2.5 / max(steps, 1), 0.25) * eps if step is None else step), targets)
