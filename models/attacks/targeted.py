@@ -55,4 +55,6 @@ def targeted(eps: float, steps: int = 50, targets: int = 9, step: float | None =
 
     PGD's own steps, 2.5 eps / steps, are so small that learned curves, which wave, hold them up.
     """
-    return MultiTargeted(pgd(eps, steps, max(2.5 / max(steps, 1), 0.25) * eps if step is None else step), targets)
+    if step is None:
+        step = max(2.5 * eps / max(steps, 1), eps / 4)
+    return MultiTargeted(pgd(eps, steps, step), targets)

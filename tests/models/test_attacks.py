@@ -267,7 +267,7 @@ def test_refuses_impossible_settings(arguments: dict, message: str) -> None:
         ("pgd-20:step=2/255", pgd(0.1, 20, step=2 / 255)),
         ("pgd-20-5:loss=margin", pgd(0.1, 20, restarts=5, loss="margin")),
         ("pgd:steps=7", pgd(0.1, 7)),
-        ("targeted:targets=3", MultiTargeted(pgd(0.1, 50, step=0.025), 3)),
+        ("targeted:targets=3", MultiTargeted(pgd(0.1, 50, step=0.1 / 4), 3)),
         ("targeted:steps=5,step=0.02", MultiTargeted(pgd(0.1, 5, step=0.02))),
         ("adaptive:samples=50,steps=20", Adaptive(0.1, samples=50, steps=20)),
     ],
