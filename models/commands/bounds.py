@@ -93,7 +93,7 @@ def _run(options: argparse.Namespace, command: str) -> int:
     if len(results) > 1:
         rows = figure_rows(labels, results)
         summary = {"format": FORMAT, "command": command, "runs": _summaries(labels, options.folders, results)}
-        files.write_json(options.out / "bounds.json", summary)
+        files.write_result(options.out / "bounds.json", summary)
         files.write_bytes(options.out / "bounds.png", figures.networks(rows, results[0]["identity"]["eps"]))
     folders = [str(folder / "bounds") for folder in options.folders]
     console.print(f"Written to {', '.join(folders + [str(options.out)] * (len(folders) > 1))}")

@@ -72,7 +72,7 @@ def _run(options: argparse.Namespace, command: str) -> int:
         files.write_bytes(folder / "distributions/layers.png", figures.depth([network]))
     if len(networks) > 1:
         summary = {"format": FORMAT, "command": command, "runs": _summaries(labels, options.folders, results)}
-        files.write_json(options.out / "distributions.json", summary)
+        files.write_result(options.out / "distributions.json", summary)
         files.write_bytes(options.out / "layers.png", figures.depth(networks))
     _show(networks, console)
     folders = [str(folder / "distributions") for folder in options.folders]

@@ -81,7 +81,7 @@ def _run(options: argparse.Namespace, command: str) -> int:
         if seed:
             del starts[-1]["weights"], starts[-1]["signals"]  # figures show those of the first seed
     text = page.starts(starts, command)
-    files.write_json(out / "initial.json", {"command": command, "data": options.data, "starts": starts})
+    files.write_result(out / "initial.json", {"command": command, "data": options.data, "starts": starts})
     files.write_bytes(out / "initial.png", figures.starts(starts))
     files.write_bytes(out / "signals.png", figures.signals(starts))
     files.write_text(out / "initial.md", text)

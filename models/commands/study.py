@@ -109,7 +109,7 @@ def report(study: Study, done: dict[str, dict[str, Any]], results: Path, command
     summary = summarise(study, done)
     if not summary["rates"]:
         return
-    files.write_json(results / "summary.json", summary)
+    files.write_result(results / "summary.json", summary)
     files.write_bytes(results / "accuracies.png", figures.accuracies(summary))
     if len(summary["activations"]) > 1:
         files.write_bytes(results / "differences.png", figures.differences(summary, WORST))
