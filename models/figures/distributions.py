@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -10,9 +11,12 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
-from models.analysis.distributions import SIDES, Density, Layer, Moved, Panel
 from models.figures import style
 
+if TYPE_CHECKING:
+    from models.analysis.distributions import Density, Layer, Moved, Panel
+
+_SIDES = ("inputs", "outputs")
 _COLUMNS = 4
 _SPIKE = 4.0  # times the second highest column, above which the highest one is cut off and its share written down
 _PALETTE = (style.VERMILLION, style.BLUE, style.GREY, style.GREEN, style.PINK, style.ORANGE, style.SKY)
@@ -25,10 +29,10 @@ class Network:
 
     label: str
     activation: str
-    layers: Sequence[Layer]
+    layers: Sequence["Layer"]
 
 
-def inputs(panels: Sequence[Panel], layers: int) -> bytes:
+def inputs(panels: Sequence["Panel"], layers: int) -> bytes:
     """Draw the densities of what goes into the activations, with the learned curves over them on the right axis.
 
     Args:
@@ -50,7 +54,7 @@ def inputs(panels: Sequence[Panel], layers: int) -> bytes:
         return style.png(figure)
 
 
-def outputs(panels: Sequence[Panel], layers: int) -> bytes:
+def outputs(panels: Sequence["Panel"], layers: int) -> bytes:
     """Draw the densities of what comes out of the activations; arguments are those of `inputs`."""
     handles = [*_handles(), Line2D([], [], ls="", label="a → b %: share in a column that is cut off")]
     with style.context():
@@ -68,12 +72,12 @@ def depth(networks: Sequence[Network]) -> bytes:
     with style.context():
         figure = style.figure(height=4.3)
         grid = figure.subplots(2, 2, sharex=True, sharey="row")
-        for axes, side in zip(grid[0], SIDES, strict=True):
+        for axes, side in zip(grid[0], _SIDES, strict=True):
             axes.set_title(f"{side} of the activations")
         for network, colour in zip(networks, colours, strict=True):
             count = len(network.layers)
             x = np.arange(1, count + 1) / (count if shares else 1)
-            for column, side in enumerate(SIDES):
+            for column, side in enumerate(_SIDES):
                 moved = [getattr(layer, side) for layer in network.layers]
                 for axes, lines in zip(grid[:, column], (_paired(moved), _distributions(moved)), strict=True):
                     _line(axes, x, lines, colour, len(networks) <= _BANDS, count)
@@ -113,14 +117,14 @@ Lines = tuple[list[float], list[float], list[float]]
 """A line, and the lower and upper edge of the band around it, in %; NaN where there is nothing."""
 
 
-def _paired(moved: Sequence[Moved]) -> Lines:
+def _paired(moved: Sequence["Moved"]) -> Lines:
     middle = [_percent(m.l2) for m in moved]
     spread = [_percent(m.l2_std) for m in moved]
     edges = [(a - b, a + b) for a, b in zip(middle, spread, strict=True)]
     return middle, [low for low, _ in edges], [high for _, high in edges]
 
 
-def _distributions(moved: Sequence[Moved]) -> Lines:
+def _distributions(moved: Sequence["Moved"]) -> Lines:
     return [_percent(m.w1) for m in moved], [_percent(m.w1_low) for m in moved], [_percent(m.w1_high) for m in moved]
 
 
@@ -136,8 +140,8 @@ def _line(axes: Axes, x: np.ndarray, lines: Lines, colour: str, band: bool, coun
 
 
 def _small_multiples(
-    panels: Sequence[Panel], layers: int, side: str, handles: list[Line2D | Patch]
-) -> tuple[Figure, list[list[tuple[Panel, Axes]]]]:
+    panels: Sequence["Panel"], layers: int, side: str, handles: list[Line2D | Patch]
+) -> tuple[Figure, list[list[tuple["Panel", Axes]]]]:
     """Draw the densities of one side; return the figure, and its panels with their axes, row by row."""
     places = list(dict.fromkeys(panel.layer for panel in panels))
     figure = style.figure(height=1.1 * len(places) + 0.9)
@@ -157,7 +161,7 @@ def _small_multiples(
     return figure, rows
 
 
-def _densities(axes: Axes, density: Density) -> None:
+def _densities(axes: Axes, density: "Density") -> None:
     axes.stairs(density.clean, density.edges, fill=True, color=style.BLUE, alpha=0.3, lw=0)
     axes.stairs(density.adversarial, density.edges, color=style.GREY, lw=1)
     axes.set_xlim(density.edges[0], density.edges[-1])
@@ -167,7 +171,7 @@ def _densities(axes: Axes, density: Density) -> None:
     axes.yaxis.set_major_locator(MaxNLocator(2, min_n_ticks=2))
 
 
-def _top(axes: Axes, density: Density) -> float:
+def _top(axes: Axes, density: "Density") -> float:
     """Return how high the axis goes, and write down the share in a column that it cuts off."""
     columns = np.maximum(density.clean, density.adversarial)
     order = np.sort(columns)
@@ -185,7 +189,7 @@ def _top(axes: Axes, density: Density) -> float:
     return top
 
 
-def _curve(axes: Axes, panel: Panel, low: float, high: float, labelled: bool) -> None:
+def _curve(axes: Axes, panel: "Panel", low: float, high: float, labelled: bool) -> None:
     front = axes.twinx()
     margin = 0.08 * max(high - low, 1e-6)
     front.set_ylim(low - margin, high + margin)

@@ -5,55 +5,51 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 
 from models.figures import style
 
 _MARKS = ("o", "s", "D", "^", "v")
 
 
-def accuracies(summary: dict[str, Any]) -> bytes:
+@style.drawn
+def accuracies(summary: dict[str, Any]) -> Figure:
     """Draw for each activation its mean accuracy, clean and under each attack, and a dot for each seed."""
     measures = [m for m in summary["measures"] if m != "worst"]
-    colours = _colours(measures)
-    with style.context():
-        rows = summary["activations"]
-        figure, panels = _panels(summary, rows)
-        for axes, activations in panels:
-            for name, entry in activations.items():
-                place = rows.index(name)
-                values = [100 * entry[m]["mean"] for m in measures]
-                axes.plot([min(values), max(values)], [place] * 2, color=style.PALE_GREY, lw=3, zorder=1)
-                for i, m in enumerate(measures):
-                    _marks(axes, entry[m], place, colours[m], _MARKS[i % len(_MARKS)], hollow=m == "clean")
-            axes.set_xlabel("accuracy, %")
-            axes.set_xlim(-2, 102)
-        handles = [
-            Line2D([], [], ls="", marker=_MARKS[i % len(_MARKS)], color=colours[m], label=m, ms=5,
-                   mfc="white" if m == "clean" else colours[m])
-            for i, m in enumerate(measures)
-        ]  # fmt: skip
-        figure.legend(handles=handles, loc="outside upper left", ncols=len(measures), fontsize=8, handletextpad=0.2)
-        return style.png(figure)
+    colours = {m: style.line(i)["color"] for i, m in enumerate(measures)}
+    rows = summary["activations"]
+    figure, panels = _panels(summary, rows)
+    for axes, activations in panels:
+        for name, entry in activations.items():
+            place = rows.index(name)
+            values = [100 * entry[m]["mean"] for m in measures]
+            axes.plot([min(values), max(values)], [place] * 2, color=style.PALE_GREY, lw=3, zorder=1)
+            for i, m in enumerate(measures):
+                _marks(axes, entry[m], place, colours[m], _MARKS[i % len(_MARKS)], hollow=m == "clean")
+        axes.set_xlabel("accuracy, %")
+        axes.set_xlim(-2, 102)
+    looks = zip(measures, _MARKS * len(measures), strict=False)
+    handles = [style.handle(m, colours[m], mark, hollow=m == "clean") for m, mark in looks]
+    style.legend(figure, handles, len(measures), handletextpad=0.2)
+    return figure
 
 
-def differences(summary: dict[str, Any], measure: str) -> bytes:
+@style.drawn
+def differences(summary: dict[str, Any], measure: str) -> Figure:
     """Draw each activation's paired difference to the baseline under one attack, with its 95 % interval.
 
     The interval is for the choice of seeds and of images both.
     """
     baseline = summary["baseline"]
-    with style.context():
-        names = [a for a in summary["activations"] if a != baseline]
-        figure, panels = _panels(summary, names)
-        for axes, activations in panels:
-            axes.axvline(0, color=style.GREY, lw=0.8)
-            for place, name in enumerate(names):
-                difference = activations.get(name, {}).get(measure, {}).get("difference")
-                if difference is not None:
-                    _interval(axes, difference, place, style.VERMILLION if name.startswith("kaf") else style.BLUE)
-            axes.set_xlabel(f"difference to {baseline}, points")
-        return style.png(figure)
+    names = [a for a in summary["activations"] if a != baseline]
+    figure, panels = _panels(summary, names)
+    for axes, activations in panels:
+        axes.axvline(0, color=style.GREY, lw=0.8)
+        for place, name in enumerate(names):
+            difference = activations.get(name, {}).get(measure, {}).get("difference")
+            if difference is not None:
+                _interval(axes, difference, place, style.VERMILLION if name.startswith("kaf") else style.BLUE)
+        axes.set_xlabel(f"difference to {baseline}, points")
+    return figure
 
 
 def _panels(summary: dict[str, Any], rows: list[str]) -> tuple[Figure, list[tuple[Axes, dict[str, Any]]]]:
@@ -65,7 +61,7 @@ def _panels(summary: dict[str, Any], rows: list[str]) -> tuple[Figure, list[tupl
     shown = []
     for line, (rate, by_network) in zip(grid, rates.items(), strict=True):
         for axes, network in zip(line, networks, strict=True):
-            _rows(axes, rows)
+            style.rows(axes, rows)
             axes.set_title(network if len(rates) == 1 else f"{network}, {rate} rate")
             shown.append((axes, by_network.get(network, {}).get("activations", {})))
     return figure, shown
@@ -82,15 +78,3 @@ def _interval(axes: Axes, difference: dict[str, Any], place: int, colour: str) -
     if difference["low"] is not None:
         axes.plot([100 * difference["low"], 100 * difference["high"]], [place] * 2, color=colour, lw=1.5)
     axes.plot(100 * difference["mean"], place, "o", ms=5, color=colour)
-
-
-def _rows(axes: Axes, names: list[str]) -> None:
-    axes.set_yticks(range(len(names)), names)
-    axes.set_ylim(len(names) - 0.5, -0.5)
-    axes.grid(axis="x", color=style.PALE_GREY, lw=0.6)
-    axes.set_axisbelow(True)
-    style.bare(axes)
-
-
-def _colours(measures: list[str]) -> dict[str, str]:
-    return {m: style.line(i)["color"] for i, m in enumerate(measures)}

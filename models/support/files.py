@@ -39,7 +39,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def write_result(path: Path, value: Any) -> None:
-    """Write what is committed, not read again: floats are rounded, to more digits than any document shows."""
+    """Write what is committed: floats are rounded, to more digits than any document shows."""
     write_json(path, rounded(value))
 
 
