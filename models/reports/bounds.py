@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from models.figures import bounds as figures
+from models.figures.accuracy import Mark
 from models.reports.tables import Table, number, share
 from models.runs.settings import completed
 
@@ -58,20 +59,20 @@ def networks(labels: Sequence[str], results: Sequence[Result]) -> Table:
 
 def growth(
     result: Result, images: Sequence[Mapping[str, float]]
-) -> tuple[list[figures.Place], figures.Bounds, figures.Certified]:
+) -> tuple[list[tuple[str, float | None]], figures.Bounds, figures.Certified]:
     """Return what the figure of a run shows, from the contents of its bounds.json and images.json."""
     places, jumped = [], False
     for layer in result["layers"]:
         jumped = jumped or layer["kind"] == "winners"
         if jumped or layer["bound"] is not None:
-            places.append(figures.Place(layer["name"], layer["bound"]))
+            places.append((layer["name"], layer["bound"]))
     wide = math.sqrt(result["pixels"])
     radii = {
         "interval propagation": [image["intervals"] for image in images],
         "global Lipschitz": [image["lipschitz"] / wide for image in images],
         "local Lipschitz": [image["local"] / wide for image in images],
     }
-    attacked = [figures.Attacked(p["eps"], p["accuracy"], *p["interval"]) for p in result["attacked"]]
+    attacked = [(p["eps"], Mark(p["accuracy"], *p["interval"])) for p in result["attacked"]]
     return places, _bounds(result), figures.Certified(radii, result["attack"]["name"], attacked)
 
 
@@ -89,7 +90,6 @@ def rows(labels: Sequence[str], results: Sequence[Result]) -> list[figures.Row]:
     return [
         figures.Row(
             label,
-            str(settings[chosen[0]]["activation"]),
             [_bounds(results[n]) for n in chosen],
             [results[n]["attacked"][0]["accuracy"] for n in chosen],
             [_at_eps(results[n])["accuracy"] for n in chosen],

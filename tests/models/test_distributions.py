@@ -14,7 +14,7 @@ from torch import nn
 import kafops
 from models import taps
 from models.activations import KWinners, SharedPSSiLU, SmoothReLU
-from models.analysis.distributions import SIDES, Panel, Recorder, curve
+from models.analysis.distributions import SIDES, Density, Panel, Recorder, curve
 from models.attacks import pgd
 from models.cli import main
 from models.commands import distributions as command
@@ -209,8 +209,8 @@ def test_panels_show_densities_of_the_values() -> None:
 
 def panel(place: int, channel: int, plain: bool = False) -> Panel:
     return Panel(
-        place, "a", channel, figures.Density([0.0, 1.0, 2.0, 3.0], [0.9, 0.07, 0.03], [0.8, 0.1, 0.1]),
-        figures.Density([-1.0, 1.0], [0.5], [0.5]), [] if plain else [-3.0, 3.0], [] if plain else [0.0, 1.0],
+        place, "a", channel, Density([0.0, 1.0, 2.0, 3.0], [0.9, 0.07, 0.03], [0.8, 0.1, 0.1]),
+        Density([-1.0, 1.0], [0.5], [0.5]), [] if plain else [-3.0, 3.0], [] if plain else [0.0, 1.0],
         None if plain else (-3.0, 3.0),
     )  # fmt: skip
 
