@@ -30,6 +30,7 @@ from models.figures import accuracy as figures
 from models.figures import style
 from models.registry import split
 from models.reports import evaluation as evaluation_page
+from models.reports.tables import within
 from models.runs import trained
 from models.support import arguments, environment, files, terminal
 from models.support.arguments import Commands
@@ -140,9 +141,9 @@ class Evaluation:
 
             known[job] = outcome = self.outcomes.get(job, on_batch)
             if name in self.plan.attacks:
-                low, high = outcome.accuracy.interval
-                told = f"{outcome.accuracy.value:.1%} ({low:.1%} to {high:.1%})"
-                progress.console.print(f"{name}: {told} of {images} images, {outcome.seconds:.1f} s")
+                progress.console.print(
+                    f"{name}: {within(_record(outcome.accuracy))} of {images} images, {outcome.seconds:.1f} s"
+                )
             return known[job]
 
         plan, size = self.plan, self.options.batch_size

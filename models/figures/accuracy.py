@@ -63,14 +63,16 @@ def rows(panels: Sequence[Panel]) -> Figure:
     figure = style.figure(sum(heights))
     grid = figure.subplots(len(panels), 1, squeeze=False, height_ratios=heights)[:, 0]
     for axes, panel in zip(grid, panels, strict=True):
-        style.rows(axes, [row.label for row in panel.rows], above=0.7)
+        style.rows(axes, [row.label for row in panel.rows])
+        axes.set_ylim(len(panel.rows) - 0.3, -0.7)
         for place, row in enumerate(panel.rows):
-            values = [100 * mark.value for mark in row.marks]
-            axes.plot([values[0], values[-1]], [place] * 2, color=row.colour, alpha=0.35, lw=3)
             *clean, last = row.marks
+            shift = 0.12 if clean else 0.0  # so that intervals do not lie on one another
+            ends = [100 * row.marks[0].value, 100 * last.value]
+            axes.plot(ends, [place - shift, place + shift], color=row.colour, alpha=0.35, lw=3)
             for mark in clean:
-                _point(axes, place, mark, row.colour, fill="white", above=8)
-            _point(axes, place, last, row.colour, fill=row.colour, above=-15 if clean else 6)
+                _point(axes, place - shift, mark, row.colour, fill="white", above=6)
+            _point(axes, place + shift, last, row.colour, fill=row.colour, above=-13 if clean else 6)
         lowest = min(mark.ends[0] for row in panel.rows for mark in row.marks)
         axes.set_xlim(max(0.0, 10 * math.floor(lowest / 10 - 0.2)) - 1, 101)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
@@ -79,7 +81,7 @@ def rows(panels: Sequence[Panel]) -> Figure:
     return figure
 
 
-def _point(axes: Axes, place: int, mark: Mark, colour: str, fill: str, above: int) -> None:
+def _point(axes: Axes, place: float, mark: Mark, colour: str, fill: str, above: int) -> None:
     at, (low, high) = (100 * mark.value, place), mark.ends
     if high > low:
         axes.errorbar(*at, xerr=[[at[0] - low], [high - at[0]]], fmt="none", ecolor=colour, capsize=3, elinewidth=1.5)

@@ -14,7 +14,7 @@ from models import runs
 from models.evaluation.outcomes import digest
 from models.figures import training
 from models.reports import bounds, evaluation, html
-from models.reports.tables import NONE, Table, interval, number, share
+from models.reports.tables import NONE, Table, number, share, within
 from models.runs import RunError, trained
 from models.runs.settings import completed
 from models.support import files
@@ -114,12 +114,11 @@ def page(reports: Sequence[RunReport], command: str) -> str:
 
 
 def _summary(reports: Sequence[RunReport]) -> Table:
-    heads = ("run", "network", "clean", "95 % interval", "worst attack", "95 % interval", "bound", "stretch found")
-    table = Table(*heads)
+    table = Table("run", "network", "clean", "worst attack", "Lipschitz bound", "largest stretch found")
     for report in reports:
         settings, found, bound = report.settings, report.evaluation, report.bounds
         of = f"{settings['activation']} in {settings['network']}, {settings['training']['method']}"
-        accuracies = [NONE] * 4 if found is None else [*interval(found["clean"]), *interval(found["worst_case"])]
+        accuracies = [NONE] * 2 if found is None else [within(found["clean"]), within(found["worst_case"])]
         constants = [NONE] * 2 if bound is None else [number(bound["upper"], "∞"), number(bound["lower"])]
         table.add(report.label, of, *accuracies, *constants)
     return table

@@ -57,6 +57,11 @@ def interval(record: Mapping[str, Any]) -> tuple[str, str]:
     return share(record["accuracy"]), f"{low:.1%} to {high:.1%}"
 
 
+def within(record: Mapping[str, Any]) -> str:
+    """Return the same in one cell."""
+    return "{} ({})".format(*interval(record))
+
+
 def number(value: float | None, otherwise: str = NONE, form: str = ".3g") -> str:
     """Return a number, by default with three digits, or what stands for None."""
     return otherwise if value is None else format(value, form)
