@@ -1,7 +1,8 @@
 """Turns the JSON of a benchmark run into a Markdown table, a small JSON summary and a figure.
 
 `python -m bench.report bench/out/latest.json` writes bench/results/<processor>.{md,json,png}. A quick run, or one
-without all rows, is not a result: its files are written beside it.
+without all rows, is not a result: its files are written beside it. Given a summary, as bench/results/<processor>.json,
+it draws the figure anew.
 """
 
 import argparse
@@ -121,6 +122,13 @@ def summary(results: Iterable[Result], machine: dict[str, Any]) -> dict[str, Any
     return {"machine": machine, "rows": [asdict(r) | {"met": r.met} for r in results]}
 
 
+def _row(values: dict[str, Any]) -> Result:
+    """Return what `summary` made a row of."""
+    fields = {name: Spread(**value) if isinstance(value, dict) else value for name, value in values.items()}
+    del fields["met"]
+    return Result(**fields)
+
+
 def copy_bandwidth(entries: Iterable[dict[str, Any]]) -> Spread:
     """Return the bytes per second of all copies of a run."""
     return spread([entry["copy_bytes"] / seconds for entry in entries for seconds in entry.get("copy", ())])
@@ -136,9 +144,13 @@ def file_stem(machine: dict[str, Any]) -> str:
 def main(arguments: list[str] | None = None) -> int:
     """Write the report of a run and print it; return 1 where the run holds no rows."""
     parser = argparse.ArgumentParser(prog="python -m bench.report", description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("run", type=Path, help="JSON file of pytest-benchmark")
+    parser.add_argument("run", type=Path, help="JSON file of pytest-benchmark, or a summary of one")
     run = parser.parse_args(arguments).run
     data = json.loads(run.read_text())
+    if "rows" in data:
+        _write_figure([_row(values) for values in data["rows"]], data["machine"], run.with_suffix(".png"))
+        print(f"wrote {run.with_suffix('.png')}")
+        return 0
     entries = [b["extra_info"] for b in data["benchmarks"] if "key" in b["extra_info"]]
     if not entries:
         print(f"error: {run} holds no row of the table", file=sys.stderr)

@@ -7,7 +7,10 @@ For each activation its inputs (pre-activations) and its outputs are looked at, 
 - as distributions: the Wasserstein-1 distance of all clean values of a channel, over images and positions, to all its
   adversarial values. How far the population is moved; images that change places do not count.
 
-Batches come one at a time and leave sums and histograms behind, so memory does not grow with the images.
+Batches come one at a time and leave sums and histograms behind, so memory does not grow with the images but for three
+numbers of each: its paired distance on either side, a mean over the layers, and whether the network is right about it.
+Over several networks `across` has the means of these, on all images and on those that the attack did not break, where
+being moved is not being misclassified.
 """
 
 import math
@@ -15,7 +18,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 
 import kafops
@@ -102,6 +107,30 @@ class Panel:
     dictionary: tuple[float, float] | None
 
 
+@dataclass(frozen=True)
+class Images:
+    """What became of each image.
+
+    Args:
+        moved: by side, ‖a(x') − a(x)‖ / ‖a(x)‖ as a mean over the layers where a(x) is not 0; NaN where it always is.
+        right: whether the network is right about x, and about x'.
+    """
+
+    moved: dict[str, list[float]]
+    right: tuple[list[bool], list[bool]]
+
+    @property
+    def unbroken(self) -> list[bool]:
+        """The images that the network is right about, attacked or not."""
+        return [clean and adversarial for clean, adversarial in zip(*self.right, strict=True)]
+
+    @property
+    def accuracies(self) -> tuple[float, float]:
+        """Clean, and under the attack, which breaks no image that was wrong before."""
+        clean, unbroken = self.right[0], self.unbroken
+        return sum(clean) / len(clean), sum(unbroken) / len(unbroken)
+
+
 class Recorder:
     """Looks at a network, batch after batch.
 
@@ -112,7 +141,7 @@ class Recorder:
     Example:
         >>> recorder = Recorder(model)
         >>> for x, y in data.test.ordered(100, 500):
-        ...     recorder.add(x, perturb(model, x, y, pgd(0.2, 20), generator))
+        ...     recorder.add(x, perturb(model, x, y, pgd(0.2, 20), generator), y)
         >>> [layer.outputs.l2 for layer in recorder.layers()]
     """
 
@@ -125,15 +154,21 @@ class Recorder:
             )
         self._sides: dict[tuple[str, str], _Side] = {}
         self._ranks: dict[str, int] = {}
-        self.images = 0
+        # Of each image, a column: mean distance of inputs and of outputs, whether x and x' are right (NaN: unknown).
+        self._seen = torch.zeros(4, 0, dtype=torch.float64)
+
+    @property
+    def images(self) -> int:
+        """How many have been seen."""
+        return self._seen.shape[1]
 
     @property
     def names(self) -> list[str]:
         """The activations in the order in which an image meets them; a module's second call is `name (2)`."""
         return list(self._ranks)
 
-    def add(self, clean: Tensor, adversarial: Tensor) -> None:
-        """Run the network on images [N, C, H, W] and the adversarial image of each.
+    def add(self, clean: Tensor, adversarial: Tensor, labels: Tensor | None = None) -> None:
+        """Run the network on images [N, C, H, W] and the adversarial image of each; labels [N] for `by_image`.
 
         Raises:
             ValueError: the shapes differ.
@@ -144,18 +179,21 @@ class Recorder:
                 f"adversarial must have the shape of clean, {list(clean.shape)}, got {list(adversarial.shape)}"
             )
         calls: dict[str, int] = {}
+        ratios: dict[str, list[Tensor]] = {side: [] for side in SIDES}
 
         def see(module: str, x: Tensor, y: Tensor) -> None:
             calls[module] = calls.get(module, 0) + 1
             name = module if calls[module] == 1 else f"{module} ({calls[module]})"
             self._ranks[name] = x.dim()
             for side, values in zip(SIDES, (x, y), strict=True):
-                self._see(name, side, values)
+                ratios[side].append(self._see(name, side, values))
 
         # Both in one batch: images do not influence each other in evaluation mode, and nothing has to be kept.
         with evaluation_mode(self.model), torch.no_grad(), taps.tapped(self.modules, see):
-            self.model(torch.cat([clean, adversarial]))
-        self.images += len(clean)
+            logits = self.model(torch.cat([clean, adversarial]))
+        moved = torch.stack([torch.stack(ratios[side]).nanmean(0) for side in SIDES])
+        right = torch.full_like(moved, math.nan) if labels is None else logits.argmax(1).reshape(2, -1) == labels
+        self._seen = torch.cat([self._seen, torch.cat([moved, right]).to(self._seen)], 1)
 
     def layers(self) -> list[Layer]:
         """Return what has been seen so far."""
@@ -163,6 +201,14 @@ class Recorder:
             Layer(name, self._sides[name, "inputs"].moved(), self._sides[name, "outputs"].moved())
             for name in self.names
         ]
+
+    def by_image(self) -> Images:
+        """Return what became of each image; the labels of all must have been given."""
+        moved, right = self._seen[:2].tolist(), self._seen[2:]
+        if right.isnan().any():
+            raise ValueError("labels were not given, so which images were broken is not known")
+        clean, adversarial = right.bool().tolist()
+        return Images(dict(zip(SIDES, moved, strict=True)), (clean, adversarial))
 
     def panels(self, layers: int = 5, channels: int = 4) -> list[Panel]:
         """Return evenly chosen channels of evenly chosen layers, with their curves."""
@@ -180,23 +226,23 @@ class Recorder:
             for (name, side), sums in self._sides.items()
             for key, tensor in sums.state().items()
         }
-        return tensors, {"ranks": self._ranks, "images": self.images}
+        return {**tensors, "images": self._seen}, {"ranks": self._ranks}
 
     def load_state(self, tensors: dict[str, Tensor], record: dict[str, Any]) -> None:
         """Take up what another recorder of the same network had seen."""
-        self._ranks, self.images = dict(record["ranks"]), int(record["images"])
+        self._ranks, self._seen = dict(record["ranks"]), tensors["images"].cpu()
         for name in self._ranks:
             for side in SIDES:
                 found = {key: tensors[f"{name}/{side}/{key}"] for key in _Side.KEYS}
                 self._sides[name, side] = _Side.of_state(found, _device(self.model))
 
-    def _see(self, name: str, side: str, values: Tensor) -> None:
+    def _see(self, name: str, side: str, values: Tensor) -> Tensor:  # [N]
         if values.dim() < 2:
             raise UserError(f"{name} works on values of shape {list(values.shape)}; wanted [N, C, *]")
         if (name, side) not in self._sides:
             self._sides[name, side] = _Side(values.shape[1], self.bins, values.device)
         try:
-            self._sides[name, side].add(values)
+            return self._sides[name, side].add(values)
         except NotFinite as error:
             raise UserError(f"the {side} of {name}: {error}; the network cannot be looked at") from error
 
@@ -235,7 +281,8 @@ class _Side:
     def channels(self) -> int:
         return len(self.histogram.counts) // 2
 
-    def add(self, values: Tensor) -> None:  # [2N, C, *], the clean ones first
+    def add(self, values: Tensor) -> Tensor:  # [2N, C, *], the clean ones first -> [N]
+        """Count values, and return ‖a(x') − a(x)‖ / ‖a(x)‖ of each image, NaN where a(x) = 0."""
         count, channels = len(values) // 2, values.shape[1]
         rows = values.reshape(2, count, channels, -1).transpose(1, 2).reshape(2 * channels, -1)
         self.histogram.add(rows)
@@ -244,9 +291,11 @@ class _Side:
         clean, adversarial = values.reshape(2, count, -1)
         distance = norm(adversarial - clean, dim=1, dtype=torch.float64)
         size = norm(clean, dim=1, dtype=torch.float64)
-        ratio = (distance / size)[size > 0]
+        every = torch.where(size > 0, distance / size, math.nan)
+        ratio = every[size > 0]
         sums = (ratio.sum(), ratio.square().sum(), distance.sum(), (size == 0).sum(), torch.tensor(count))
         self.paired += torch.stack([s.to(self.paired) for s in sums])
+        return every
 
     def state(self) -> dict[str, Tensor]:
         values = (self.histogram.counts, self.histogram.exponent, self.moments, self.paired)
@@ -315,6 +364,35 @@ class _Side:
             part.counts, part.exponent = counts, exponent
             parts.append(part.widened(torch.maximum(*exponents)) if aligned else part)
         return parts[0], parts[1]
+
+
+ALL, UNBROKEN, COMMON = "all", "unbroken", "unbroken in every network"
+
+
+def across(networks: Sequence[Images]) -> dict[str, dict[str, list[float]]]:
+    """Return how far images are moved in each network, by which images and side: means over these images.
+
+    "all" are all images; "unbroken" those that a network is right about under attack, of which a robust one has
+    more, and harder ones; "unbroken in every network" the same images for all. NaN where there are none.
+    """
+    unbroken = np.array([images.unbroken for images in networks])
+    chosen = {
+        ALL: np.ones_like(unbroken),
+        UNBROKEN: unbroken,
+        COMMON: np.broadcast_to(unbroken.all(0), unbroken.shape),
+    }
+    return {
+        which: {
+            side: [_mean(np.array(images.moved[side])[mask]) for images, mask in zip(networks, masks, strict=True)]
+            for side in SIDES
+        }
+        for which, masks in chosen.items()
+    }
+
+
+def _mean(values: NDArray[np.float64]) -> float:
+    known = values[~np.isnan(values)]
+    return float(known.mean()) if len(known) else math.nan
 
 
 def curve(module: nn.Module, x: Tensor, channels: int, rank: int) -> Tensor | None:  # [P] -> [C, P]

@@ -79,9 +79,11 @@ def _run(options: argparse.Namespace, command: str) -> int:
     console.print(_LEGEND.format(attack=options.attack, eps=results[0]["identity"]["eps"]))
     if len(results) > 1:
         rows = bounds_page.rows(labels, results)
-        summary = {"format": looking.FORMAT, "command": command, "runs": _summaries(labels, options.folders, results)}
+        summary = {"format": _Look.FORMAT, "command": command, "runs": _summaries(labels, options.folders, results)}
         files.write_result(options.out / "bounds.json", summary)
         files.write_bytes(options.out / "bounds.png", figures.networks(rows, results[0]["identity"]["eps"]))
+        attacked = bounds_page.attacked(labels, results)
+        files.write_bytes(options.out / "over-eps.png", figures.over_radius(attacked, results[0]["attack"]["name"]))
     console.print(looking.written(_Look.PART, options))
     return 0
 

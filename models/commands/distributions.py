@@ -1,6 +1,7 @@
 """`python -m models distributions`."""
 
 import argparse
+import math
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -9,12 +10,15 @@ from typing import Any
 
 from rich.progress import Progress
 
-from models.analysis.distributions import SIDES, Density, Layer, Moved, Panel, Recorder
+from models.analysis.distributions import ALL, SIDES, Density, Images, Layer, Moved, Panel, Recorder, across
+from models.analysis.gradients import finite
 from models.attacks import Attack
 from models.commands import looking, settings
 from models.evaluation.outcomes import described
 from models.figures import distributions as figures
-from models.reports.tables import Table, share
+from models.reports.tables import NONE, Table, number, share
+from models.runs.settings import completed
+from models.study.statistics import rank
 from models.support import arguments, checkpoints, files, terminal
 from models.support.arguments import Commands
 from models.support.interrupts import AFTER_THIS, Interrupted, StopRequest
@@ -25,7 +29,9 @@ channel, the inputs of the activations and their outputs. Writes to RUN/distribu
 distances of the pairs, Wasserstein-1 distances of the distributions), distributions.png (densities of the inputs of
 some channels, with the learned curves over them), outputs.png (of the outputs) and layers.png (distances over depth).
 
-Of several runs, distributions.json and layers.png in OUT show all.
+Of several runs, distributions.json and layers.png in OUT show all; of three or more, against.png and Spearman's rank
+correlation say whether the networks that move images less are the more robust, on all images and on those that the
+attack did not break.
 
 Ctrl-C stops at any time and loses at most the batch under way: the same command goes on where it stopped.
 """
@@ -61,10 +67,15 @@ def _run(options: argparse.Namespace, command: str) -> int:
     for folder, network in zip(options.folders, networks, strict=True):
         files.write_bytes(folder / _Look.PART / "layers.png", figures.depth([network]))
     if len(networks) > 1:
-        summary = {"format": looking.FORMAT, "command": command, "runs": _summaries(labels, options.folders, results)}
+        runs = _summaries(labels, options.folders, results)
+        ranks = _ranks(runs)
+        summary = {"format": _Look.FORMAT, "command": command, "runs": runs, "ranks": ranks}
         files.write_result(options.out / "distributions.json", summary)
         files.write_bytes(options.out / "layers.png", figures.depth(networks))
+        files.write_bytes(options.out / "against.png", figures.against(_points(runs)))
     console.print(_distances(networks).terminal())
+    if len(networks) > 1:
+        console.print(_correlations(ranks).terminal())
     console.print(looking.written(_Look.PART, options))
     return 0
 
@@ -84,7 +95,20 @@ def panels_of(result: dict[str, Any]) -> list[Panel]:
     return panels
 
 
+def images_of(result: dict[str, Any]) -> Images:
+    """Return what became of each image, in the content of a distributions.json."""
+    entry = result["by_image"]
+    clean, attacked = ([mark == "0" for mark in entry["wrong"][name]] for name in ("clean", "attacked"))
+    moved = {side: [math.nan if v is None else v for v in entry["moved"][side]] for side in SIDES}
+    return Images(moved, (clean, attacked))
+
+
+def _check(content: dict[str, Any]) -> None:
+    layers_of(content), panels_of(content), images_of(content)
+
+
 class _Look(looking.Look):
+    FORMAT = 2
     PART = "distributions"
     attack: Attack
 
@@ -101,7 +125,7 @@ class _Look(looking.Look):
         """
         path = self.folder / "distributions.json"
         task = progress.add_task(self.label, total=self.count, status="")
-        found = looking.kept(path, self.asked, lambda content: (layers_of(content), panels_of(content)))
+        found = looking.kept(path, self.asked, _check)
         if found is None:
             found = self._measure(lambda images: progress.update(task, completed=images), stop)
             files.write_json(path, found)
@@ -117,10 +141,10 @@ class _Look(looking.Look):
         self._take_up(recorder)
         on_images(recorder.images)
         saved = time.monotonic()
-        for number, x, y, generator in self.batches():
-            if number * self.options.batch_size < recorder.images:
+        for batch, x, y, generator in self.batches():
+            if batch * self.options.batch_size < recorder.images:
                 continue
-            recorder.add(x, looking.adversarial(self.model, self.attack, x, y, generator))
+            recorder.add(x, looking.adversarial(self.model, self.attack, x, y, generator), y)
             on_images(recorder.images)
             if stop.requested or time.monotonic() - saved > _SAVE_SECONDS:
                 tensors, record = recorder.state()
@@ -128,8 +152,8 @@ class _Look(looking.Look):
                 saved = time.monotonic()
             if stop.requested:
                 raise Interrupted
-        layers, panels = recorder.layers(), recorder.panels()
-        return self.content(self.asked, layers=list(map(asdict, layers)), panels=list(map(asdict, panels)))
+        layers, panels = ([asdict(found) for found in of] for of in (recorder.layers(), recorder.panels()))
+        return self.content(self.asked, layers=layers, panels=panels, by_image=_by_image(recorder.by_image()))
 
     def _take_up(self, recorder: Recorder) -> None:
         """Give the recorder what an interrupted call with the same options has seen."""
@@ -140,22 +164,56 @@ class _Look(looking.Look):
                 recorder.load_state(tensors, record)
 
 
+def _by_image(images: Images) -> dict[str, Any]:
+    """Return what `images_of` reads: distances to four digits, and "1" where the network is wrong."""
+    moved = {side: [None if math.isnan(v) else float(f"{v:.4g}") for v in images.moved[side]] for side in SIDES}
+    wrong = {
+        n: "".join("01"[not r] for r in right) for n, right in zip(("clean", "attacked"), images.right, strict=True)
+    }
+    return {"moved": moved, "wrong": wrong}
+
+
 def _summaries(labels: list[str], folders: list[Path], results: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return for each run its distances over depth, without those of single channels."""
+    """Return for each run its accuracies, how far its images are moved, and its distances over depth, by layer."""
     kept = ("l2", "l2_std", "w1", "w1_low", "w1_high", "scale")
+    images = [images_of(result) for result in results]
+    moved = across(images)
     return [
         {
             "run": label,
             "folder": str(folder),
             "activation": result["settings"]["activation"],
+            "lr": completed(dict(result["settings"]))["training"]["lr"],
+            "seed": result["settings"]["seed"],
+            "commit": result["environment"]["commit"],
             "identity": result["identity"],
+            "accuracy": dict(zip(("clean", "attacked"), images[number].accuracies, strict=True)),
+            "moved": {
+                which: {side: finite(values[number]) for side, values in of_sides.items()}
+                for which, of_sides in moved.items()
+            },
+            "wrong": result["by_image"]["wrong"],
             "layers": [
                 {"name": entry["name"], **{side: {key: entry[side][key] for key in kept} for side in SIDES}}
                 for entry in result["layers"]
             ],
         }
-        for label, folder, result in zip(labels, folders, results, strict=True)
+        for number, (label, folder, result) in enumerate(zip(labels, folders, results, strict=True))
     ]
+
+
+def _ranks(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return Spearman's correlation of robust accuracy with each distance, over runs."""
+    robust = [run["accuracy"]["attacked"] for run in runs]
+    found = []
+    for side in SIDES:
+        distances = {("relative L2", which): [run["moved"][which][side] for run in runs] for which in runs[0]["moved"]}
+        w1 = [[layer[side]["w1"] for layer in run["layers"] if layer[side]["w1"] is not None] for run in runs]
+        distances["W1 / std", ALL] = [sum(values) / len(values) if values else None for values in w1]
+        for (distance, which), values in distances.items():
+            correlation = rank([math.nan if v is None else v for v in values], robust)
+            found.append({"distance": distance, "side": side, "images": which, **asdict(correlation)})
+    return found
 
 
 def _distances(networks: list[figures.Network]) -> Table:
@@ -169,3 +227,21 @@ def _distances(networks: list[figures.Network]) -> Table:
                 cells = (values[0], values[len(values) // 2], values[-1], mean)
                 table.add(network.label, name, side, *map(share, cells))
     return table
+
+
+def _correlations(ranks: list[dict[str, Any]]) -> Table:
+    heads = ("distance", "of the", "images", "rank correlation with robust accuracy", "95 % interval", "runs")
+    table = Table(*heads)
+    for row in ranks:
+        interval = NONE if row["low"] is None else f"[{row['low']:+.2f}, {row['high']:+.2f}]"
+        rho = number(row["rho"], form="+.2f")
+        table.add(row["distance"], row["side"], row["images"], rho, interval, str(row["count"]))
+    return table
+
+
+def _points(runs: list[dict[str, Any]]) -> list[figures.Point]:
+    return [
+        figures.Point(r["activation"], r["lr"], r["accuracy"]["attacked"],
+                      {which: sides["outputs"] for which, sides in r["moved"].items()})
+        for r in runs
+    ]  # fmt: skip

@@ -18,8 +18,6 @@ from models.support import environment, files, seeds
 from models.support.arguments import integer, radius
 from models.support.errors import UserError
 
-FORMAT = 1
-
 
 def add(parser: argparse.ArgumentParser, images: int, source: str, attack: str | None) -> None:
     """Add the folders of the runs, and the options of commands that look at these.
@@ -62,6 +60,7 @@ class Look:
     """
 
     PART: ClassVar[str]
+    FORMAT: ClassVar[int] = 1  # of the file
 
     def __init__(self, run: Path, label: str, options: argparse.Namespace, command: str) -> None:
         self.run, self.label, self.options, self.command = run, label, options, command
@@ -77,7 +76,7 @@ class Look:
     def identity(self, **more: Any) -> dict[str, Any]:
         """Return all that decides what is found, as JSON values."""
         asked = {
-            "format": FORMAT,
+            "format": self.FORMAT,
             "checkpoint": digest(self.network.checkpoint),
             "data": self.network.settings["data"],
             "eps": self.eps,
@@ -90,7 +89,7 @@ class Look:
     def content(self, identity: Mapping[str, Any], **found: Any) -> dict[str, Any]:
         """Return what goes into the file."""
         return {
-            "format": FORMAT,
+            "format": self.FORMAT,
             "command": self.command,
             "identity": identity,
             "settings": self.network.settings,

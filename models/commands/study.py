@@ -114,6 +114,7 @@ def report(study: Study, done: dict[str, dict[str, Any]], results: Path, command
     files.write_bytes(results / "accuracies.png", figures.accuracies(summary))
     if len(summary["activations"]) > 1:
         files.write_bytes(results / "differences.png", figures.differences(summary, WORST))
+        files.write_bytes(results / "robust-clean.png", figures.robust_against_clean(summary, WORST))
     files.write_text(results / "README.md", page.markdown(study, summary, done, command))
 
 

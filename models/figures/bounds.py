@@ -106,6 +106,27 @@ def networks(rows: Sequence[Row], eps: float) -> Figure:
     return figure
 
 
+@style.drawn
+def over_radius(groups: Mapping[str, Sequence[Sequence[tuple[float, Mark]]]], attack: str) -> Figure:
+    """Draw accuracy under an attack over its radius: a line for each group's mean over seeds, a dot for each seed."""
+    figure = style.figure(height=2.9 + 0.2 * -(-len(groups) // 3))
+    axes = figure.subplots()
+    for number, (label, runs) in enumerate(groups.items()):
+        look = style.line(number)
+        radii = sorted({eps for run in runs for eps, _ in run})
+        values = [[100 * mark.value for run in runs for eps, mark in run if eps == radius] for radius in radii]
+        axes.plot(radii, [sum(v) / len(v) for v in values], lw=1.5, label=label, **look)
+        shift = 0.004 * max(radii) * (number - (len(groups) - 1) / 2)  # so that dots of groups are side by side
+        for radius, of_seeds in zip(radii, values, strict=True):
+            axes.plot([radius + shift] * len(of_seeds), of_seeds, ".", ms=4, color=look["color"])
+    axes.set_ylim(0, 102)
+    axes.set_xlabel("radius ε in L∞")
+    axes.set_ylabel(f"accuracy under {attack}, %")
+    style.grid(axes, "y")
+    style.legend(figure, handlelength=2.4)
+    return figure
+
+
 def _growth(axes: Axes, layers: Sequence[tuple[str, float | None]], bounds: Bounds) -> None:
     finite = [(number, bound) for number, (_, bound) in enumerate(layers, 1) if bound]
     last = len(layers)
@@ -155,7 +176,8 @@ def _accuracies(axes: Axes, certified: Certified) -> None:
     axes.axhline(100 * clean.value, color=style.GREY, lw=0.8, ls=(0, (1, 2)), label="clean")
     for name, radii in certified.radii.items():
         _stairs(axes, radii, first, name)
-    axes.fill_between(x, *zip(*(mark.ends for mark in marks), strict=True), color=style.BLUE, alpha=0.15, lw=0)
+    low, high = zip(*(mark.ends for mark in marks), strict=True)
+    axes.fill_between(x, low, high, color=style.BLUE, alpha=0.15, lw=0)
     under = f"under {certified.attack}"
     axes.plot(x, [100 * mark.value for mark in marks], "o-", ms=3, lw=1.4, color=style.BLUE, label=under)
     axes.set_xscale("log")

@@ -32,6 +32,23 @@ class Network:
     layers: Sequence["Layer"]
 
 
+@dataclass(frozen=True)
+class Point:
+    """One network in `against`.
+
+    Args:
+        activation: for the colour.
+        lr: its learning rate, for the mark.
+        robust: accuracy under the attack, in [0, 1].
+        moved: mean relative L2 distance of outputs, by which images; None where there are none.
+    """
+
+    activation: str
+    lr: float
+    robust: float
+    moved: dict[str, float | None]
+
+
 def inputs(panels: Sequence["Panel"], layers: int) -> bytes:
     """Draw the densities of what goes into the activations, with the learned curves over them on the right axis.
 
@@ -100,6 +117,33 @@ def depth(networks: Sequence[Network]) -> bytes:
             handles.append(Patch(color=style.PALE_GREY, lw=0, label=spread))
         figure.legend(handles=handles, loc="outside upper left", ncols=2, fontsize=8)
         return style.png(figure)
+
+
+@style.drawn
+def against(points: Sequence[Point]) -> Figure:
+    """Draw robust accuracy over how far images are moved, a panel for each kind of images."""
+    activations, rates = list(dict.fromkeys(p.activation for p in points)), sorted({p.lr for p in points})
+    colours = {name: style.line(number)["color"] for number, name in enumerate(activations)}
+    marks = {rate: style.MARKS[number % len(style.MARKS)] for number, rate in enumerate(rates)}
+    kinds = list(points[0].moved)
+    figure = style.figure(height=3.1 + 0.2 * (-(-(len(activations) + len(rates)) // 4)))
+    panels = figure.subplots(1, len(kinds), sharey=True, squeeze=False)[0]
+    for axes, kind in zip(panels, kinds, strict=True):
+        for point in points:
+            if (moved := point.moved[kind]) is not None:
+                look = {"color": colours[point.activation], "mfc": "none", "mew": 1.3}
+                axes.plot(100 * moved, 100 * point.robust, marks[point.lr], ms=5, **look)
+        axes.set_title(f"images {kind}" if kind != "all" else "all images", fontsize=8)
+        axes.set_xlim(left=0)
+        axes.set_ylim(0, 100)
+        style.grid(axes, "both")
+        axes.xaxis.set_major_locator(MaxNLocator(4))
+    figure.supxlabel("how far outputs move, relative L2, %", fontsize=9, color=style.GREY)
+    panels[0].set_ylabel("accuracy under the attack, %")
+    handles = [style.handle(name, colour, "s", ms=6) for name, colour in colours.items()]
+    handles += [style.handle(f"learning rate {rate:g}", style.GREY, mark, mfc="none") for rate, mark in marks.items()]
+    style.legend(figure, handles, 4, handletextpad=0.2)
+    return figure
 
 
 def _colours(networks: Sequence[Network]) -> list[str]:

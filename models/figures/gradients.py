@@ -36,7 +36,8 @@ def _panels(found: Sequence[Start], line: Callable[[Start], list[float]], along:
     first = {(s["network"], s["activation"]): s for s in reversed(found)}
     columns = min(3, len(networks))
     rows = -(-len(networks) // columns)
-    figure = style.figure(height=0.3 + 0.22 * -(-len(activations) // _columns(activations)) + 1.75 * rows)
+    panel = 3.2 if len(networks) == 1 else 1.75
+    figure = style.figure(height=0.3 + 0.22 * -(-len(activations) // _columns(activations)) + panel * rows)
     grid = figure.subplots(rows, columns, sharey=True, squeeze=False)
     for axes, network in itertools.zip_longest(grid.flat, networks):
         if network is None:
@@ -142,12 +143,13 @@ def _columns(activations: list[str]) -> int:
 
 
 def _look(activations: list[str], activation: str) -> dict[str, Any]:
-    """Return colour and dashes; every other line is dashed, so that lines on one another are both seen.
+    """Return colour and dashes; every other line is dashed and above the others, so that lines on one another are seen.
 
     The palette has an odd number of colours: the second line of a colour is dashed where the first is not.
     """
     number = activations.index(activation)
-    return {"color": style.PALETTE[number % len(style.PALETTE)], "ls": ((0, (4, 2)) if number % 2 else "-")}
+    dashes = {"ls": (0, (4, 2)), "zorder": 2.5} if number % 2 else {"ls": "-"}
+    return {"color": style.PALETTE[number % len(style.PALETTE)], **dashes}
 
 
 def _short(network: str) -> str:

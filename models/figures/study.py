@@ -1,4 +1,4 @@
-"""A study's accuracies and their differences to the baseline: a row of panels for each rate, one for each network."""
+"""A study's accuracies, differences to the baseline, robust against clean: a row of panels a rate, one a network."""
 
 from typing import Any
 
@@ -6,9 +6,10 @@ import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from models.figures import style
+from models.figures import labels, style
+from models.figures.labels import Label
 
-_MARKS = ("o", "s", "D", "^", "v")
+_BELOW = 0.28  # of a row, where dots of seeds are below its line
 
 
 @style.drawn
@@ -24,10 +25,10 @@ def accuracies(summary: dict[str, Any]) -> Figure:
             values = [100 * entry[m]["mean"] for m in measures]
             axes.plot([min(values), max(values)], [place] * 2, color=style.PALE_GREY, lw=3, zorder=1)
             for i, m in enumerate(measures):
-                _marks(axes, entry[m], place, colours[m], _MARKS[i % len(_MARKS)], hollow=m == "clean")
+                _marks(axes, entry[m], place, colours[m], style.MARKS[i % len(style.MARKS)], hollow=m == "clean")
         axes.set_xlabel("accuracy, %")
         axes.set_xlim(-2, 102)
-    looks = zip(measures, _MARKS * len(measures), strict=False)
+    looks = zip(measures, style.MARKS * len(measures), strict=False)
     handles = [style.handle(m, colours[m], mark, hollow=m == "clean") for m, mark in looks]
     style.legend(figure, handles, len(measures), handletextpad=0.2)
     return figure
@@ -37,34 +38,87 @@ def accuracies(summary: dict[str, Any]) -> Figure:
 def differences(summary: dict[str, Any], measure: str) -> Figure:
     """Draw each activation's paired difference to the baseline under one attack, with its 95 % interval.
 
-    The interval is for the choice of seeds and of images both.
+    The interval is for the choice of seeds and of images both. Small dots are seeds; all of these are shown, and an
+    interval that goes on beyond them is cut off with an arrow.
     """
     baseline = summary["baseline"]
     names = [a for a in summary["activations"] if a != baseline]
     figure, panels = _panels(summary, names)
+    shown = []
     for axes, activations in panels:
         axes.axvline(0, color=style.GREY, lw=0.8)
         for place, name in enumerate(names):
-            difference = activations.get(name, {}).get(measure, {}).get("difference")
-            if difference is not None:
-                _interval(axes, difference, place, style.VERMILLION if name.startswith("kaf") else style.BLUE)
+            entry = activations.get(name, {}).get(measure, {})
+            if "difference" in entry:
+                seeds = _seeds(activations[name], activations[baseline], measure)
+                shown.append((axes, place, entry["difference"], seeds, _colour(name)))
         axes.set_xlabel(f"difference to {baseline}, points")
+    points = [100 * value for _, _, d, seeds, _ in shown for value in (d["mean"], *seeds)]
+    low, high = min([*points, 0.0]), max([*points, 0.0])
+    margin = 0.12 * max(high - low, 1.0)
+    for axes, place, difference, seeds, colour in shown:
+        _interval(axes, difference, place, colour, low - margin, high + margin)
+        axes.plot([100 * s for s in seeds], [place + _BELOW] * len(seeds), ".", ms=3.5, color=colour, alpha=0.6)
+    for axes, _ in panels:
+        axes.set_xlim(low - margin, high + margin)
     return figure
 
 
+@style.drawn
+def robust_against_clean(summary: dict[str, Any], measure: str) -> Figure:
+    """Draw each activation's mean accuracy under one attack over that on clean images, with a dot for each seed."""
+    figure, panels = _grid(summary, height=3.4)
+    texts = []
+    for axes, activations in panels:
+        axes.set_xlabel("clean accuracy, %")
+        style.grid(axes, "both")
+        texts.append((axes, [_pair(axes, name, entry, measure) for name, entry in activations.items()]))
+    figure.supylabel("accuracy under attack, %", fontsize=9, color=style.GREY)
+    for axes, found in texts:
+        labels.place(axes, found)
+    return figure
+
+
+def _pair(axes: Axes, name: str, entry: dict[str, Any], measure: str) -> Label:
+    x, y = (100 * entry[m]["mean"] for m in ("clean", measure))
+    colour = _colour(name)
+    clean, robust = ([100 * value for value in entry[m]["values"]] for m in ("clean", measure))
+    axes.plot(clean, robust, ".", ms=3.5, color=colour, alpha=0.45)
+    axes.plot(x, y, "o", ms=5, color=colour)
+    return Label(x, y, name, colour)
+
+
+def _seeds(entry: dict[str, Any], baseline: dict[str, Any], measure: str) -> list[float]:
+    """Return the difference of each seed that both have."""
+    of, to = (dict(zip(e["seeds"], e[measure]["values"], strict=True)) for e in (entry, baseline))
+    return [of[seed] - to[seed] for seed in of if seed in to]
+
+
+def _colour(name: str) -> str:
+    return style.VERMILLION if name.startswith("kaf") else style.BLUE
+
+
 def _panels(summary: dict[str, Any], rows: list[str]) -> tuple[Figure, list[tuple[Axes, dict[str, Any]]]]:
-    """Return a figure, and its axes with the activations that each shows."""
+    """Return a figure with rows, and its axes with the activations that each shows."""
+    figure, panels = _grid(summary, height=0.7 + 0.3 * len(rows), shared=True)
+    for axes, _ in panels:
+        style.rows(axes, rows)
+    return figure, panels
+
+
+def _grid(
+    summary: dict[str, Any], height: float, shared: bool = False
+) -> tuple[Figure, list[tuple[Axes, dict[str, Any]]]]:
     rates = summary["rates"]
     networks = list(dict.fromkeys(network for by_network in rates.values() for network in by_network))
-    figure = style.figure(height=0.4 + len(rates) * (0.7 + 0.3 * len(rows)))
-    grid = figure.subplots(len(rates), len(networks), sharex=True, sharey=True, squeeze=False)
-    shown = []
+    figure = style.figure(height=0.4 + height * len(rates))
+    grid = figure.subplots(len(rates), len(networks), sharex=shared, sharey=shared, squeeze=False)
+    panels = []
     for line, (rate, by_network) in zip(grid, rates.items(), strict=True):
         for axes, network in zip(line, networks, strict=True):
-            style.rows(axes, rows)
             axes.set_title(network if len(rates) == 1 else f"{network}, {rate} rate")
-            shown.append((axes, by_network.get(network, {}).get("activations", {})))
-    return figure, shown
+            panels.append((axes, by_network.get(network, {}).get("activations", {})))
+    return figure, panels
 
 
 def _marks(axes: Axes, entry: dict[str, Any], place: int, colour: str, mark: str, hollow: bool) -> None:
@@ -74,7 +128,14 @@ def _marks(axes: Axes, entry: dict[str, Any], place: int, colour: str, mark: str
     axes.plot(100 * entry["mean"], place, mark, ms=5.5, color=colour, mfc="white" if hollow else colour, zorder=3)
 
 
-def _interval(axes: Axes, difference: dict[str, Any], place: int, colour: str) -> None:
+def _interval(
+    axes: Axes, difference: dict[str, Any], place: int, colour: str, low: float, high: float
+) -> None:  # what the axis shows
     if difference["low"] is not None:
-        axes.plot([100 * difference["low"], 100 * difference["high"]], [place] * 2, color=colour, lw=1.5)
+        ends = [100 * difference["low"], 100 * difference["high"]]
+        axes.plot(np.clip(ends, low, high), [place] * 2, color=colour, lw=1.5)
+        inside = 0.025 * (high - low)
+        for end, edge, mark in ((ends[0], low + inside, "<"), (ends[1], high - inside, ">")):
+            if not low <= end <= high:
+                axes.plot(edge, place, mark, ms=6, color=colour)
     axes.plot(100 * difference["mean"], place, "o", ms=5, color=colour)

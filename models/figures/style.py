@@ -16,6 +16,7 @@ from matplotlib.lines import Line2D
 GREY, BLUE, VERMILLION, PALE_VERMILLION, PALE_GREY = "#4d4d4d", "#0072b2", "#d55e00", "#eeb48c", "#d9d9d9"
 GREEN, PINK, ORANGE, SKY = "#009e73", "#cc79a7", "#e69f00", "#56b4e9"
 PALETTE = (GREY, BLUE, GREEN, VERMILLION, PINK, ORANGE, SKY)
+MARKS = ("o", "s", "D", "^", "v")
 _DASHES = ("-", (0, (4, 2)), (0, (1, 1.5)))
 COLOURS = {"relu": GREY, "silu": BLUE, "kaf": VERMILLION, "kaf_isometric": VERMILLION}
 WIDTH = 5.6  # inches; on a phone this leaves 9 points readable
@@ -69,7 +70,7 @@ def context() -> AbstractContextManager[None]:
     return mpl.rc_context(_RC)
 
 
-def grid(axes: Axes, axis: Literal["x", "y"]) -> None:
+def grid(axes: Axes, axis: Literal["x", "y", "both"]) -> None:
     """Draw pale lines behind everything, at the ticks of an axis."""
     axes.grid(axis=axis, color=PALE_GREY, lw=0.6)
     axes.set_axisbelow(True)
@@ -85,9 +86,8 @@ def rows(axes: Axes, labels: Sequence[str], above: float = 0.5, **text: Any) -> 
 
 def handle(label: str, colour: str, mark: str = "", hollow: bool = False, **look: Any) -> Line2D:
     """Return a line or mark for a legend."""
-    fill = "white" if hollow else colour
-    look = {"ls": "" if mark else "-", "ms": 5, **look}
-    return Line2D([], [], color=colour, marker=mark or None, mfc=fill, label=label, **look)
+    look = {"ls": "" if mark else "-", "ms": 5, "mfc": "white" if hollow else colour, **look}
+    return Line2D([], [], color=colour, marker=mark or None, label=label, **look)
 
 
 def legend(figure: Figure, handles: Sequence[Artist] | None = None, columns: int = 3, **options: Any) -> None:

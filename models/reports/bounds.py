@@ -72,32 +72,45 @@ def growth(
         "global Lipschitz": [image["lipschitz"] / wide for image in images],
         "local Lipschitz": [image["local"] / wide for image in images],
     }
-    attacked = [(p["eps"], Mark(p["accuracy"], *p["interval"])) for p in result["attacked"]]
-    return places, _bounds(result), figures.Certified(radii, result["attack"]["name"], attacked)
+    return places, _bounds(result), figures.Certified(radii, result["attack"]["name"], _attacked(result))
 
 
 def rows(labels: Sequence[str], results: Sequence[Result]) -> list[figures.Row]:
     """Return what the figure of several runs shows: runs that differ in their seed alone make one row."""
-    settings = [_flat(result["settings"]) for result in results]
-    different = [n for n in settings[0] if any(s.get(n) != settings[0][n] for s in settings)]
-    names = ["activation", *(n for n in different if n not in ("activation", "seed"))]
-    groups: dict[str, list[int]] = {}
-    for place, one in enumerate(settings):
-        told = {name: one[name] for name in names if one.get(name)}
-        words = (str(v) if n in _PLAIN else f"{n.replace('_', ' ')} {v:g}" for n, v in told.items())
-        groups.setdefault(", ".join(words) if len(results) > 1 else labels[place], []).append(place)
     at = _telling(results)
     return [
         figures.Row(
             label,
-            [_bounds(results[n]) for n in chosen],
-            [results[n]["attacked"][0]["accuracy"] for n in chosen],
-            [_at_eps(results[n])["accuracy"] for n in chosen],
-            [_certified(results[n], at) for n in chosen],
+            [_bounds(result) for result in them],
+            [result["attacked"][0]["accuracy"] for result in them],
+            [_at_eps(result)["accuracy"] for result in them],
+            [_certified(result, at) for result in them],
             at,
         )
-        for label, chosen in groups.items()
+        for label, them in _groups(labels, results).items()
     ]
+
+
+def attacked(labels: Sequence[str], results: Sequence[Result]) -> dict[str, list[list[tuple[float, Mark]]]]:
+    """Return accuracies over radii of the same groups."""
+    return {label: [_attacked(result) for result in them] for label, them in _groups(labels, results).items()}
+
+
+def _attacked(result: Result) -> list[tuple[float, Mark]]:
+    return [(point["eps"], Mark(point["accuracy"], *point["interval"])) for point in result["attacked"]]
+
+
+def _groups(labels: Sequence[str], results: Sequence[Result]) -> dict[str, list[Result]]:
+    """Return the runs that differ in their seed alone, by what they are."""
+    settings = [_flat(result["settings"]) for result in results]
+    different = [n for n in settings[0] if any(s.get(n) != settings[0][n] for s in settings)]
+    names = ["activation", *(n for n in different if n not in ("activation", "seed"))]
+    groups: dict[str, list[Result]] = {}
+    for label, one, result in zip(labels, settings, results, strict=True):
+        told = {name: one[name] for name in names if one.get(name)}
+        words = (str(v) if n in _PLAIN else f"{n.replace('_', ' ')} {v:g}" for n, v in told.items())
+        groups.setdefault(", ".join(words) if len(results) > 1 else label, []).append(result)
+    return groups
 
 
 def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -72,11 +72,15 @@ def points(value: float | None, form: str = ".1f") -> str:
     return NONE if value is None else format(100 * value, form)
 
 
+def ends(low: float, high: float) -> str:
+    """Return an interval of differences of shares in points: [-0.4, +2.8]."""
+    return f"[{points(low, '+.1f')}, {points(high, '+.1f')}]"
+
+
 def signed(difference: Mapping[str, Any]) -> str:
     """Return a difference of shares in points, with its interval where it has one: +1.2 [-0.4, +2.8]."""
-    mean = points(difference["mean"], "+.1f")
-    low, high = difference["low"], difference["high"]
-    return mean if low is None else f"{mean} [{points(low, '+.1f')}, {points(high, '+.1f')}]"
+    mean, low, high = points(difference["mean"], "+.1f"), difference["low"], difference["high"]
+    return mean if low is None else f"{mean} {ends(low, high)}"
 
 
 def spread(mean: float, std: float | None) -> str:

@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from models.reports import tables
-from models.reports.tables import Table, bullets, points, signed, spread
+from models.reports.tables import Table, bullets, ends, points, signed, spread
 from models.study.plan import COMMON, TUNED, Study
 from models.study.summary import CLEAN, WORST
 
@@ -31,6 +31,8 @@ def markdown(study: Study, summary: dict[str, Any], results: dict[str, dict[str,
         "breaks it, of the images that all attacks were made on.",
     ]
     parts += [_accuracies(*panel, summary["measures"]) for panel in _panels(summary)]
+    if len(summary["activations"]) > 1:
+        parts += ["![robust against clean](robust-clean.png)", "Under the worst of all attacks; dots are seeds."]
     parts += [f"## Differences to {summary['baseline']}", "![differences](differences.png)", _DIFFERENCES]
     parts += [_differences(*panel) for panel in _panels(summary)]
     parts += ["## What the numbers say", bullets(_findings(summary, results)), "## Machine", _machine(results)]
@@ -51,8 +53,8 @@ _HOLM = (
 )
 _DIFFERENCES = (
     "Points of accuracy under the worst of all attacks, seed by seed (same starting weights, batches and test images), "
-    "with the 95 % interval for the choice of seeds and images. These were not named beforehand and are not corrected: "
-    "one in twenty excludes 0 by chance."
+    "with the 95 % interval for the choice of seeds and images; small dots are seeds, and an arrow says that an "
+    "interval goes on. These were not named beforehand and are not corrected: one in twenty excludes 0 by chance."
 )
 
 
@@ -72,7 +74,7 @@ def _comparisons(rows: list[dict[str, Any]]) -> str:
         between = "" if row["between_seeds"] is None else points(row["between_seeds"])
         interval, p, verdict = "", "", "one seed: nothing can be said"
         if corrected is not None:
-            interval = f"[{points(corrected['low'], '+.1f')}, {points(corrected['high'], '+.1f')}]"
+            interval = ends(corrected["low"], corrected["high"])
             p, verdict = f"{corrected['p']:.2g}", "a difference" if corrected["found"] else "none found"
         pair = f"{row['pair'][0]} − {row['pair'][1]}"
         numbers = (mean, interval, p, n, between, points(row["of_images"]))

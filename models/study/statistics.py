@@ -1,4 +1,4 @@
-"""Means, spreads and paired differences of a study's accuracies, over seeds and images."""
+"""Means, spreads, paired differences and equivalence of a study's accuracies, over seeds and images; correlations."""
 
 import math
 import statistics
@@ -7,10 +7,14 @@ from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.stats import rankdata
 from scipy.stats import t as student
 from statsmodels.stats.multitest import multipletests
 
 LEVEL = 0.05
+MARGIN = 0.02
+"""A difference in accuracy below which two networks count as equally accurate here."""
+_RESAMPLES = 9999
 
 
 @dataclass(frozen=True)
@@ -139,3 +143,84 @@ def holm(differences: Sequence[Difference]) -> list[Corrected | None]:
         assert interval is not None  # it has a p
         results[id(known[i])] = Corrected(float(corrected[i]), *interval, bool(found[i]))
     return [results.get(id(d)) for d in differences]
+
+
+@dataclass(frozen=True)
+class Equivalence:
+    """Whether a difference is shown to be small, by two one-sided tests (Schuirmann 1987).
+
+    Args:
+        low, high: the 90 % interval, which both tests at 5 % come down to.
+        margin: what counts as small, named before the runs.
+    """
+
+    low: float
+    high: float
+    margin: float
+
+    @property
+    def shown(self) -> bool:
+        """Whether the interval lies within ± margin. Where not, equality has not been shown, nor a difference."""
+        return -self.margin < self.low and self.high < self.margin
+
+    @property
+    def excluded(self) -> bool:
+        """Whether it lies beyond the margin, to one side."""
+        return self.high < -self.margin or self.margin < self.low
+
+
+def equivalence(mean: float, error: float, freedom: float, margin: float = MARGIN) -> Equivalence:
+    """Test whether a difference lies within ± margin.
+
+    Args:
+        mean: the difference.
+        error: its standard error.
+        freedom: degrees of freedom that the error is estimated with.
+        margin: above 0.
+
+    Example:
+        >>> gained = paired([0.953, 0.961, 0.958], [0.960, 0.962, 0.966])  # three seeds
+        >>> equivalence(gained.mean, gained.std / math.sqrt(3), freedom=2).shown
+        True
+    """
+    half = float(student.ppf(1 - LEVEL, freedom)) * error
+    return Equivalence(mean - half, mean + half, margin)
+
+
+@dataclass(frozen=True)
+class Rank:
+    """Spearman's rank correlation, with its 95 % interval by a bootstrap that draws what is compared anew.
+
+    Args:
+        rho: the correlation; None where one of the two numbers is the same everywhere.
+        low, high: percentiles of the resamples that have a correlation; None where fewer than half have.
+        count: of what is compared.
+    """
+
+    rho: float | None
+    low: float | None
+    high: float | None
+    count: int
+
+
+def rank(x: Sequence[float], y: Sequence[float], seed: int = 0) -> Rank:
+    """Correlate two numbers of each of several things, such as runs; without a third one there is nothing to say."""
+    pairs = np.array([x, y], dtype=float)  # [2, n]
+    count = pairs.shape[1]
+    if count < 3 or not np.isfinite(pairs).all():
+        return Rank(None, None, None, count)
+    rho = float(_spearman(pairs))
+    drawn = np.random.default_rng(seed).integers(count, size=(_RESAMPLES, count))
+    found = _spearman(pairs[:, drawn])
+    found = found[~np.isnan(found)]
+    if math.isnan(rho) or len(found) < _RESAMPLES / 2:
+        return Rank(None if math.isnan(rho) else rho, None, None, count)
+    low, high = np.percentile(found, [100 * LEVEL / 2, 100 * (1 - LEVEL / 2)]).tolist()
+    return Rank(rho, low, high, count)
+
+
+def _spearman(pairs: NDArray[np.float64]) -> NDArray[np.float64]:  # [2, ..., n] -> [...]
+    ranks = rankdata(pairs, axis=-1)
+    x, y = ranks - ranks.mean(-1, keepdims=True)
+    size = np.sqrt((x * x).sum(-1) * (y * y).sum(-1))
+    return np.divide((x * y).sum(-1), size, out=np.full_like(size, math.nan), where=size > 0)

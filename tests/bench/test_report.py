@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from matplotlib.text import Text
 
 from bench import figure, report, result, table
 from bench.paired import Spread
@@ -203,6 +204,26 @@ def test_figure_has_every_row(entries, monkeypatch):
     figure.draw(list(map(result.analyse, entries)), MACHINE)
     labels = [label.get_text() for axes in drawn[0].axes for label in axes.get_yticklabels()]
     assert sorted(labels) == sorted(f"{e['what']}, against {e['baseline_name']}" for e in entries)
+
+
+def test_a_figure_shows_the_whole_of_its_titles(monkeypatch):
+    """A title wider than the bars ends where they end, and does not leave the figure."""
+    drawn = []
+    monkeypatch.setattr(figure.style, "png", lambda drawing: drawn.append(drawing) or drawing.draw_without_rendering())
+    figure.draw([result.analyse(e | {"what": 2 * "a long description of "}) for e in ENTRIES], MACHINE)
+    for axes in drawn[0].axes:
+        (title,) = [t for t in axes.findobj(Text) if "the bar shall" in t.get_text()]
+        box = title.get_window_extent()
+        assert box.x0 >= 0
+        assert box.x1 <= drawn[0].bbox.x1
+
+
+def test_a_summary_draws_the_figure_of_its_run(tmp_path):
+    results = list(map(result.analyse, ENTRIES))
+    (tmp_path / "a.json").write_text(json.dumps(report.summary(results, MACHINE)))
+    assert report.main([str(tmp_path / "a.json")]) == 0
+    assert (tmp_path / "a.png").read_bytes() == figure.draw(results, MACHINE)
+    assert not (tmp_path / "a.md").exists()
 
 
 def test_a_run_of_pytest_benchmark_becomes_a_page(tmp_path):

@@ -146,7 +146,8 @@ def test_several_runs_are_compared(
     assert [entry["run"] for entry in entries] == list(runs)
     assert entries[3]["upper"] is None
     assert entries[3]["local"]["p50"] is None
-    assert matplotlib.image.imread(tmp_path / "bounds.png")[..., :3].std() > 0.02
+    for name in ("bounds", "over-eps"):
+        assert matplotlib.image.imread(tmp_path / f"{name}.png")[..., :3].std() > 0.02
     found = [results(run) for run in runs.values()]
     rows = page_of.rows(list(runs), found)
     assert [row.label for row in rows] == ["kaf_silu", "relu", "kwta"]

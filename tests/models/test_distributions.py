@@ -14,7 +14,7 @@ from torch import nn
 import kafops
 from models import taps
 from models.activations import KWinners, SharedPSSiLU, SmoothReLU
-from models.analysis.distributions import SIDES, Density, Panel, Recorder, curve
+from models.analysis.distributions import SIDES, Density, Images, Panel, Recorder, across, curve
 from models.attacks import pgd
 from models.cli import main
 from models.commands import distributions as command
@@ -35,6 +35,9 @@ def network() -> nn.Module:
     ).double()  # fmt: skip  # in float32 the network itself depends on the size of the batch
 
 
+LABELS = torch.arange(40) % 5
+
+
 def images(count: int = 40) -> tuple[torch.Tensor, torch.Tensor]:
     g = torch.Generator().manual_seed(1)
     x = torch.rand(count, 1, 6, 6, generator=g, dtype=torch.float64)
@@ -43,8 +46,8 @@ def images(count: int = 40) -> tuple[torch.Tensor, torch.Tensor]:
 
 def recorded(model: nn.Module, *cuts: int) -> Recorder:
     recorder = Recorder(model)
-    for pair in zip(*(part.tensor_split(cuts) for part in images()), strict=True):
-        recorder.add(*pair)
+    for batch in zip(*(part.tensor_split(cuts) for part in (*images(), LABELS)), strict=True):
+        recorder.add(*batch)
     return recorder
 
 
@@ -110,6 +113,49 @@ def test_a_recorder_goes_on_from_a_state() -> None:
     second.add(x2, y2)
     assert second.layers() == recorded(model, 25).layers()
     assert second.panels() == recorded(model, 25).panels()
+
+
+def test_what_becomes_of_each_image_is_kept() -> None:
+    model, pair = network().eval(), images()
+    first, recorder = Recorder(model), Recorder(model)
+    first.add(*(x[:25] for x in pair), LABELS[:25])
+    tensors, record = first.state()
+    recorder.load_state(tensors, json.loads(json.dumps(record)))
+    recorder.add(*(x[25:] for x in pair), LABELS[25:])
+    found = recorder.by_image()
+    clean, adversarial = (activations_of(model, x) for x in pair)
+    for number, side in enumerate(SIDES):
+        ratios = []
+        for name in "237":
+            a, b = (of[name][number].reshape(40, -1) for of in (clean, adversarial))
+            ratios.append(np.linalg.norm(b - a, axis=1) / np.linalg.norm(a, axis=1))
+        np.testing.assert_allclose(found.moved[side], np.mean(ratios, axis=0), rtol=1e-12)
+    with torch.no_grad():
+        right = [(model(x).argmax(1) == LABELS).tolist() for x in pair]
+    assert found.right == tuple(right)
+    assert 0 < sum(right[0]) < 40  # else all of this would say little
+    recorder.add(*pair)
+    with pytest.raises(ValueError, match="labels were not given"):
+        recorder.by_image()
+
+
+def test_networks_are_compared_on_images_that_were_not_broken() -> None:
+    def of(moved: list[float], clean: str, attacked: str) -> Images:
+        marks = [[mark == "1" for mark in row] for row in (clean, attacked)]
+        return Images(dict.fromkeys(SIDES, moved), (marks[0], marks[1]))
+
+    one = of([0.1, 0.2, math.nan, 0.9], clean="1110", attacked="1011")  # the last was wrong before
+    other = of([0.5, 0.6, 0.7, 0.8], clean="1111", attacked="1000")
+    assert one.accuracies == (0.75, 0.5)
+    assert other.accuracies == (1.0, 0.25)
+    found = {which: of_sides["outputs"] for which, of_sides in across([one, other]).items()}
+    assert found == {
+        "all": pytest.approx([0.4, 0.65]),
+        "unbroken": pytest.approx([0.1, 0.5]),
+        "unbroken in every network": pytest.approx([0.1, 0.5]),
+    }
+    silent = across([of([math.nan], "1", "1"), of([0.5], "1", "0")])
+    assert all(math.isnan(v) for v in silent["unbroken"]["inputs"])
 
 
 def test_the_network_is_left_as_it_was() -> None:
@@ -220,7 +266,9 @@ def test_figures_show_something(tmp_path: Path, plain: bool) -> None:
     panels = [panel(place, channel, plain) for place in (0, 7) for channel in range(3)]
     layers = recorded(network()).layers()
     networks = [figures.Network("a", "relu", layers), figures.Network("b", "relu", layers[:2])]
-    for draw in (figures.inputs(panels, 9), figures.outputs(panels, 9), figures.depth(networks[: 1 + plain])):
+    points = [figures.Point("relu", 0.1, 0.5, {"all": 0.3, "unbroken": None if plain else 0.2})] * 2
+    drawn = figures.inputs(panels, 9), figures.outputs(panels, 9), figures.depth(networks[: 1 + plain])
+    for draw in (*drawn, figures.against(points)):
         (tmp_path / "a.png").write_bytes(draw)
         picture = matplotlib.image.imread(tmp_path / "a.png")
         assert picture.shape[1] > 1000
@@ -280,8 +328,16 @@ def test_the_command_compares_runs(runs: list[Path], tmp_path: Path, capsys: pyt
         layers = command.layers_of(found)
         assert all(layer.inputs.distance > 0 for layer in layers)
         assert bool(found["panels"][0]["dictionary"]) == (run.name == "kaf")
-    both = json.loads((tmp_path / "distributions.json").read_text())["runs"]
+        masks = found["by_image"]["wrong"]
+        assert {name: len(mask) for name, mask in masks.items()} == {"clean": 30, "attacked": 30}
+    summary = json.loads((tmp_path / "distributions.json").read_text())
+    both = summary["runs"]
     assert [entry["run"] for entry in both] == ["kaf", "relu"]
+    assert both[1]["accuracy"]["clean"] == masks["clean"].count("0") / 30
+    assert both[1]["moved"]["all"]["outputs"] == pytest.approx(np.mean(found["by_image"]["moved"]["outputs"]))
+    assert [row["count"] for row in summary["ranks"]] == [2] * 8
+    assert {row["rho"] for row in summary["ranks"]} == {None}  # of two runs there is nothing to rank
+    assert (tmp_path / "against.png").exists()
     assert both[1]["layers"][0]["inputs"]["l2"] == layers[0].inputs.l2
     assert (tmp_path / "layers.png").exists()
 
@@ -289,7 +345,7 @@ def test_the_command_compares_runs(runs: list[Path], tmp_path: Path, capsys: pyt
 @pytest.fixture
 def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
     """Drawing takes seconds, and one test of it will do."""
-    for name in ("inputs", "outputs", "depth"):
+    for name in ("inputs", "outputs", "depth", "against"):
         monkeypatch.setattr(figures, name, lambda *arguments: b"")
 
 

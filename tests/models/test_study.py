@@ -12,12 +12,15 @@ import matplotlib.image
 import numpy as np
 import pytest
 import torch
+from scipy.stats import bootstrap, spearmanr
 from scipy.stats import t as scipy_t
+from statsmodels.stats.weightstats import ttost_paired
 
 from models.cli import main
+from models.figures import study as study_figures
 from models.study import plan, tuning, workers
 from models.study.plan import Study, Tuning
-from models.study.statistics import Difference, difference, estimate, holm, paired
+from models.study.statistics import Difference, difference, equivalence, estimate, holm, paired, rank
 from models.study.summary import accuracies, summarise
 from models.support import checkpoints
 
@@ -130,6 +133,45 @@ def test_holm_corrects_by_hand() -> None:
     assert holm([]) == []
 
 
+def test_equality_is_claimed_within_a_margin_only() -> None:
+    """Both one-sided tests at 5 %, as statsmodels makes them; t with 2 degrees of freedom is 2.920 at 5 %."""
+    one, other = np.array([0.953, 0.961, 0.958]), np.array([0.960, 0.962, 0.966])
+    apart = paired(one, other)
+    found = equivalence(apart.mean, apart.std / 3**0.5, 2)
+    assert found.high - apart.mean == pytest.approx(2.920 * apart.std / 3**0.5, rel=1e-4)
+    assert (found.low + found.high) / 2 == pytest.approx(apart.mean)
+    for margin in (0.008, 0.0115, 0.0118, 0.02):
+        shown = equivalence(apart.mean, apart.std / 3**0.5, 2, margin).shown
+        assert shown == (ttost_paired(one, other, -margin, margin)[0] < 0.05)
+        assert shown == (margin > 0.0116)
+        assert not equivalence(apart.mean, apart.std / 3**0.5, 2, margin).excluded
+    large = equivalence(0.03, 0.001, 2)
+    assert (large.shown, large.excluded) == (False, True)
+
+
+def test_ranks_are_correlated_over_runs() -> None:
+    generator = np.random.default_rng(0)
+    x = generator.normal(size=12)
+    y = np.round(x + generator.normal(size=12))  # with ties
+    found = rank(x, y)
+    assert found.rho == pytest.approx(spearmanr(x, y).statistic)
+    # SciPy's own bootstrap of pairs: percentiles of 9,999 draws are right to about 0.02.
+    theirs = bootstrap((x, y), lambda a, b: spearmanr(a, b).statistic, paired=True, vectorized=False,
+                       n_resamples=2000, method="percentile", rng=1).confidence_interval  # fmt: skip
+    assert (found.low, found.high) == pytest.approx(tuple(theirs), abs=0.05)
+    assert rank(x, y) == found
+    falling = rank([1, 2, 3, 4, 5], [5, 4, 2, 1, 0])
+    assert (falling.rho, falling.low, falling.high) == pytest.approx((-1, -1, -1))
+
+
+@pytest.mark.parametrize(
+    ("x", "y"), [([1, 2], [2, 1]), ([1, 1, 1, 1], [1, 2, 3, 4]), ([1, 2, float("nan")], [1, 2, 3])]
+)
+def test_what_cannot_be_ranked_has_no_correlation(x: list[float], y: list[float]) -> None:
+    found = rank(x, y)
+    assert (found.rho, found.low, found.high, found.count) == (None, None, None, len(x))
+
+
 def test_an_image_is_robust_in_the_worst_case_where_nothing_breaks_it() -> None:
     found = accuracies(result("1000", PGD="1100", FGSM="1010"))
     assert found == {"clean": 0.75, "PGD": 0.5, "FGSM": 0.5, "worst": 0.25}
@@ -183,7 +225,7 @@ def test_a_study_is_done_shown_and_not_done_twice(
     page = (out / "README.md").read_text()
     assert f"{command[0]} {command[1]}" in page
     assert "4 of 4 runs" in page
-    for name in ("accuracies", "differences"):
+    for name in ("accuracies", "differences", "robust-clean"):
         assert matplotlib.image.imread(out / f"{name}.png")[..., :3].std() > 0.05
     before = {p: p.stat().st_mtime_ns for p in (out / "runs").iterdir()}
     (out / "runs/light-kaf-1.json").unlink()
@@ -218,6 +260,14 @@ def test_failed_runs_are_left_out_and_named() -> None:
         ["relu"],
         {"light-kaf-0": "the loss became nan"},
     )
+
+
+def test_a_figure_pairs_the_seeds_that_both_have() -> None:
+    entries = [
+        {"seeds": [0, 1, 3], "worst": {"values": [0.5, 0.6, 0.9]}},
+        {"seeds": [1, 2, 0], "worst": {"values": [0.7, 0.1, 0.3]}},
+    ]
+    assert study_figures._seeds(*entries, "worst") == pytest.approx([0.2, -0.1])
 
 
 def test_attacks_of_another_network_or_other_images_are_not_reused(tmp_path: Path) -> None:

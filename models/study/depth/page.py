@@ -1,6 +1,7 @@
 """What `python -m models gradients` writes: tables and figures of networks as they start, and along training."""
 
 import itertools
+import math
 import statistics
 from dataclasses import asdict
 from pathlib import Path
@@ -8,10 +9,10 @@ from typing import Any
 
 from models.figures import gradients as figures
 from models.reports import tables
-from models.reports.tables import Table, bullets, number, signed, spread
+from models.reports.tables import Table, bullets, ends, number, signed, spread
 from models.study.page import head
 from models.study.plan import Study
-from models.study.statistics import estimate, paired
+from models.study.statistics import MARGIN, equivalence, estimate, paired
 from models.study.summary import CLEAN, accuracies
 from models.support import files
 
@@ -46,10 +47,11 @@ _LAYERS = (
 )
 _TRAINING = (
     "Accuracy on test images in %, mean over seeds ± standard deviation between seeds; the difference is paired by "
-    "seed, with the 95 % interval of Student's t. *First to last* is the gradient norm of the first convolution "
-    "over that of the last one, in training mode on held-out images: the median over seeds at the start and at "
-    "the end, and the largest or smallest (whichever is farther from 1) after any epoch of any seed. *Failed* "
-    "counts runs whose loss became NaN or infinite."
+    "seed, with the 95 % interval of Student's t. *Within*: the 90 % interval, and whether it shows, by two "
+    f"one-sided tests at 5 %, that the difference is below {100 * MARGIN:g} points. *First to last* is the "
+    "gradient norm of the first convolution over that of the last one, in training mode on held-out images: the "
+    "median over seeds at the start and at the end, and the largest or smallest (whichever is farther from 1) "
+    "after any epoch of any seed. *Failed* counts runs whose loss became NaN or infinite."
 )
 
 
@@ -64,9 +66,9 @@ def report(study: Study, done: dict[str, dict[str, Any]], results: Path, command
         files.write_bytes(results / "layers.png", figures.layers(whole))
         about = f"Of seed {study.seeds[0]}, {_LAYERS}"
         layers = ["## Layer by layer", "![norms layer by layer](layers.png)", about]
-    first = study.activations[0]
+    first, small = study.activations[0], f"within ± {100 * MARGIN:g}?"
     ratios = ("first to last at the start", "largest in training", "at the end")
-    table = Table("network", "activation", "accuracy", f"difference to {first}", *ratios, "failed")
+    table = Table("network", "activation", "accuracy", f"difference to {first}", small, *ratios, "failed")
     for network, activation in itertools.product(study.networks, study.activations):
         same = {r.seed: x for r, x in shown if (r.network, r.activation) == (network, activation)}
         base = {r.seed: x for r, x in shown if (r.network, r.activation) == (network, first)}
@@ -94,12 +96,18 @@ def report(study: Study, done: dict[str, dict[str, Any]], results: Path, command
 def _row(same: dict[int, dict[str, Any]], base: dict[int, dict[str, Any]]) -> list[str]:
     finished = {seed: accuracies(x)[CLEAN] for seed, x in same.items() if "error" not in x}
     compared = {seed: accuracies(x)[CLEAN] for seed, x in base.items() if "error" not in x and seed in finished}
-    accuracy = difference = ""
+    accuracy = difference = within = ""
     if finished:
         found = estimate(list(finished.values()))
         accuracy = spread(found.mean, found.std)
     if compared:
-        difference = signed(asdict(paired([finished[s] for s in compared], list(compared.values()))))
+        apart = paired([finished[s] for s in compared], list(compared.values()))
+        difference = signed(asdict(apart))
+        if apart.std is not None:
+            count = len(compared)
+            small = equivalence(apart.mean, apart.std / math.sqrt(count), count - 1)
+            verdict = "yes" if small.shown else "no" if small.excluded else "not shown"
+            within = f"{ends(small.low, small.high)}: {verdict}"
     ratios = [[g["ratio"] for g in x["gradients"]] for x in same.values()]
     every = [r for series in ratios for r in series]
     known = [r for r in every if r]
@@ -107,7 +115,7 @@ def _row(same: dict[int, dict[str, Any]], base: dict[int, dict[str, Any]]) -> li
     failed = len(same) - len(finished)
     start, end = (_median([series[place] for series in ratios]) for place in (0, -1))
     outcome = f"{failed} of {len(same)}" if failed else "none"
-    return [accuracy, difference, start, number(farthest, form=".2g"), end, outcome]
+    return [accuracy, difference, within, start, number(farthest, form=".2g"), end, outcome]
 
 
 def _median(values: list[float | None], form: str = ".2g") -> str:
