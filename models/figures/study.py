@@ -9,6 +9,8 @@ from matplotlib.figure import Figure
 from models.figures import labels, style
 from models.figures.labels import Label
 
+Panels = list[tuple[Axes, dict[str, Any]]]
+"""Axes with the activations that they show."""
 _BELOW = 0.28  # of a row, where dots of seeds are below its line
 
 
@@ -98,7 +100,7 @@ def _colour(name: str) -> str:
     return style.VERMILLION if name.startswith("kaf") else style.BLUE
 
 
-def _panels(summary: dict[str, Any], rows: list[str]) -> tuple[Figure, list[tuple[Axes, dict[str, Any]]]]:
+def _panels(summary: dict[str, Any], rows: list[str]) -> tuple[Figure, Panels]:
     """Return a figure with rows, and its axes with the activations that each shows."""
     figure, panels = _grid(summary, height=0.7 + 0.3 * len(rows), shared=True)
     for axes, _ in panels:
@@ -106,9 +108,7 @@ def _panels(summary: dict[str, Any], rows: list[str]) -> tuple[Figure, list[tupl
     return figure, panels
 
 
-def _grid(
-    summary: dict[str, Any], height: float, shared: bool = False
-) -> tuple[Figure, list[tuple[Axes, dict[str, Any]]]]:
+def _grid(summary: dict[str, Any], height: float, shared: bool = False) -> tuple[Figure, Panels]:
     rates = summary["rates"]
     networks = list(dict.fromkeys(network for by_network in rates.values() for network in by_network))
     figure = style.figure(height=0.4 + height * len(rates))

@@ -206,9 +206,9 @@ def test_the_axis_of_a_network_of_one_answer_shows_the_attack(monkeypatch: pytes
     """All its radii are 1, and those of the attack far smaller."""
     limits = []
     monkeypatch.setattr(figures.style, "png", lambda figure: limits.append(figure.axes[1].get_xlim()))
-    attacked = [figures.Attacked(eps, 0.5, 0.4, 0.6) for eps in (0.0, 0.01, 0.03)]
+    attacked = [(eps, Mark(0.5, 0.4, 0.6)) for eps in (0.0, 0.01, 0.03)]
     certified = figures.Certified({"interval propagation": [1.0, 0.0]}, "pgd", attacked)
-    figures.network([figures.Place("last", 2.0)], figures.Bounds(1.0, 2.0, 1.5), certified)
+    figures.network([("last", 2.0)], figures.Bounds(1.0, 2.0, 1.5), certified)
     assert limits == [(0.005, 0.03)]
 
 
