@@ -36,7 +36,7 @@ def draw(clean: Sequence["Use"], adversarial: Sequence["Use"] = ()) -> Figure:
     right.set_xlim(left=-0.02 * right.get_xlim()[1])
     style.grid(right, "x")
     handles = [style.handle(name, colour, "o", ls="-", ms=4, lw=1) for uses, colour, name in shown if uses]
-    style.legend(figure, handles, 2)
+    style.legend(figure, handles, 2, loc="outside upper right")
     return figure
 
 

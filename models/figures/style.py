@@ -93,7 +93,7 @@ def handle(label: str, colour: str, mark: str = "", hollow: bool = False, **look
 def legend(figure: Figure, handles: Sequence[Artist] | None = None, columns: int = 3, **options: Any) -> None:
     """Write a legend above everything."""
     shown = {} if handles is None else {"handles": handles}
-    figure.legend(**shown, loc="outside upper left", ncols=columns, fontsize=8, **options)
+    figure.legend(**{"loc": "outside upper left", "ncols": columns, "fontsize": 8, **shown, **options})
 
 
 def bare(axes: Axes) -> None:
