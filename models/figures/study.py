@@ -73,9 +73,10 @@ def robust_against_clean(summary: dict[str, Any], measure: str) -> Figure:
     texts = []
     for axes, activations in panels:
         axes.set_xlabel("clean accuracy, %")
+        if (place := axes.get_subplotspec()) is not None and place.is_first_col():
+            axes.set_ylabel("accuracy under attack, %")
         style.grid(axes, "both")
         texts.append((axes, [_pair(axes, name, entry, measure) for name, entry in activations.items()]))
-    figure.supylabel("accuracy under attack, %", fontsize=9, color=style.GREY)
     for axes, found in texts:
         labels.place(axes, found)
     return figure
