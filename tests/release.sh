@@ -9,6 +9,10 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 python=$(realpath -s "${1:-.venv/bin/python}")
 export VIRTUAL_ENV=$("$python" -c "import sys; print(sys.prefix)")  # whose torch the wheel is built with
+corners=${CORNERS:-3.10:2.10 3.13:}
+for corner in $corners; do  # before what takes minutes
+  "python${corner%%:*}" --version >/dev/null || { echo "python${corner%%:*} does not run: install it, or name others in CORNERS"; exit 1; }
+done
 folder=$(mktemp -d)
 trap 'rm -rf "$folder"' EXIT
 
@@ -19,7 +23,7 @@ tar -xzf dist/*.tar.gz -C "$folder"
 cp "$folder"/dist/*.whl dist/
 "$python" -m twine check --strict dist/*
 
-for corner in ${CORNERS:-3.10:2.10 3.13:}; do
+for corner in $corners; do
   echo "== Python ${corner%%:*}, torch ${corner#*:}"
   environment=$folder/${corner%%:*}
   "python${corner%%:*}" -m venv "$environment"
