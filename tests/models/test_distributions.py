@@ -333,12 +333,12 @@ def test_the_command_compares_runs(runs: list[Path], tmp_path: Path, capsys: pyt
     summary = json.loads((tmp_path / "distributions.json").read_text())
     both = summary["runs"]
     assert [entry["run"] for entry in both] == ["kaf", "relu"]
-    assert both[1]["accuracy"]["clean"] == masks["clean"].count("0") / 30
+    assert both[1]["accuracy"]["clean"] == pytest.approx(masks["clean"].count("0") / 30, rel=1e-6)
     assert both[1]["moved"]["all"]["outputs"] == pytest.approx(np.mean(found["by_image"]["moved"]["outputs"]))
     assert [row["count"] for row in summary["ranks"]] == [2] * 8
     assert {row["rho"] for row in summary["ranks"]} == {None}  # of two runs there is nothing to rank
     assert (tmp_path / "against.png").exists()
-    assert both[1]["layers"][0]["inputs"]["l2"] == layers[0].inputs.l2
+    assert both[1]["layers"][0]["inputs"]["l2"] == pytest.approx(layers[0].inputs.l2, rel=1e-6)
     assert (tmp_path / "layers.png").exists()
 
 
