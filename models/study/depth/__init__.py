@@ -71,7 +71,7 @@ def train(study: Study, run: Run, results: Path, folder: Path) -> dict[str, Any]
         result = {**common, **_train(study, run, trainer, kept)}
     except KeyboardInterrupt as error:
         raise Interrupted from error
-    files.write_result(workers.result_file(results, run), result)
+    files.write_json(workers.result_file(results, run), result)
     return result
 
 
