@@ -12,7 +12,7 @@ import torch
 from models import commands
 from models.data import MNIST5K_SIZE
 from models.demo import Demo, Settings
-from models.support.arguments import integer, positive, radius
+from models.support.arguments import Commands, command, integer, positive, radius
 from models.support.errors import UserError
 from models.support.interrupts import Interrupted
 
@@ -46,11 +46,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
             stream.reconfigure(errors="replace")
     options = parser().parse_args(arguments)
     # Going on with --restart would discard what there is.
-    command = shlex.join(("python", "-m", "models", *(a for a in arguments if a != "--restart")))
+    text = shlex.join(("python", "-m", "models", *(a for a in arguments if a != "--restart")))
     try:
-        return options.run(options, command)
+        return options.run(options, text)
     except (KeyboardInterrupt, Interrupted):
-        print(f"\nStopped. What is done is kept; to go on: {command}", file=sys.stderr)
+        print(f"\nStopped. What is done is kept; to go on: {text}", file=sys.stderr)
         return 130
     except (UserError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
@@ -62,19 +62,14 @@ def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m models", description="Networks with learned activations.")
     below = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
     _add_demo(below)
-    for command in commands.ALL:
-        command.add(below)
+    for module in commands.ALL:
+        module.add(below)
     return parser
 
 
-def _add_demo(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
-    demo = commands.add_parser(
-        "demo",
-        help="train, attack and compare ReLU, SiLU and KAF networks in a few minutes",
-        description=_DEMO,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+def _add_demo(commands: Commands) -> None:
+    purpose = "train, attack and compare ReLU, SiLU and KAF networks in a few minutes"
+    demo = command(commands, "demo", purpose, _DEMO, _demo)
     add = demo.add_argument
     add("--out", type=Path, default=Path("runs/demo"), help="folder for all output (default: runs/demo)")
     add("--restart", action="store_true", help="discard the run that OUT holds and start anew")
@@ -84,7 +79,6 @@ def _add_demo(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -
         add(flag, type=parse, default=default, metavar="X", help=f"{purpose} (default: {default})")
     add("--threads", type=integer(1, 4096), help="processor threads (default: PyTorch's choice)")
     add("--no-compile", action="store_true", help="leave torch.compile out of the comparison of a step's cost")
-    demo.set_defaults(run=_demo, refuse=demo.error)
 
 
 def _demo(options: argparse.Namespace, command: str) -> int:

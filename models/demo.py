@@ -14,13 +14,14 @@ from torch import nn
 
 import kafops
 from models import attacks, data
+from models.analysis.curves import DictionaryUse, evolution
 from models.data import DataSet
 from models.evaluation import Accuracy, clean_accuracy, robust_accuracy, step_cost
 from models.figures import accuracy as accuracy_figure
 from models.figures import cost as cost_figure
-from models.figures import curves as curves_figure
-from models.figures import style
+from models.figures import curve_strip, style
 from models.reports import demo_report
+from models.reports.tables import share
 from models.runs import RunFolder, session
 from models.runs.settings import Settings as RunSettings
 from models.support import checkpoints, environment, files, terminal
@@ -30,6 +31,7 @@ from models.training.trainer import LATEST
 LABELS = {"relu": "ReLU", "silu": "SiLU", "kaf_isometric": "KAF"}
 KAF = "kaf_isometric"
 _RESULT = "result.json"
+_KINDS = ("clean", "robust")
 _OUTPUTS = (
     "metrics.json",
     "step_cost.json",
@@ -102,7 +104,7 @@ class Demo:
             trainer = self._train(name, progress, task)
             result = self._evaluate(trainer, progress, task)
             files.write_json(place, result)
-        status = f"clean {_percent(result['clean'])}, robust {_percent(result['robust'])}"
+        status = ", ".join(f"{kind} {share(result[kind]['accuracy'])}" for kind in _KINDS)
         progress.update(task, total=1, completed=1, status=status)
         return result
 
@@ -194,34 +196,31 @@ class Demo:
             accuracy_figure.Row(
                 LABELS[name],
                 style.COLOURS[name],
-                *(Accuracy(result[kind]["correct"], result[kind]["total"]) for kind in ("clean", "robust")),
+                [accuracy_figure.Mark(result[kind]["accuracy"], *result[kind]["interval"]) for kind in _KINDS],
             )
             for name, result in results.items()
         ]
-        return accuracy_figure.draw(rows, f"PGD-{self.settings.pgd_steps}, ε = {self.settings.eps:.3g}")
+        attack = f"PGD-{self.settings.pgd_steps}, ε = {self.settings.eps:.3g}"
+        about = f"accuracy, %   (● under {attack}   ○ clean   bars: 95 % intervals)"
+        return accuracy_figure.rows([accuracy_figure.Panel("", about, rows)])
 
     def _draw_curves(self) -> bytes:
         path = self.folder.path / KAF / LATEST
         before, after = self._initial(KAF), self._initial(KAF)
-        checkpoints.load_weights(after, checkpoints.weights(checkpoints.load(path)[0]), path)
-        return curves_figure.draw(
-            curves_figure.collect(before, after, self.data.test.tensors(min(256, self.settings.test))[0])
-        )
+        tensors, record = checkpoints.load(path)
+        checkpoints.load_weights(after, checkpoints.weights(tensors), path)
+        use = DictionaryUse(after)
+        use.add(self.data.test.tensors(min(256, self.settings.test))[0])
+        layers = use.layers()
+        return curve_strip.strip(evolution([before, after]), [0, int(record["epoch"])], len(layers), layers)
 
     def _initial(self, name: str) -> nn.Module:
         return session.build(self.settings.of(name), self.data.images)
 
     def _show(self, metrics: dict[str, Any]) -> None:
-        table = terminal.table("network", "clean", f"PGD-{self.settings.pgd_steps}")
-        for name, result in metrics["results"].items():
-            table.add_row(LABELS[name], _percent(result["clean"]), _percent(result["robust"]))
-        self.console.print(table)
+        self.console.print(demo_report.accuracies(metrics, LABELS).terminal())
         self.console.print(f"Report: {self.folder.path / 'report.html'}")
 
 
 def _record(accuracy: Accuracy) -> dict[str, Any]:
     return {**asdict(accuracy), "accuracy": accuracy.value, "interval": list(accuracy.interval)}
-
-
-def _percent(accuracy: dict[str, Any]) -> str:
-    return f"{accuracy['accuracy']:.1%}"

@@ -14,6 +14,7 @@ Images come in batches and leave counts behind, so memory does not grow with the
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -27,8 +28,6 @@ from models.taps import tapped
 from models.training import curves as kept
 from models.training.outside import INSIDE, ends, rounded_up
 
-USED = 0.001
-"""The share of a channel's inputs from which on it uses a point."""
 _POINTS = 161
 _BEYOND = 0.15  # of the dictionary's length, that a curve is shown at either side
 
@@ -46,6 +45,9 @@ class Use:
         reach, reach_99: 99.9 % and 99 % of all inputs of the layer are within ±reach, ±reach_99. They are too large by
             at most 0.2 % of the largest input.
     """
+
+    USED: ClassVar[float] = 0.001
+    """The share of a channel's inputs from which on it uses a point."""
 
     name: str
     points: list[float]
@@ -70,7 +72,7 @@ class Use:
     @property
     def users(self) -> list[float]:
         """Of each point, the share of channels that use it."""
-        return [sum(share >= USED for share in cell) / len(cell) for cell in zip(*self.cells, strict=True)]
+        return [sum(share >= self.USED for share in cell) / len(cell) for cell in zip(*self.cells, strict=True)]
 
     @property
     def never(self) -> list[int]:

@@ -2,7 +2,6 @@
 
 import argparse
 import copy
-import json
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -12,22 +11,21 @@ from typing import Any
 
 import torch
 from rich.progress import Progress
-from rich.table import Table
 from torch import Tensor, nn
 
+from models.attacks import Attack
 from models.certified.certificates import accuracy_at, certify
 from models.certified.expansion import jacobian_norm, largest_ratio
 from models.certified.lipschitz import Bound, upper_bound
 from models.certified.operations import Step
 from models.certified.traced import steps
-from models.commands import looking
+from models.commands import looking, settings
 from models.evaluation import Outcome, evaluate_clean
-from models.evaluation.outcomes import Job, Outcomes, described, digest
+from models.evaluation.outcomes import Job, Outcomes, described
 from models.figures import bounds as figures
-from models.runs import trained
-from models.runs.settings import completed
-from models.runs.trained import Trained
-from models.support import environment, files, seeds, terminal
+from models.reports import bounds as bounds_page
+from models.support import arguments, files, seeds, terminal
+from models.support.arguments import Commands
 from models.support.errors import UserError
 from models.support.interrupts import AFTER_THIS, Interrupted, StopRequest
 
@@ -44,11 +42,8 @@ and bounds.png in OUT show all; runs that differ in their seed alone are one row
 Ctrl-C stops at any time and loses at most the batch under way: the same command goes on where it stopped.
 """
 
-FORMAT = 1
 DEFAULT_IMAGES = 100
 DEFAULT_ATTACK = "pgd-50"
-AT = (1e-5, 1e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
-"""Radii in L-infinity at which certified accuracies are written down."""
 _ATTACKED = (0.125, 0.25, 0.5, 0.75, 1.0, 1.5)  # of eps
 _LEGEND = (
     "\nfound: largest stretch of a change of an image, in L2; local: median over images of what is proved around each; "
@@ -59,26 +54,18 @@ _METHODS = ("intervals", "lipschitz", "local", "linf")
 _PERCENTILES = (5, 50, 95)
 
 
-def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def add(commands: Commands) -> None:
     """Add the command."""
-    parser = commands.add_parser(
-        "bounds",
-        help="bound Lipschitz constants, and certify accuracy",
-        description=_ABOUT,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = arguments.command(commands, "bounds", "bound Lipschitz constants, and certify accuracy", _ABOUT, _run)
     looking.add(parser, DEFAULT_IMAGES, "test", DEFAULT_ATTACK)
     parser.add_argument(
         "--out", type=Path, default=Path("runs/bounds"), metavar="OUT",
         help="folder for what compares several runs (default: runs/bounds)",
     )  # fmt: skip
-    parser.set_defaults(run=_run, refuse=parser.error)
 
 
 def _run(options: argparse.Namespace, command: str) -> int:
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
+    settings.use_threads(options)
     console = terminal.console()
     labels = looking.labels(options.folders)
     looks = [_Look(folder, label, options, command) for folder, label in zip(options.folders, labels, strict=True)]
@@ -86,19 +73,18 @@ def _run(options: argparse.Namespace, command: str) -> int:
     with StopRequest(AFTER_THIS) as stop, terminal.progress(console) as progress:
         results = [look.result(progress, stop) for look in looks]
     if len(results) == 1:
-        console.print(_layers(results[0]))
+        console.print(bounds_page.layers(results[0]).terminal())
         console.print()
-    console.print(_networks(labels, results))
+    console.print(bounds_page.networks(labels, results).terminal())
     console.print(_LEGEND.format(attack=options.attack, eps=results[0]["identity"]["eps"]))
     if len(results) > 1:
-        rows = figure_rows(labels, results)
-        summary = {"format": FORMAT, "command": command, "runs": _summaries(labels, options.folders, results)}
-        files.write_json(options.out / "bounds.json", summary)
+        rows = bounds_page.rows(labels, results)
+        summary = {"format": _Look.FORMAT, "command": command, "runs": _summaries(labels, options.folders, results)}
+        files.write_result(options.out / "bounds.json", summary)
         files.write_bytes(options.out / "bounds.png", figures.networks(rows, results[0]["identity"]["eps"]))
-        attacked = attacked_groups(labels, results)
+        attacked = bounds_page.attacked(labels, results)
         files.write_bytes(options.out / "over-eps.png", figures.over_radius(attacked, results[0]["attack"]["name"]))
-    folders = [str(folder / "bounds") for folder in options.folders]
-    console.print(f"Written to {', '.join(folders + [str(options.out)] * (len(folders) > 1))}")
+    console.print(looking.written(_Look.PART, options))
     return 0
 
 
@@ -109,34 +95,18 @@ def _one_eps(looks: Sequence["_Look"]) -> None:
         raise UserError(f"the runs were trained for different radii: {told}; give --eps, one radius for all")
 
 
-class _Look:
-    """What is to be computed for one run, as the options say."""
+class _Look(looking.Look):
+    PART = "bounds"
+    attack: Attack
+    eps: float
 
     def __init__(self, run: Path, label: str, options: argparse.Namespace, command: str) -> None:
-        self.label, self.options, self.command = label, options, command
-        self.folder = run / "bounds"
-        self.network: Trained = trained.load(run, options.which, options.data_root)
-        self.device = looking.device(options.device)
-        self.attack, self.eps = looking.attack_on(self.network, options.attack, options.eps)
+        super().__init__(run, label, options, command)
         radii = (share * self.eps for share in _ATTACKED if share * self.eps <= 1)
         self.attacks = {radius: looking.attack_on(self.network, options.attack, radius)[0] for radius in radii}
         if self.attack.norm != "Linf":
             raise UserError(f"--attack {options.attack} is an attack in {self.attack.norm}; give one in L-infinity")
-        source = self.network.data.test
-        self.count = looking.count(options.images, DEFAULT_IMAGES, len(source), f"test images of {run}")
-        self.checkpoint = {"checkpoint": digest(self.network.checkpoint), "data": self.network.settings["data"]}
-        self.identity = json.loads(
-            json.dumps(
-                {
-                    "format": FORMAT,
-                    **self.checkpoint,
-                    "eps": self.eps,
-                    "batch_size": options.batch_size,
-                    "seed": options.seed,
-                    "device": self.device.type,
-                }
-            )
-        )
+        self.asked = self.identity()
 
     def result(self, progress: Progress, stop: StopRequest) -> dict[str, Any]:
         """Do what is left to do, write bounds.json and its figure, and return the content of the former.
@@ -151,7 +121,7 @@ class _Look:
         network = steps(self.network.model, (form.channels, form.size, form.size))
         bound = upper_bound(network)
         seconds = time.perf_counter() - start
-        images, labels = self.network.data.test.tensors(self.count)
+        images, labels = self.source.tensors(self.count)
 
         def show(done: int) -> None:
             progress.update(task, completed=done, status="radii and stretch, images")
@@ -162,7 +132,7 @@ class _Look:
         attacked = self._attacked(images, labels, progress, stop)
         found = self._results(bound, seconds, of_images, attacked)
         files.write_json(self.folder / "bounds.json", found)
-        files.write_bytes(self.folder / "bounds.png", figures.network(*figure_of(found, of_images)))
+        files.write_bytes(self.folder / "bounds.png", figures.network(*bounds_page.growth(found, of_images)))
         return found
 
     def _images(
@@ -173,7 +143,7 @@ class _Look:
         Those around an image depend on the others of its batch, so a last batch that was cut, or is now, is done again.
         """
         path, size = self.folder / "images.json", self.options.batch_size
-        found = (looking.kept(path, self.identity, _check_images) or {"images": []})["images"]
+        found = (looking.kept(path, self.asked, _check_images) or {"images": []})["images"]
         enough = len(found) > self.count  # then what is kept stays
         if len(found) != self.count:
             whole = min(len(found), self.count) // size * size
@@ -198,7 +168,7 @@ class _Look:
                 for row in zip(*lists.values(), strict=True)
             ]
             if not enough:
-                files.write_json(path, {"identity": self.identity, "images": found})
+                files.write_json(path, {"identity": self.asked, "images": found})
             show(len(found))
         return found
 
@@ -215,7 +185,8 @@ class _Look:
         """Return the accuracy under the attack over radii, the first one 0."""
         model, size = self.network.model.to(self.device), self.options.batch_size
         images, labels = images.to(self.device), labels.to(self.device)
-        outcomes = Outcomes(self.folder, self.checkpoint, model, images, labels, size)
+        about = {name: self.asked[name] for name in ("checkpoint", "data")}
+        outcomes = Outcomes(self.folder, about, model, images, labels, size)
         found = [_point(0.0, evaluate_clean(model, images, labels, size))]
         for radius, attack in self.attacks.items():
             task = progress.add_task(f"{attack.name} at ε = {radius:.3g}", total=self.count, status="")
@@ -237,28 +208,24 @@ class _Look:
             return torch.tensor([math.inf if v is None else v for v in values], dtype=torch.float64)
 
         lower = {name: max(image[name] for image in images) for name in ("singular", "ratio_l2", "ratio_linf")}
-        return {
-            "format": FORMAT,
-            "command": self.command,
-            "settings": self.network.settings,
-            "which": self.options.which,
-            "identity": self.identity,
-            "images": self.count,
-            "attack": {"name": self.attack.name, "settings": described(self.attack)},
-            "pixels": self._pixels,
-            "upper": _finite(bound.upper.item()),
-            "upper_seconds": round(seconds, 2),
-            "lower": max(lower.values()),
-            "lower_by": lower,
-            "local": _percentiles(of_each("local_bound")),
-            "layers": [{n: _finite(v) for n, v in asdict(layer).items()} for layer in bound.layers],
-            "radii": {name: _percentiles(of_each(name)) for name in (*_METHODS, "l2")},
-            "certified": [
-                {"eps": eps, **{name: self._accuracy(name, of_each(name), eps) for name in _METHODS}} for eps in AT
+        return self.content(
+            self.asked,
+            images=self.count,
+            attack={"name": self.attack.name, "settings": described(self.attack)},
+            pixels=self._pixels,
+            upper=_finite(bound.upper.item()),
+            upper_seconds=round(seconds, 2),
+            lower=max(lower.values()),
+            lower_by=lower,
+            local=_percentiles(of_each("local_bound")),
+            layers=[{n: _finite(v) for n, v in asdict(layer).items()} for layer in bound.layers],
+            radii={name: _percentiles(of_each(name)) for name in (*_METHODS, "l2")},
+            certified=[
+                {"eps": eps, **{name: self._accuracy(name, of_each(name), eps) for name in _METHODS}}
+                for eps in bounds_page.AT
             ],
-            "attacked": attacked,
-            "environment": environment.describe(),
-        }
+            attacked=attacked,
+        )
 
     def _accuracy(self, method: str, radii: Tensor, eps: float) -> float:
         """Return the accuracy certified in L-infinity; `lipschitz` and `local` are radii in L2."""
@@ -290,96 +257,6 @@ def _percentiles(values: Tensor) -> dict[str, float | None]:
     return {f"p{p}": _finite(values.quantile(p / 100).item()) for p in _PERCENTILES}
 
 
-def figure_of(
-    result: Mapping[str, Any], images: Sequence[Mapping[str, float]]
-) -> tuple[list[figures.Place], figures.Bounds, figures.Certified]:
-    """Return what the figure of a run shows, from the contents of its bounds.json and images.json."""
-    places, jumped = [], False
-    for layer in result["layers"]:
-        jumped = jumped or layer["kind"] == "winners"
-        if jumped or layer["bound"] is not None:
-            places.append(figures.Place(layer["name"], layer["bound"]))
-    wide = math.sqrt(result["pixels"])
-    radii = {
-        "interval propagation": [image["intervals"] for image in images],
-        "global Lipschitz": [image["lipschitz"] / wide for image in images],
-        "local Lipschitz": [image["local"] / wide for image in images],
-    }
-    attacked = [figures.Attacked(p["eps"], p["accuracy"], *p["interval"]) for p in result["attacked"]]
-    return places, _bounds(result), figures.Certified(radii, result["attack"]["name"], attacked)
-
-
-def figure_rows(labels: Sequence[str], results: Sequence[Mapping[str, Any]]) -> list[figures.Row]:
-    """Return what the figure of several runs shows: runs that differ in their seed alone make one row."""
-    at = _telling(results)
-    return [
-        figures.Row(
-            label,
-            str(results[chosen[0]]["settings"]["activation"]),
-            [_bounds(results[n]) for n in chosen],
-            [results[n]["attacked"][0]["accuracy"] for n in chosen],
-            [_at_eps(results[n])["accuracy"] for n in chosen],
-            [_certified(results[n], at) for n in chosen],
-            at,
-        )
-        for label, chosen in _groups(labels, results).items()
-    ]
-
-
-def attacked_groups(
-    labels: Sequence[str], results: Sequence[Mapping[str, Any]]
-) -> dict[str, list[list[figures.Attacked]]]:
-    """Return accuracies over radii of the same groups, for the figure of these."""
-    return {
-        label: [
-            [figures.Attacked(p["eps"], p["accuracy"], *p["interval"]) for p in results[n]["attacked"]] for n in them
-        ]
-        for label, them in _groups(labels, results).items()
-    }
-
-
-def _groups(labels: Sequence[str], results: Sequence[Mapping[str, Any]]) -> dict[str, list[int]]:
-    """Return which runs differ in their seed alone, by what they are."""
-    settings = [_flat(result["settings"]) for result in results]
-    different = [n for n in settings[0] if any(s.get(n) != settings[0][n] for s in settings)]
-    names = ["activation", *(n for n in different if n not in ("activation", "seed"))]
-    groups: dict[str, list[int]] = {}
-    for number, one in enumerate(settings):
-        values = [one.get(name) for name in names]
-        short = [
-            str(v) if n in _PLAIN else f"{n.replace('_', ' ')} {v:g}" for n, v in zip(names, values, strict=True) if v
-        ]
-        label = ", ".join(short) if len(results) > 1 else labels[number]
-        groups.setdefault(label, []).append(number)
-    return groups
-
-
-_PLAIN = ("data", "network", "activation", "method", "schedule", "precision", "decay")
-
-
-def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
-    whole = completed(dict(settings))
-    return {**{n: v for n, v in whole.items() if n != "training"}, **whole.get("training", {})}
-
-
-def _telling(results: Sequence[Mapping[str, Any]]) -> float:
-    """Return the largest of the radii at which some network is certified for a tenth of the images, or the least."""
-    telling = [at for at in AT if any(_certified(result, at) >= 0.1 for result in results)]
-    return max(telling, default=AT[0])
-
-
-def _certified(result: Mapping[str, Any], at: float) -> float:
-    return next(point["linf"] for point in result["certified"] if point["eps"] == at)
-
-
-def _at_eps(result: Mapping[str, Any]) -> Mapping[str, Any]:
-    return next(point for point in result["attacked"] if point["eps"] == result["identity"]["eps"])
-
-
-def _bounds(result: Mapping[str, Any]) -> figures.Bounds:
-    return figures.Bounds(result["lower"], result["upper"], result["local"]["p50"])
-
-
 def _summaries(
     labels: Sequence[str], folders: Sequence[Path], results: Sequence[Mapping[str, Any]]
 ) -> list[dict[str, Any]]:
@@ -388,41 +265,3 @@ def _summaries(
         {"run": label, "folder": str(folder), **{n: v for n, v in result.items() if n not in left_out}}
         for label, folder, result in zip(labels, folders, results, strict=True)
     ]
-
-
-def _layers(result: Mapping[str, Any]) -> Table:
-    table = terminal.table("layer", "kind")
-    for column in ("norm", "largest slope", "bound so far"):
-        table.add_column(column, justify="right")
-    endless = ""
-    for layer in result["layers"]:
-        jumps = layer["kind"] == "winners"
-        endless = "∞" if jumps else endless
-        slope = "∞" if jumps else _number(layer["slope"])
-        table.add_row(layer["name"], layer["kind"], _number(layer["norm"]), slope, _number(layer["bound"], endless))
-    return table
-
-
-def _networks(labels: Sequence[str], results: Sequence[Mapping[str, Any]]) -> Table:
-    at = _telling(results)
-    table = terminal.table()
-    table.add_column("run", overflow="fold")  # the end of a name is what tells seeds apart
-    for column in ("found", "local", "bound", "clean", "attacked", f"proved at {at:g}", "radius"):
-        table.add_column(column, justify="right")
-    for label, result in zip(labels, results, strict=True):
-        bounds, attacked = _bounds(result), _at_eps(result)
-        table.add_row(
-            label,
-            _number(bounds.lower),
-            _number(bounds.local),
-            _number(bounds.upper, "∞"),
-            f"{result['attacked'][0]['accuracy']:.1%}",
-            f"{attacked['accuracy']:.1%}",
-            f"{_certified(result, at):.1%}",
-            _number(result["radii"]["linf"]["p50"]),
-        )
-    return table
-
-
-def _number(value: float | None, otherwise: str = "") -> str:
-    return otherwise if value is None else f"{value:.3g}"

@@ -8,20 +8,25 @@ from typing import Any
 from rich.console import Console
 
 from models import recipes, runs
+from models.activations import ACTIVATIONS
 from models.commands import looking
 from models.evaluation import Accuracy
 from models.evaluation.outcomes import digest
-from models.figures import comparison as figure
+from models.figures import accuracy as figures
+from models.figures import style
 from models.recipes import Published, Recipe
-from models.recipes.comparison import Comparison, Line, Measured, closest, compare
+from models.recipes.comparison import Comparison, Line, Measured, attack_name, closest, compare
+from models.reports import tables
+from models.reports.tables import NONE, Table, bullets, points
 from models.runs import trained
 from models.runs.settings import Settings
-from models.support import files, terminal
+from models.support import arguments, files, terminal
+from models.support.arguments import Commands
 from models.support.errors import UserError
 
 _COMPARE = """
-Lines up evaluated runs with the numbers published for their recipe, and writes comparison.md and comparison.png, a
-scatter of accuracy and robustness, to the folder OUT. Settings that are not the recipe's are listed.
+Lines up evaluated runs with the numbers published for their recipe, and writes comparison.md and comparison.png,
+clean and robust accuracies side by side, to the folder OUT. Settings that are not the recipe's are listed.
 """
 
 _CAVEAT = (
@@ -30,21 +35,14 @@ _CAVEAT = (
 )
 
 
-def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def add(commands: Commands) -> None:
     """Add the command."""
-    parser = commands.add_parser(
-        "compare",
-        help="line runs up with published numbers",
-        description=_COMPARE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = arguments.command(commands, "compare", "line runs up with published numbers", _COMPARE, _compare)
     parser.add_argument("folders", type=Path, nargs="+", metavar="RUN", help="folder of an evaluated run")
     parser.add_argument("--recipe", metavar="NAME", help="recipe of the runs (default: the closest to each)")
     parser.add_argument(
         "--out", type=Path, metavar="OUT", help="folder for all output (default: RUN/comparison, runs/comparison)"
     )
-    parser.set_defaults(run=_compare, refuse=parser.error)
 
 
 def _compare(options: argparse.Namespace, command: str) -> int:
@@ -54,13 +52,8 @@ def _compare(options: argparse.Namespace, command: str) -> int:
         options.refuse(str(error))
         raise
     one = options.folders[0] if len(options.folders) == 1 else Path("runs")
-    report(
-        [read(folder) for folder in options.folders],
-        recipe,
-        options.out or one / "comparison",
-        command,
-        terminal.console(),
-    )
+    measured = [read(folder) for folder in options.folders]
+    report(measured, recipe, options.out or one / "comparison", command, terminal.console())
     return 0
 
 
@@ -72,7 +65,7 @@ def report(
     pairs = [(run, recipe or closest(run.settings, every)) for run in measured]
     comparisons = [compare(run, its, recipes.published_for(its.name)) for run, its in pairs]
     rows = [row for name in dict.fromkeys(its.name for _, its in pairs) for row in recipes.published_for(name)]
-    files.write_bytes(out / "comparison.png", figure.draw(comparisons, rows))
+    files.write_bytes(out / "comparison.png", figures.rows(_panels(comparisons, rows)))
     files.write_text(out / "comparison.md", markdown(comparisons, command))
     for comparison in comparisons:
         _show(comparison, console)
@@ -122,22 +115,22 @@ def markdown(comparisons: Sequence[Comparison], command: str) -> str:
     parts = ["# Comparison with published numbers", f"```sh\n{command}\n```", "![comparison](comparison.png)", _CAVEAT]
     for name in dict.fromkeys(comparison.recipe.name for comparison in comparisons):
         parts += _section([comparison for comparison in comparisons if comparison.recipe.name == name])
-    return "\n\n".join(parts) + "\n"
+    return tables.markdown(parts)
 
 
 def _section(comparisons: Sequence[Comparison]) -> list[str]:
     recipe = comparisons[0].recipe
-    lines = [_row(("run", "activation", *_HEAD)), "|---" * (len(_HEAD) + 2) + "|"]
+    table = Table("run", "activation", *_HEAD)
     for c in comparisons:
-        lines += [_row((c.measured.run, c.measured.settings.activation, *_cells(line))) for line in c.lines]
-    parts = [f"## Recipe {recipe.name}", recipe.about, f"Source: {recipe.source}.", "\n".join(lines)]
+        for line in c.lines:
+            table.add(c.measured.run, c.measured.settings.activation, *_cells(line))
+    parts = [f"## Recipe {recipe.name}", recipe.about, f"Source: {recipe.source}.", table.markdown()]
     for comparison in comparisons:
-        parts += [f"**{comparison.measured.run}.** {comparison.verdict}", _bullets(_remarks(comparison))]
+        parts += [f"**{comparison.measured.run}.** {comparison.verdict}", bullets(_remarks(comparison))]
     rows = dict.fromkeys(line.row for c in comparisons for line in c.lines if line.row is not None)
     if rows:
-        parts += ["Where the numbers are from:", _bullets(sources(list(rows)))]
-    parts += ["What is not as in the source:", _bullets(recipe.notes)]
-    return [part for part in parts if part]
+        parts += ["Where the numbers are from:", bullets(sources(list(rows)))]
+    return [*parts, "What is not as in the source:", bullets(recipe.notes)]
 
 
 def sources(rows: Sequence[Published]) -> list[str]:
@@ -147,45 +140,32 @@ def sources(rows: Sequence[Published]) -> list[str]:
     return [*origins, *notes]
 
 
-def points(value: float | None) -> str:
-    """Return an accuracy in %, without the sign, or a dash."""
-    return "–" if value is None else f"{100 * value:.2f}"
-
-
 _HEAD = ("measure", "here, %", "interval", "published", "difference", "within", "by")
 
 
 def _show(comparison: Comparison, console: Console) -> None:
-    table = terminal.table()
-    for head in _HEAD:
-        table.add_column(head, no_wrap=head != "by")
+    table = Table(*_HEAD)
     for line in comparison.lines:
-        table.add_row(*_cells(line))
+        table.add(*_cells(line))
     run, settings = comparison.measured.run, comparison.measured.settings
-    console.print(
-        f"\n{run}, {settings.activation}, and recipe {comparison.recipe.name}", style="bold",
-    )  # fmt: skip
-    console.print(table)
+    console.print(f"\n{run}, {settings.activation}, and recipe {comparison.recipe.name}", style="bold")
+    console.print(table.terminal())
     for sentence in (comparison.verdict, *_remarks(comparison)):
         console.print(sentence)
 
 
 def _cells(line: Line) -> tuple[str, ...]:
     low, high = line.ours.interval
-    by = "–" if line.row is None else line.row.label + (", from memory" if line.row.remembered else "")
+    by = NONE if line.row is None else line.row.label + (", from memory" if line.row.remembered else "")
     return (
         line.measure,
-        points(line.ours.value),
-        f"{100 * low:.1f} to {100 * high:.1f}",
-        points(line.published),
-        "–" if line.difference is None else f"{100 * line.difference:+.2f}",
-        {None: "–", True: "yes", False: "no"}[line.within],
+        points(line.ours.value, ".2f"),
+        f"{points(low)} to {points(high)}",
+        points(line.published, ".2f"),
+        points(line.difference, "+.2f"),
+        {None: NONE, True: "yes", False: "no"}[line.within],
         by,
     )
-
-
-def _row(cells: Sequence[str]) -> str:
-    return f"| {' | '.join(cells)} |"
 
 
 def _remarks(comparison: Comparison) -> list[str]:
@@ -199,5 +179,44 @@ def _remarks(comparison: Comparison) -> list[str]:
     return remarks
 
 
-def _bullets(sentences: Sequence[str]) -> str:
-    return "\n".join(f"- {sentence}" for sentence in sentences)
+def _panels(comparisons: Sequence[Comparison], rows: Sequence[Published]) -> list[figures.Panel]:
+    """Return a panel for each recipe and attack: those of the runs, if some of them are published those only."""
+    panels = []
+    for recipe in dict.fromkeys(comparison.recipe.name for comparison in comparisons):
+        runs = [comparison.measured for comparison in comparisons if comparison.recipe.name == recipe]
+        theirs = [row for row in rows if row.recipe == recipe and row.robust is not None]
+        ours = list(dict.fromkeys(attack_name(text) for run in runs for text in run.robust))
+        for attack in [a for a in ours if a in {row.attack for row in theirs}] or ours:
+            found = [
+                figures.Row(f"{run.run} (here)", _colour(run.settings.activation), [_mark(run.clean), _mark(robust)])
+                for run in runs
+                for text, robust in run.robust.items()
+                if attack_name(text) == attack
+            ]
+            alike = [row for row in theirs if row.attack == attack and row.clean is not None]
+            found += [_published(row, alike) for row in alike]
+            panels.append(figures.Panel(recipe, f"accuracy, %   (○ clean   ● under {attack})", found))
+    return panels
+
+
+def _mark(accuracy: Accuracy) -> figures.Mark:
+    return figures.Mark(accuracy.value, *accuracy.interval)
+
+
+def _published(row: Published, rows: Sequence[Published]) -> figures.Row:
+    """Return a row that is named after what is not the same in all."""
+    words = []
+    if len({other.activation for other in rows}) > 1:
+        words.append(ACTIVATIONS.parse(row.activation)[0])
+    if len({other.network for other in rows}) > 1:
+        words.append(row.network.partition(":")[0])
+    if len({other.label for other in rows}) > 1 or not words:
+        words.append(row.label)
+    label = " ".join(words) + (", from memory" if row.remembered else "")
+    values = [value for value in (row.clean, row.robust) if value is not None]
+    return figures.Row(label, _colour(row.activation), [figures.Mark(value) for value in values])
+
+
+def _colour(activation: str) -> str:
+    name = ACTIVATIONS.parse(activation)[0]
+    return style.GREY if name == "relu" else style.VERMILLION if name.startswith("kaf") else style.BLUE

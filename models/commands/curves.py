@@ -1,24 +1,23 @@
 """`python -m models curves`."""
 
 import argparse
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-from rich.console import Console
 from rich.progress import Progress
 from torch import nn
 
 from models import networks
 from models.analysis.curves import DictionaryUse, Use, dense_size, evolution, suggested_boundary
-from models.commands import looking
-from models.evaluation.outcomes import described, digest
+from models.commands import looking, settings
+from models.evaluation.outcomes import described
 from models.figures import curve_strip, dictionary_use
-from models.runs import trained
-from models.support import checkpoints, environment, files, seeds, terminal
+from models.reports.tables import Table
+from models.runs.trained import Trained
+from models.support import arguments, checkpoints, files, terminal
+from models.support.arguments import Commands
 from models.support.errors import UserError
 from models.support.interrupts import AFTER_THIS, Interrupted, StopRequest
 from models.training import curves as kept
@@ -34,26 +33,21 @@ Runs trained before curves were kept show them before and after training. Ctrl-C
 the run under way: the same command goes on where it stopped.
 """
 
-FORMAT = 1
 DEFAULT_IMAGES = 500
+_LEGEND = (
+    "Outside: share of inputs beyond the dictionary. Used: points, of {size}, that a channel uses, on average; "
+    "empty: those that none of its inputs reached.\n"
+)
 
 
-def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def add(commands: Commands) -> None:
     """Add the command."""
-    parser = commands.add_parser(
-        "curves",
-        help="show how learned curves evolved, and dead zones",
-        description=_ABOUT,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    looking.add(parser, DEFAULT_IMAGES, "validation", None)
-    parser.set_defaults(run=_run, refuse=parser.error)
+    purpose = "show how learned curves evolved, and dead zones"
+    looking.add(arguments.command(commands, "curves", purpose, _ABOUT, _run), DEFAULT_IMAGES, "validation", None)
 
 
 def _run(options: argparse.Namespace, command: str) -> int:
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
+    settings.use_threads(options)
     if options.eps is not None and options.attack is None:
         options.refuse("--eps is the radius of --attack, which is not given; add for example --attack pgd-20")
     console = terminal.console()
@@ -61,13 +55,14 @@ def _run(options: argparse.Namespace, command: str) -> int:
     results = []
     with StopRequest(AFTER_THIS) as stop, terminal.progress(console) as progress:
         for folder, label in zip(options.folders, labels, strict=True):
-            results.append(_look(folder, label, options, command, progress, stop))
+            results.append(_Look(folder, label, options, command).result(progress, stop))
     if len(results) == 1:
-        _show_layers(results[0], console)
-    _show_runs(labels, results, console)
+        console.print(_layers(results[0]).terminal())
+        console.print(_LEGEND.format(size=len(uses_of(results[0])[0].cells[0])))
+    console.print(_networks(labels, results).terminal())
     for label, result in zip(labels, results, strict=True):
         console.print(f"{label}: {advice(result)}")
-    console.print(f"Written to {', '.join(str(f / kept.FOLDER) for f in options.folders)}")
+    console.print(looking.written(_Look.PART, options))
     return 0
 
 
@@ -85,78 +80,59 @@ def advice(result: dict[str, Any]) -> str:
     return text if dense == size else f"{text}; dictionary_size={dense} keeps its points as dense as now (now {size})"
 
 
-def _look(
-    run: Path, label: str, options: argparse.Namespace, command: str, progress: Progress, stop: StopRequest
-) -> dict[str, Any]:
-    """Do what is left to do for a run, write its figures, and return the content of its curves.json."""
-    network = trained.load(run, options.which, options.data_root)
-    device = looking.device(options.device)
-    model = network.model.to(device)
-    if not kept.kaf_layers(model):
-        activation = network.settings["activation"]
-        raise UserError(f"{run} is a network with {activation}, which has no learned curves; give runs with a KAF")
-    source = network.data.validation
-    images = looking.count(options.images, DEFAULT_IMAGES, len(source), f"validation images of {run}")
-    attack, eps = (None, None) if options.attack is None else looking.attack_on(network, options.attack, options.eps)
-    asked = {
-        "format": FORMAT,
-        "checkpoint": digest(network.checkpoint),
-        "data": network.settings["data"],
-        "attack": None if attack is None else described(attack),
-        "eps": eps,
-        "images": images,
-        "batch_size": options.batch_size,
-        "seed": options.seed,
-        "device": device.type,
-    }
-    identity = json.loads(json.dumps(asked))
-    task = progress.add_task(label, total=images, status="dictionary")
-    path = run / kept.FOLDER / "curves.json"
-    result = looking.kept(path, identity, lambda content: (uses_of(content), uses_of(content, "adversarial")))
-    if result is None:
-        clean, adversarial = DictionaryUse(model), DictionaryUse(model)
-        for number, (x, y) in enumerate(source.ordered(options.batch_size, images)):
-            x, y = x.to(device), y.to(device)
-            clean.add(x)
-            if attack is not None:
-                generator = seeds.generator(device, options.seed, "attack", number)
-                adversarial.add(looking.adversarial(model, attack, x, y, generator))
-            progress.update(task, advance=len(x))
-            if stop.requested:
-                raise Interrupted
-        layers = clean.layers()
-        result = {
-            "format": FORMAT,
-            "command": command,
-            "identity": identity,
-            "settings": network.settings,
-            "which": options.which,
-            "suggested_boundary": suggested_boundary(layers),
-            "clean": [asdict(use) for use in layers],
-            "adversarial": None if attack is None else [asdict(use) for use in adversarial.layers()],
-            "environment": environment.describe(),
-        }
-        files.write_json(path, result)
-    progress.update(task, completed=images, status="figures")
-    epochs, states = _states(run, network, options)
-    evolutions, uses = evolution(states()), uses_of(result)
-    folder = run / kept.FOLDER
-    files.write_bytes(folder / "curves.png", curve_strip.strip(evolutions, epochs, len(uses), uses))
-    files.write_bytes(folder / "curves.gif", curve_strip.animation(evolutions, epochs, len(uses)))
-    files.write_bytes(folder / "dictionary.png", dictionary_use.draw(uses, uses_of(result, "adversarial")))
-    progress.update(task, status="done")
-    return result
+class _Look(looking.Look):
+    PART = kept.FOLDER
+
+    def result(self, progress: Progress, stop: StopRequest) -> dict[str, Any]:
+        """Do what is left to do, write the figures, and return the content of curves.json.
+
+        Raises:
+            Interrupted: a stop was requested.
+        """
+        model = self.network.model.to(self.device)
+        if not kept.kaf_layers(model):
+            name = self.network.settings["activation"]
+            raise UserError(f"{self.run} is a network with {name}, which has no learned curves; give runs with a KAF")
+        attack = None if self.attack is None else described(self.attack)
+        identity = self.identity(attack=attack, images=self.count)
+        task = progress.add_task(self.label, total=self.count, status="dictionary")
+        path = self.folder / "curves.json"
+        result = looking.kept(path, identity, lambda content: (uses_of(content), uses_of(content, "adversarial")))
+        if result is None:
+            clean, adversarial = DictionaryUse(model), DictionaryUse(model)
+            for _, x, y, generator in self.batches():
+                clean.add(x)
+                if self.attack is not None:
+                    adversarial.add(looking.adversarial(model, self.attack, x, y, generator))
+                progress.update(task, advance=len(x))
+                if stop.requested:
+                    raise Interrupted
+            layers = clean.layers()
+            result = self.content(
+                identity,
+                suggested_boundary=suggested_boundary(layers),
+                clean=[asdict(use) for use in layers],
+                adversarial=None if self.attack is None else [asdict(use) for use in adversarial.layers()],
+            )
+            files.write_json(path, result)
+        progress.update(task, completed=self.count, status="figures")
+        epochs, states = _states(self.run, self.network)
+        evolutions, uses = evolution(states()), uses_of(result)
+        files.write_bytes(self.folder / "curves.png", curve_strip.strip(evolutions, epochs, len(uses), uses))
+        files.write_bytes(self.folder / "curves.gif", curve_strip.animation(evolutions, epochs, len(uses)))
+        drawing = dictionary_use.draw(uses, uses_of(result, "adversarial"))
+        files.write_bytes(self.folder / "dictionary.png", drawing)
+        progress.update(task, status="done")
+        return result
 
 
-def _states(
-    run: Path, network: trained.Trained, options: argparse.Namespace
-) -> tuple[list[int], Callable[[], Iterator[nn.Module]]]:
+def _states(run: Path, network: Trained) -> tuple[list[int], Callable[[], Iterator[nn.Module]]]:
     """Return the epochs with curves up to the state looked at, and what yields the network with those of each.
 
     The last one is the network itself: it may be some batches past the epoch's end, or restored after a collapse.
     """
-    settings = network.settings
-    model = networks.build(settings["network"], settings["activation"], network.data.images, settings["seed"])
+    made = network.settings
+    model = networks.build(made["network"], made["activation"], network.data.images, made["seed"])
     last = int(checkpoints.load(network.checkpoint)[1]["epoch"])
     saved = kept.epochs(run)
     before = [epoch for epoch in saved or [0] if epoch < last]  # without files, as built: how training started
@@ -171,40 +147,28 @@ def _states(
     return [*before, last], states
 
 
-def _show_layers(result: dict[str, Any], console: Console) -> None:
+def _layers(result: dict[str, Any]) -> Table:
     attacked = uses_of(result, "adversarial")
-    table = terminal.table()
-    table.add_column("layer", no_wrap=True)
-    columns = ["outside", "attacked", "worst channel", "99 % in", "99.9 % in", "used", "empty"]
-    for column in columns if attacked else [column for column in columns if column != "attacked"]:
-        table.add_column(column)
+    under = ["attacked"] if attacked else []
+    table = Table("layer", "outside", *under, "worst channel", "99 % in", "99.9 % in", "used", "empty")
     for number, use in enumerate(uses_of(result)):
-        under = [f"{attacked[number].share:.2%}"] if attacked else []
-        table.add_row(
-            use.name, f"{use.share:.2%}", *under, f"{max(use.outside):.2%}", f"±{use.reach_99:.3g}",
-            f"±{use.reach:.3g}", f"{sum(use.users):.1f}", f"{sum(use.never) / len(use.never):.1f}",
-        )  # fmt: skip
-    console.print(table)
-    size = len(uses_of(result)[0].cells[0])
-    console.print(
-        f"Outside: share of inputs beyond the dictionary. Used: points, of {size}, that a channel uses, on average; "
-        "empty: those that none of its inputs reached.\n",
-    )
+        shares = [use.share, *([attacked[number].share] if attacked else []), max(use.outside)]
+        reaches = [f"±{use.reach_99:.3g}", f"±{use.reach:.3g}"]
+        empty = sum(use.never) / len(use.never)
+        table.add(use.name, *(f"{s:.2%}" for s in shares), *reaches, f"{sum(use.users):.1f}", f"{empty:.1f}")
+    return table
 
 
-def _show_runs(labels: list[str], results: list[dict[str, Any]], console: Console) -> None:
-    table = terminal.table()
-    table.add_column("run", overflow="fold")
-    for column in ("boundary", "suggested", "99 % in", "outside", "worst layer", "points used"):
-        table.add_column(column)
+def _networks(labels: list[str], results: list[dict[str, Any]]) -> Table:
+    table = Table("run", "boundary", "suggested", "99 % in", "outside", "worst layer", "points used")
     for label, result in zip(labels, results, strict=True):
         uses = uses_of(result)
         shares = [use.share for use in uses]
         used = [share for use in uses for share in use.users]
         size = len(uses[0].cells[0])
-        table.add_row(
+        table.add(
             label, f"{max(use.high for use in uses):.3g}", f"{result['suggested_boundary']:g}",
             f"±{max(use.reach_99 for use in uses):.3g}", f"{sum(shares) / len(shares):.2%}", f"{max(shares):.2%}",
             f"{size * sum(used) / len(used):.1f} of {size}",
         )  # fmt: skip
-    console.print(table)
+    return table

@@ -1,7 +1,6 @@
 """`python -m models distributions`."""
 
 import argparse
-import json
 import math
 import time
 from collections.abc import Callable
@@ -9,19 +8,18 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
-from rich.console import Console
 from rich.progress import Progress
 
 from models.analysis.distributions import ALL, SIDES, Density, Images, Layer, Moved, Panel, Recorder, across
-from models.commands import looking
-from models.evaluation.outcomes import described, digest
+from models.attacks import Attack
+from models.commands import looking, settings
+from models.evaluation.outcomes import described
 from models.figures import distributions as figures
-from models.runs import trained
+from models.reports.tables import NONE, Table, number, share
 from models.runs.settings import completed
-from models.runs.trained import Trained
 from models.study.statistics import rank
-from models.support import checkpoints, environment, files, seeds, terminal
+from models.support import arguments, checkpoints, files, terminal
+from models.support.arguments import Commands
 from models.support.interrupts import AFTER_THIS, Interrupted, StopRequest
 
 _ABOUT = """
@@ -37,32 +35,24 @@ attack did not break.
 Ctrl-C stops at any time and loses at most the batch under way: the same command goes on where it stopped.
 """
 
-FORMAT = 2
 DEFAULT_IMAGES = 500
 DEFAULT_ATTACK = "pgd-20"
 _PARTIAL, _SAVE_SECONDS = "partial.safetensors", 60.0
 
 
-def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def add(commands: Commands) -> None:
     """Add the command."""
-    parser = commands.add_parser(
-        "distributions",
-        help="compare activations on clean and adversarial images",
-        description=_ABOUT,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    purpose = "compare activations on clean and adversarial images"
+    parser = arguments.command(commands, "distributions", purpose, _ABOUT, _run)
     looking.add(parser, DEFAULT_IMAGES, "test", DEFAULT_ATTACK)
     parser.add_argument(
         "--out", type=Path, default=Path("runs/distributions"), metavar="OUT",
         help="folder for what compares several runs (default: runs/distributions)",
     )  # fmt: skip
-    parser.set_defaults(run=_run, refuse=parser.error)
 
 
 def _run(options: argparse.Namespace, command: str) -> int:
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
+    settings.use_threads(options)
     console = terminal.console()
     labels = looking.labels(options.folders)
     results = []
@@ -74,19 +64,18 @@ def _run(options: argparse.Namespace, command: str) -> int:
         for label, result in zip(labels, results, strict=True)
     ]
     for folder, network in zip(options.folders, networks, strict=True):
-        files.write_bytes(folder / "distributions/layers.png", figures.depth([network]))
+        files.write_bytes(folder / _Look.PART / "layers.png", figures.depth([network]))
     if len(networks) > 1:
         runs = _summaries(labels, options.folders, results)
         ranks = _ranks(runs)
-        summary = {"format": FORMAT, "command": command, "runs": runs, "ranks": ranks}
-        files.write_json(options.out / "distributions.json", summary)
+        summary = {"format": _Look.FORMAT, "command": command, "runs": runs, "ranks": ranks}
+        files.write_result(options.out / "distributions.json", summary)
         files.write_bytes(options.out / "layers.png", figures.depth(networks))
         files.write_bytes(options.out / "against.png", figures.against(_points(runs)))
-    _show(networks, console)
+    console.print(_distances(networks).terminal())
     if len(networks) > 1:
-        _show_ranks(ranks, console)
-    folders = [str(folder / "distributions") for folder in options.folders]
-    console.print(f"Written to {', '.join(folders + [str(options.out)] * (len(folders) > 1))}")
+        console.print(_correlations(ranks).terminal())
+    console.print(looking.written(_Look.PART, options))
     return 0
 
 
@@ -117,33 +106,15 @@ def _check(content: dict[str, Any]) -> None:
     layers_of(content), panels_of(content), images_of(content)
 
 
-class _Look:
-    """What is to be looked at in one run, as the options say."""
+class _Look(looking.Look):
+    FORMAT = 2
+    PART = "distributions"
+    attack: Attack
 
     def __init__(self, run: Path, label: str, options: argparse.Namespace, command: str) -> None:
-        self.label, self.options, self.command = label, options, command
-        self.folder = run / "distributions"
-        self.network: Trained = trained.load(run, options.which, options.data_root)
-        self.device = looking.device(options.device)
+        super().__init__(run, label, options, command)
         self.model = self.network.model.to(self.device)
-        self.attack, self.eps = looking.attack_on(self.network, options.attack, options.eps)
-        source = self.network.data.test
-        self.images = looking.count(options.images, DEFAULT_IMAGES, len(source), f"test images of {run}")
-        self.identity = json.loads(
-            json.dumps(
-                {
-                    "format": FORMAT,
-                    "checkpoint": digest(self.network.checkpoint),
-                    "data": self.network.settings["data"],
-                    "attack": described(self.attack),
-                    "eps": self.eps,
-                    "images": self.images,
-                    "batch_size": options.batch_size,
-                    "seed": options.seed,
-                    "device": self.device.type,
-                }
-            )
-        )
+        self.asked = self.identity(attack=described(self.attack), images=self.count)
 
     def result(self, progress: Progress, stop: StopRequest) -> dict[str, Any]:
         """Do what is left to do, and return the content of distributions.json.
@@ -152,55 +123,43 @@ class _Look:
             Interrupted: a stop was requested; what is done is kept.
         """
         path = self.folder / "distributions.json"
-        task = progress.add_task(self.label, total=self.images, status="")
-        found = looking.kept(path, self.identity, _check)
+        task = progress.add_task(self.label, total=self.count, status="")
+        found = looking.kept(path, self.asked, _check)
         if found is None:
             found = self._measure(lambda images: progress.update(task, completed=images), stop)
             files.write_json(path, found)
             (self.folder / _PARTIAL).unlink(missing_ok=True)
-        progress.update(task, completed=self.images)
-        panels = panels_of(found)
-        count = len(found["layers"])
+        progress.update(task, completed=self.count)
+        panels, count = panels_of(found), len(found["layers"])
         files.write_bytes(self.folder / "distributions.png", figures.inputs(panels, count))
         files.write_bytes(self.folder / "outputs.png", figures.outputs(panels, count))
         return found
 
     def _measure(self, on_images: Callable[[int], None], stop: StopRequest) -> dict[str, Any]:
-        recorder, size = Recorder(self.model), self.options.batch_size
+        recorder = Recorder(self.model)
         self._take_up(recorder)
         on_images(recorder.images)
         saved = time.monotonic()
-        for number, (x, y) in enumerate(self.network.data.test.ordered(size, self.images)):
-            if number * size < recorder.images:
+        for batch, x, y, generator in self.batches():
+            if batch * self.options.batch_size < recorder.images:
                 continue
-            x, y = x.to(self.device), y.to(self.device)
-            generator = seeds.generator(self.device, self.options.seed, "attack", number)
             recorder.add(x, looking.adversarial(self.model, self.attack, x, y, generator), y)
             on_images(recorder.images)
             if stop.requested or time.monotonic() - saved > _SAVE_SECONDS:
                 tensors, record = recorder.state()
-                checkpoints.save(self.folder / _PARTIAL, tensors, {**record, "identity": self.identity})
+                checkpoints.save(self.folder / _PARTIAL, tensors, {**record, "identity": self.asked})
                 saved = time.monotonic()
             if stop.requested:
                 raise Interrupted
-        return {
-            "format": FORMAT,
-            "command": self.command,
-            "identity": self.identity,
-            "settings": self.network.settings,
-            "which": self.options.which,
-            "layers": [asdict(layer) for layer in recorder.layers()],
-            "panels": [asdict(panel) for panel in recorder.panels()],
-            "by_image": _by_image(recorder.by_image()),
-            "environment": environment.describe(),
-        }
+        layers, panels = ([asdict(found) for found in of] for of in (recorder.layers(), recorder.panels()))
+        return self.content(self.asked, layers=layers, panels=panels, by_image=_by_image(recorder.by_image()))
 
     def _take_up(self, recorder: Recorder) -> None:
         """Give the recorder what an interrupted call with the same options has seen."""
         path = self.folder / _PARTIAL
         if path.exists():
             tensors, record = checkpoints.load(path)
-            if record.get("identity") == self.identity:
+            if record.get("identity") == self.asked:
                 recorder.load_state(tensors, record)
 
 
@@ -260,11 +219,8 @@ def _ranks(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
-def _show(networks: list[figures.Network], console: Console) -> None:
-    table = terminal.table()
-    table.add_column("run", overflow="fold")
-    for column in ("distance", "of the", "first layer", "middle", "last", "mean"):
-        table.add_column(column)
+def _distances(networks: list[figures.Network]) -> Table:
+    table = Table("run", "distance", "of the", "first layer", "middle", "last", "mean")
     for network in networks:
         for key, name in (("l2", "relative L2"), ("w1", "W1 / std")):
             for side in SIDES:
@@ -272,24 +228,19 @@ def _show(networks: list[figures.Network], console: Console) -> None:
                 seen = [value for value in values if value is not None]
                 mean = sum(seen) / len(seen) if seen else None
                 cells = (values[0], values[len(values) // 2], values[-1], mean)
-                table.add_row(network.label, name, side, *map(_percent, cells))
-    console.print(table)
+                table.add(network.label, name, side, *map(share, cells))
+    return table
 
 
-def _show_ranks(ranks: list[dict[str, Any]], console: Console) -> None:
-    table = terminal.table("distance", "of the", "images")
-    for column in ("rank correlation with robust accuracy", "95 % interval", "runs"):
-        table.add_column(column)
+def _correlations(ranks: list[dict[str, Any]]) -> Table:
+    heads = ("distance", "of the", "images", "rank correlation with robust accuracy", "95 % interval", "runs")
+    table = Table(*heads)
     for row in ranks:
-        interval = "-" if row["low"] is None else f"[{row['low']:+.2f}, {row['high']:+.2f}]"
-        rho = "-" if row["rho"] is None else f"{row['rho']:+.2f}"
-        table.add_row(row["distance"], row["side"], row["images"], rho, interval, str(row["count"]))
-    console.print(table)
+        interval = NONE if row["low"] is None else f"[{row['low']:+.2f}, {row['high']:+.2f}]"
+        rho = number(row["rho"], form="+.2f")
+        table.add(row["distance"], row["side"], row["images"], rho, interval, str(row["count"]))
+    return table
 
 
 def _points(runs: list[dict[str, Any]]) -> list[figures.Point]:
     return [figures.Point(r["activation"], r["lr"], r["accuracy"]["attacked"], r["moved"]) for r in runs]
-
-
-def _percent(share: float | None) -> str:
-    return "-" if share is None else f"{share:.1%}"

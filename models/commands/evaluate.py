@@ -10,7 +10,8 @@ import torch
 from rich.console import Console
 from rich.progress import Progress
 
-from models.attacks import ATTACKS, Attack, Transfer, check_classes, pgd
+from models.attacks import ATTACKS, Attack, Transfer, pgd
+from models.commands import looking, settings
 from models.data import made_up
 from models.evaluation import (
     Accuracy,
@@ -25,12 +26,14 @@ from models.evaluation import (
 from models.evaluation.evaluator import Plan, Point
 from models.evaluation.outcomes import Job, Outcomes, digest
 from models.evaluation.sanity import Verdict
-from models.figures import evaluation as figures
+from models.figures import accuracy as figures
 from models.figures import style
 from models.registry import split
+from models.reports import evaluation as evaluation_page
+from models.reports.tables import within
 from models.runs import trained
-from models.support import environment, files, terminal
-from models.support.arguments import integer, radius
+from models.support import arguments, environment, files, terminal
+from models.support.arguments import Commands
 from models.support.errors import UserError
 from models.support.interrupts import AFTER_THIS, Interrupted, StopRequest
 
@@ -51,37 +54,24 @@ DEFAULT_IMAGES = 1000
 DEFAULT_ATTACKS = "pgd-50-10,autoattack,adaptive"
 
 
-def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def add(commands: Commands) -> None:
     """Add the command."""
-    evaluate = commands.add_parser(
-        "evaluate",
-        help="attack a trained network",
-        description=_ABOUT.format(names=textwrap.fill(", ".join(ATTACKS.names), 110)),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    about = _ABOUT.format(names=textwrap.fill(", ".join(ATTACKS.names), 110))
+    evaluate = arguments.command(commands, "evaluate", "attack a trained network", about, _run)
     option = evaluate.add_argument
     option("folder", type=Path, metavar="RUN", help="folder of the trained network")
-    option("--which", choices=tuple(trained.WHICH), default="best", help="state of the network (default: best)")
     option(
         "--attacks", type=attack_names, default=attack_names(DEFAULT_ATTACKS), metavar="NAMES",
         help=f"attacks, separated by commas (default: {DEFAULT_ATTACKS})",
     )  # fmt: skip
-    option("--eps", type=_radius, metavar="X", help="radius, such as 8/255 (default: that of the training)")
-    option("--images", type=integer(1), metavar="N", help=f"test images (default: {DEFAULT_IMAGES}, or all)")
+    looking.add_options(evaluate, DEFAULT_IMAGES, "test")
     option("--curves", action="store_true", help="accuracy along radius, steps and restarts, with a figure")
     option(
-        "--check-images", type=integer(0), default=200, metavar="N",
+        "--check-images", type=arguments.integer(0), default=200, metavar="N",
         help="images for checks and curves, 0 for no checks (default: 200)",
     )  # fmt: skip
     option("--transfer-from", type=Path, metavar="RUN", help="run whose network makes images to try on this one")
-    option("--batch-size", type=integer(1), default=100, metavar="N", help="images at once (default: 100)")
-    option("--seed", type=integer(0), default=0, help="of the attacks (default: 0)")
-    option("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
-    option("--threads", type=integer(1, 4096), help="processor threads (default: PyTorch's choice)")
-    option("--data-root", type=Path, metavar="DIR", help="folder of the data set (default: $KAFOPS_DATA, then ./data)")
     option("--out", type=Path, metavar="DIR", help="folder for all output (default: RUN/evaluation)")
-    evaluate.set_defaults(run=_run, refuse=evaluate.error)
 
 
 def attack_names(text: str) -> tuple[str, ...]:
@@ -101,16 +91,8 @@ def attack_names(text: str) -> tuple[str, ...]:
     return names
 
 
-def _radius(text: str) -> float:
-    value = radius(text)
-    if value == 0:
-        raise argparse.ArgumentTypeError("wanted a radius above 0: accuracy without attack is reported anyway")
-    return value
-
-
 def _run(options: argparse.Namespace, command: str) -> int:
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
+    settings.use_threads(options)
     evaluation = Evaluation(options, command)
     console = terminal.console()
     with StopRequest(AFTER_THIS) as stop, terminal.progress(console) as progress:
@@ -159,9 +141,9 @@ class Evaluation:
 
             known[job] = outcome = self.outcomes.get(job, on_batch)
             if name in self.plan.attacks:
-                low, high = outcome.accuracy.interval
-                told = f"{outcome.accuracy.value:.1%} ({low:.1%} to {high:.1%})"
-                progress.console.print(f"{name}: {told} of {images} images, {outcome.seconds:.1f} s")
+                progress.console.print(
+                    f"{name}: {within(_record(outcome.accuracy))} of {images} images, {outcome.seconds:.1f} s"
+                )
             return known[job]
 
         plan, size = self.plan, self.options.batch_size
@@ -182,25 +164,15 @@ class Evaluation:
         return results
 
     def _images(self) -> tuple[torch.Tensor, torch.Tensor]:
-        wanted, there = self.options.images, len(self.network.data.test)
-        if wanted is not None and wanted > there:
-            data = self.network.settings["data"]
-            raise UserError(f"--images {wanted} is more than the {there} test images of {data}")
-        images, labels = self.network.data.test.tensors(wanted or min(DEFAULT_IMAGES, there))
-        device = _device(self.options.device)
+        test = self.network.data.test
+        images, labels = test.tensors(looking.count(self.options, len(test), self.options.folder))
+        device = looking.device(self.options.device)
         return images.to(device), labels.to(device)
 
     def _plan(self) -> Plan:
         options, count = self.options, len(self.labels)
-        eps = options.eps or self.network.settings.get("training", {}).get("eps")
-        if not eps:
-            raise UserError("the network was not trained for a radius; give --eps, such as --eps 8/255")
-        try:
-            attacks = {name: ATTACKS.create(name, eps) for name in options.attacks}
-            for attack in attacks.values():
-                check_classes(attack, self.network.data.images.classes)
-        except ValueError as error:
-            raise UserError(str(error)) from error
+        eps = looking.radius_of(self.network, options.eps)
+        attacks = {name: looking.attack_on(self.network, name, eps)[0] for name in options.attacks}
         if options.transfer_from is not None:
             attacks[f"transfer from {options.transfer_from.name}"] = self._transfer(options.transfer_from, eps)
         return Plan(eps, attacks, count, min(options.check_images, count), options.curves, options.seed)
@@ -260,37 +232,35 @@ class Evaluation:
         }
 
 
-def _device(name: str) -> torch.device:
-    try:
-        device = torch.device(name)
-        torch.empty(0, device=device)
-    except (RuntimeError, AssertionError) as error:  # PyTorch without CUDA asserts
-        raise UserError(f"--device {name} cannot be used: {str(error).splitlines()[0]}") from error
-    return device
-
-
 def _record(accuracy: Accuracy) -> dict[str, Any]:
     return {**vars(accuracy), "accuracy": accuracy.value, "interval": list(accuracy.interval)}
 
 
 def _draw_attacks(results: Mapping[str, Any]) -> bytes:
-    def row(label: str, record: Mapping[str, Any], colour: str) -> figures.Row:
-        return figures.Row(label, Accuracy(record["correct"], record["total"]), colour)
-
-    attacks = [
-        row(name if record["norm"] == "Linf" else f"{name} (in {record['norm']})", record, style.BLUE)
+    records = {
+        name if record["norm"] == "Linf" else f"{name} (in {record['norm']})": (record, style.BLUE)
         for name, record in results["robust"].items()
+    }
+    records = {
+        "clean": (results["clean"], style.GREY), **records, "worst case": (results["worst_case"], style.VERMILLION)
+    }  # fmt: skip
+    rows = [
+        figures.Row(label, colour, [figures.Mark(record["accuracy"], *record["interval"])])
+        for label, (record, colour) in records.items()
     ]
-    clean, worst = (results["clean"], style.GREY), (results["worst_case"], style.VERMILLION)
-    return figures.draw_attacks([row("clean", *clean), *attacks, row("worst case", *worst)])
+    return figures.rows([figures.Panel("", "accuracy, %   (bars: 95 % intervals)", rows)])
 
 
 def _draw_curves(curves: Mapping[str, list[Point]], eps: float) -> bytes:
-    return figures.draw_curves(
+    points = {
+        name: [(at, figures.Mark(accuracy.value, *accuracy.interval)) for at, accuracy in found]
+        for name, found in curves.items()
+    }
+    return figures.along(
         [
-            figures.Curve("PGD-20", "radius ε", curves["eps"], mark=eps),
-            figures.Curve(f"ε = {eps:.3g}", "steps", curves["steps"], log=True),
-            figures.Curve("PGD-20", "restarts", curves["restarts"]),
+            figures.Curve("PGD-20", "radius ε", points["eps"], mark=eps),
+            figures.Curve(f"ε = {eps:.3g}", "steps", points["steps"], log=True),
+            figures.Curve("PGD-20", "restarts", points["restarts"]),
         ]
     )
 
@@ -298,36 +268,12 @@ def _draw_curves(curves: Mapping[str, list[Point]], eps: float) -> bytes:
 def _show(results: Mapping[str, Any], console: Console) -> None:
     if made_up(results["settings"]["data"]):
         console.print("On made-up images, so that accuracies say nothing:", style="bold")
-    attacks = terminal.table("attack", "radius", "accuracy", "95 % interval", "time")
-    attacks.add_row("clean", "", *_cells(results["clean"]), "")
-    for name, record in results["robust"].items():
-        radius = f"{record['radius']:.4g} in {record['norm']}"
-        attacks.add_row(name, radius, *_cells(record), f"{record['seconds']:.1f} s")
-    attacks.add_row("worst case", f"{results['eps']:.4g} in Linf", *_cells(results["worst_case"]), "", style="bold")
-    classes = terminal.table("class", "images", "clean", "worst case")
-    for record in results["classes"]:
-        clean, worst = record["clean"], record["worst_case"]
-        classes.add_row(
-            str(record["class"]), str(clean["total"]), f"{clean['accuracy']:.1%}", f"{worst['accuracy']:.1%}"
-        )
-    for table in (attacks, classes):
-        console.print(table)
-        console.print()
-    if results["checks"]:
-        checks = terminal.table("check", "verdict", "evidence")
-        for verdict in results["checks"]:
-            checks.add_row(verdict["check"], verdict["result"], verdict["evidence"], style=_STYLES[verdict["result"]])
-        console.print(checks)
+    tables = [evaluation_page.attacks(results), evaluation_page.classes(results)]
+    tables += [evaluation_page.checks(results)] if results["checks"] else []
+    for table in tables:
+        console.print(table.terminal())
         console.print()
     for name, points in results["curves"].items():
         values = ", ".join(f"{point['at']:.3g}: {point['accuracy']:.1%}" for point in points)
         console.print(f"accuracy over {name}: {values}")
     console.print(results["masking"], style="bold")
-
-
-_STYLES = {sanity.PASS: "", sanity.WARNING: "yellow", sanity.FAIL: "red"}
-
-
-def _cells(record: Mapping[str, Any]) -> tuple[str, str]:
-    low, high = record["interval"]
-    return f"{record['accuracy']:.1%}", f"{low:.1%} to {high:.1%}"

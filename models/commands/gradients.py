@@ -15,6 +15,7 @@ from models.networks import NETWORKS
 from models.study import depth, plan
 from models.study.depth import page
 from models.support import arguments, files, terminal
+from models.support.arguments import Commands
 
 _ABOUT = """
 Measures norms of signals and gradients layer by layer: of networks as they start (default), and with --train along the
@@ -34,15 +35,10 @@ _NETWORKS = [f"resnet{depth}:form={form},width=8,patch=2" for form in _FORMS for
 _ACTIVATIONS = ["relu", "silu", "elu", "kaf:std=0.05", "kaf", "kaf_relu", "kaf_elu", "kaf_isometric"]
 
 
-def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def add(commands: Commands) -> None:
     """Add the command."""
-    parser = commands.add_parser(
-        "gradients",
-        help="measure exploding gradients, at the start and along training",
-        description=_ABOUT,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    purpose = "measure exploding gradients, at the start and along training"
+    parser = arguments.command(commands, "gradients", purpose, _ABOUT, _run)
     option = parser.add_argument
     option("--networks", nargs="+", metavar="NAME", help="default: ResNets of 20, 56 and 110 layers in 4 forms")
     option("--activations", nargs="+", metavar="NAME", help=f"default: {' '.join(_ACTIVATIONS)}")
@@ -53,7 +49,6 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
         help="train a study, a file as `python -m models study` takes, and measure along it (default: depth.json)",
     )  # fmt: skip
     studies.add_options(parser)
-    parser.set_defaults(run=_run, refuse=parser.error)
 
 
 def _run(options: argparse.Namespace, command: str) -> int:
@@ -81,7 +76,7 @@ def _run(options: argparse.Namespace, command: str) -> int:
         if seed:
             del starts[-1]["weights"], starts[-1]["signals"]  # figures show those of the first seed
     text = page.starts(starts, command)
-    files.write_json(out / "initial.json", {"command": command, "data": options.data, "starts": starts})
+    files.write_result(out / "initial.json", {"command": command, "data": options.data, "starts": starts})
     files.write_bytes(out / "initial.png", figures.starts(starts))
     files.write_bytes(out / "signals.png", figures.signals(starts))
     files.write_text(out / "initial.md", text)

@@ -10,11 +10,13 @@ from rich.console import Console
 from models import recipes
 from models.commands import compare, evaluate, train
 from models.commands import settings as options_of
-from models.commands.compare import points, sources
+from models.commands.compare import sources
 from models.recipes import Recipe
 from models.recipes.comparison import training_differences
+from models.reports.tables import Table, points
 from models.runs.settings import Settings
 from models.support import arguments, terminal
+from models.support.arguments import Commands
 from models.training.processes import Processes
 
 _RECIPE = """
@@ -26,19 +28,11 @@ same command goes on where it stopped.
 """
 
 
-def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def add(commands: Commands) -> None:
     """Add the commands."""
-    listing = commands.add_parser("recipes", help="list the recipes, or show one", allow_abbrev=False)
+    listing = arguments.command(commands, "recipes", "list the recipes, or show one", "", _list)
     listing.add_argument("name", nargs="?", metavar="NAME", help="recipe to show with its notes and published numbers")
-    listing.set_defaults(run=_list, refuse=listing.error)
-
-    parser = commands.add_parser(
-        "recipe",
-        help="train and evaluate by a recipe",
-        description=_RECIPE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = arguments.command(commands, "recipe", "train and evaluate by a recipe", _RECIPE, _recipe)
     option = parser.add_argument
     option("name", metavar="NAME", help="a recipe, see `python -m models recipes`, or a .json file like theirs")
     option("more", nargs="*", help=argparse.SUPPRESS)
@@ -50,7 +44,6 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
     option("--images", type=arguments.integer(1), metavar="N", help="test images, see `python -m models evaluate`")
     option("--check-images", type=arguments.integer(0), metavar="N", help="images for its checks, 0 for no checks")
     options_of.add(parser)
-    parser.set_defaults(run=_recipe, refuse=parser.error)
 
 
 def _list(options: argparse.Namespace, command: str) -> int:
@@ -58,16 +51,16 @@ def _list(options: argparse.Namespace, command: str) -> int:
     if options.name is not None:
         _show(_load(options), console)
         return 0
-    table = terminal.table("name", "data", "network", "method", "eps", "epochs")
+    table = Table("name", "data", "network", "method", "eps", "epochs")
     abouts = []
     for name in recipes.names():
         recipe = recipes.load(name)
         settings, training = recipe.settings, recipe.settings.training
         texts = settings.data, settings.network, training.method
         words = [text.partition(":")[0] for text in texts]
-        table.add_row(name, *words, recipe.evaluation["eps"], str(training.epochs))
+        table.add(name, *words, recipe.evaluation["eps"], str(training.epochs))
         abouts.append(f"{name}: {recipe.about}")
-    console.print(table)
+    console.print(table.terminal())
     console.print("", *abouts, sep="\n")
     return 0
 
@@ -96,11 +89,11 @@ def _show(recipe: Recipe, console: Console) -> None:
         say("\nNo numbers are published for it.")
         return
     say()
-    table = terminal.table("network", "activation", "attack", "clean, %", "robust, %", "by")
+    table = Table("network", "activation", "attack", "clean, %", "robust, %", "by")
     for row in rows:
-        words = row.network, row.activation, row.attack, points(row.clean), points(row.robust), row.label
-        table.add_row(*words, style="dim" if row.remembered else None)
-    console.print(table)
+        accuracies = points(row.clean, ".2f"), points(row.robust, ".2f")
+        table.add(row.network, row.activation, row.attack, *accuracies, row.label, look="dim" if row.remembered else "")
+    console.print(table.terminal())
     say()
     for sentence in sources(rows):
         say(f"  - {sentence}")

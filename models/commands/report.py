@@ -7,7 +7,8 @@ from pathlib import Path
 from models.commands import looking
 from models.reports import run_report
 from models.runs import RunError
-from models.support import files, terminal
+from models.support import arguments, files, terminal
+from models.support.arguments import Commands
 
 _ABOUT = """
 Writes one HTML page about runs that needs no other file: settings, training, attacks and the verdicts on them, bounds,
@@ -16,20 +17,13 @@ is not there yet is named with the command that makes it.
 """
 
 
-def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def add(commands: Commands) -> None:
     """Add the command."""
-    parser = commands.add_parser(
-        "report",
-        help="write one HTML page about runs",
-        description=_ABOUT,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = arguments.command(commands, "report", "write one HTML page about runs", _ABOUT, _run)
     parser.add_argument("folders", type=Path, nargs="+", metavar="RUN", help="folder of a training run")
     parser.add_argument(
         "--out", type=Path, metavar="FILE", help="page to write (default: RUN/report.html, of the first)"
     )
-    parser.set_defaults(run=_run, refuse=parser.error)
 
 
 def _run(options: argparse.Namespace, command: str) -> int:

@@ -64,10 +64,16 @@ def add(parser: argparse.ArgumentParser) -> None:
     option("--seed", type=arguments.integer(0), help="of weights, order, augmentation and noise (default: 0)")
     for name, parse, purpose in _TRAINING:
         option("--" + name.replace("_", "-"), type=parse, metavar="X", help=purpose)
-    plain = parser.add_argument
-    plain("--fake-data", action="store_true", help="made-up images in the place of the set's, to try things without it")
-    plain("--data-root", type=Path, metavar="DIR", help="folder of the data set (default: $KAFOPS_DATA, then ./data)")
-    plain("--threads", type=arguments.integer(1, 4096), help="processor threads (default: PyTorch's choice)")
+    fake = "made-up images in the place of the set's, to try things without it"
+    parser.add_argument("--fake-data", action="store_true", help=fake)
+    add_machine(parser)
+
+
+def add_machine(parser: argparse.ArgumentParser) -> None:
+    """Add where the data is, and how many threads compute."""
+    option = parser.add_argument
+    option("--data-root", type=Path, metavar="DIR", help="folder of the data set (default: $KAFOPS_DATA, then ./data)")
+    option("--threads", type=arguments.integer(1, 4096), help="processor threads (default: PyTorch's choice)")
 
 
 def collect(options: argparse.Namespace, recipe: str, refuse: Callable[[str], Any]) -> Settings:

@@ -13,6 +13,7 @@ from models.study.plan import TUNED, Rates, Run, Study
 from models.study.summary import CLEAN, WORST, accuracies, summarise
 from models.study.workers import Do
 from models.support import arguments, files, terminal
+from models.support.arguments import Commands
 
 _STUDY = """
 Trains and attacks every network, activation and seed of a study, and writes to the folder OUT: a result for each run,
@@ -25,18 +26,18 @@ Report = Callable[[Study, dict[str, dict[str, Any]], Path, str], None]
 """Writes what is known so far: (study, results by run, folder, command)."""
 
 
-def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def add(commands: Commands) -> None:
     """Add the command."""
-    study = commands.add_parser(
-        "study",
-        help="train and attack a grid of networks, activations and seeds",
-        description=_STUDY,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    study.add_argument("study", metavar="STUDY", help=f"one of {', '.join(plan.names())}, or a .json file like theirs")
-    add_options(study)
-    study.set_defaults(run=_run, refuse=study.error)
+    purpose = "train and attack a grid of networks, activations and seeds"
+    parser = arguments.command(commands, "study", purpose, _STUDY, _run)
+    add_file(parser)
+    add_options(parser)
+
+
+def add_file(parser: argparse.ArgumentParser) -> None:
+    """Add which study it is."""
+    names = ", ".join(plan.names())
+    parser.add_argument("study", metavar="STUDY", help=f"one of {names}, or a .json file like theirs")
 
 
 def add_options(parser: argparse.ArgumentParser, below: str = "") -> None:
@@ -109,7 +110,7 @@ def report(study: Study, done: dict[str, dict[str, Any]], results: Path, command
     summary = summarise(study, done)
     if not summary["rates"]:
         return
-    files.write_json(results / "summary.json", summary)
+    files.write_result(results / "summary.json", summary)
     files.write_bytes(results / "accuracies.png", figures.accuracies(summary))
     if len(summary["activations"]) > 1:
         files.write_bytes(results / "differences.png", figures.differences(summary, WORST))

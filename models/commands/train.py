@@ -11,6 +11,7 @@ from models.figures import learning_rate
 from models.runs import lr_range, session
 from models.runs.settings import Settings
 from models.support import arguments, files, terminal
+from models.support.arguments import Commands
 from models.training import EpochRecord, Trainer
 from models.training.processes import Processes
 
@@ -32,23 +33,17 @@ learning-rate.json to OUT: the loss over the learning rate, and the range in whi
 """
 
 
-def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def add(commands: Commands) -> None:
     """Add the commands."""
-    formatter = argparse.RawDescriptionHelpFormatter
-    train = commands.add_parser(
-        "train", help="train one network", description=_TRAIN, formatter_class=formatter, allow_abbrev=False
-    )
+    train = arguments.command(commands, "train", "train one network", _TRAIN, _train)
     train.add_argument("folder", type=Path, metavar="RUN", help="folder for all output")
     train.add_argument("--restart", action="store_true", help="discard the run that RUN holds and start anew")
     train.add_argument("--fsdp", action="store_true", help="shard the network among processes instead of copying it")
     train.add_argument("--no-tensorboard", action="store_true", help="write no TensorBoard events")
     _add_recipe(train)
     options_of.add(train)
-    train.set_defaults(run=_train, refuse=train.error)
 
-    find = commands.add_parser(
-        "find-lr", help="find a learning rate", description=_FIND, formatter_class=formatter, allow_abbrev=False
-    )
+    find = arguments.command(commands, "find-lr", "find a learning rate", _FIND, _find)
     find.add_argument("out", type=Path, metavar="OUT", help="folder for the figure and the numbers")
     rate, steps = arguments.positive, arguments.integer(10)
     option = find.add_argument
@@ -57,7 +52,6 @@ def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None
     option("--steps", type=steps, default=300, metavar="N", help="steps (default: 300)")
     _add_recipe(find)
     options_of.add(find)
-    find.set_defaults(run=_find, refuse=find.error)
 
 
 def _add_recipe(parser: argparse.ArgumentParser) -> None:
@@ -146,6 +140,7 @@ def _find(options: argparse.Namespace, command: str) -> int:
             on_step=lambda lr, loss: progress.update(task, advance=1, status=f"lr {lr:.2g}, loss {loss:.3f}"),
         )  # fmt: skip
     files.write_json(options.out / "learning-rate.json", {"command": command, **found.as_dict()})
-    files.write_bytes(options.out / "learning-rate.png", learning_rate.draw(found))
+    drawing = learning_rate.draw(found.rates, found.losses, found.smoothed, found.low, found.high)
+    files.write_bytes(options.out / "learning-rate.png", drawing)
     terminal.console().print(found.verdict)
     return 0

@@ -6,9 +6,13 @@ from typing import Any
 
 from models.commands import study as study_command
 from models.figures import rates as figure
+from models.reports import tables
+from models.reports.tables import NONE, Table, points
 from models.study import plan, tuning
+from models.study.page import head
 from models.study.plan import Study
-from models.support import files
+from models.support import arguments, files
+from models.support.arguments import Commands
 
 _TUNE = """
 Chooses the learning rate of each activation of a study, and the rate of its own parameters where it learns any, by
@@ -18,18 +22,12 @@ figure and README.md. Ctrl-C stops at any time; the same command goes on with wh
 """
 
 
-def add(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") -> None:
+def add(commands: Commands) -> None:
     """Add the command."""
-    tune = commands.add_parser(
-        "tune",
-        help="choose the learning rates of each activation of a study",
-        description=_TUNE,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    tune.add_argument("study", metavar="STUDY", help=f"one of {', '.join(plan.names())}, or a .json file like theirs")
-    study_command.add_options(tune, "/tuning")
-    tune.set_defaults(run=_run, refuse=tune.error)
+    purpose = "choose the learning rates of each activation of a study"
+    parser = arguments.command(commands, "tune", purpose, _TUNE, _run)
+    study_command.add_file(parser)
+    study_command.add_options(parser, "/tuning")
 
 
 def _run(options: argparse.Namespace, command: str) -> int:
@@ -63,36 +61,33 @@ def _line(tries: Study, entries: list[dict[str, Any]]) -> dict[float, list[float
 def _page(tries: Study, found: dict[str, dict[str, Any]], done: dict[str, Any], command: str) -> str:
     assert tries.tuning is not None  # its runs were made
     parts = [
-        f"# Learning rates: {tries.name}",
-        tries.about,
-        f"```sh\n{command}\n```",
-        f"That command made this page, from {len(done)} of {len(tries.runs())} runs. Robust accuracy under "
-        f"`{tries.tuning.attack}` on {tries.count()} images held out of training (`{tries.data}`, eps = "
-        f"{tries.eps:g}); seeds {', '.join(map(str, tries.seeds))}, which the study itself does not use. The best mean "
-        "is chosen, and of equals the lowest rates.",
+        *head(f"Learning rates: {tries.name}", tries.about, command, f", from {len(done)} of {len(tries.runs())} runs"),
+        f"Robust accuracy under `{tries.tuning.attack}` on {tries.count()} images held out of training "
+        f"(`{tries.data}`, eps = {tries.eps:g}); seeds {', '.join(map(str, tries.seeds))}, which the study itself does "
+        "not use. The best mean is chosen, and of equals the lowest rates.",
         "![robust accuracy over the learning rate](rates.png)",
         "*A line for each activation, at its best activation rate; dots are seeds, the band is the common rate.*",
     ]
     for network, activations in found.items():
         parts += [f"## {network}", _table(tries, activations), _ends(tries, activations)]
-    return "\n\n".join(part for part in parts if part) + "\n"
+    return tables.markdown(parts)
 
 
 def _table(tries: Study, activations: dict[str, list[dict[str, Any]]]) -> str:
     assert tries.tuning is not None
     rates = tries.tuning.lr
-    lines = [f"| activation | its rate | {' | '.join(f'lr {lr:g}' for lr in rates)} |", "|---" * (len(rates) + 2) + "|"]
+    table = Table("activation", "its rate", *(f"lr {lr:g}" for lr in rates))
     for activation, entries in activations.items():
         top = tuning.best(tries, entries)
         for factor in dict.fromkeys(e["activation_lr"] for e in entries):
             cells = {e["lr"]: _cell(e, e is top) for e in entries if e["activation_lr"] == factor}
-            own = f"× {factor:g}" if tries.learns(activation) else "frozen" if tries.frozen(activation) else "–"
-            lines.append(f"| {activation} | {own} | {' | '.join(cells.get(lr, '') for lr in rates)} |")
-    return "\n".join(lines)
+            own = f"× {factor:g}" if tries.learns(activation) else "frozen" if tries.frozen(activation) else NONE
+            table.add(activation, own, *(cells.get(lr, "") for lr in rates))
+    return table.markdown()
 
 
 def _cell(entry: dict[str, Any], top: bool) -> str:
-    text = f"{100 * tuning.mean(entry):.1f}"
+    text = points(tuning.mean(entry))
     text = f"**{text}**" if top else text
     notes = [f"{entry[n]} {n}" for n in ("failed", "collapsed") if entry[n]]
     return text + (f" ({', '.join(notes)})" if notes else "")

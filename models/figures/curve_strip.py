@@ -2,21 +2,23 @@
 
 import io
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
+from matplotlib.artist import Artist
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import LinearSegmentedColormap, Normalize
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
-from models.analysis.curves import Evolution, Use
-from models.analysis.distributions import spread
 from models.figures import style
+
+if TYPE_CHECKING:
+    from models.analysis.curves import Evolution, Use
 
 _COLUMNS = 4
 _LINES, _FRAMES = 12, 60  # at most, of the strip and the animation
@@ -24,7 +26,8 @@ _COLOURS = LinearSegmentedColormap.from_list("epochs", [style.PALE_GREY, style.P
 _START = (0, (3, 2))
 
 
-def strip(evolutions: Sequence[Evolution], epochs: Sequence[int], layers: int, uses: Sequence[Use] = ()) -> bytes:
+@style.drawn
+def strip(evolutions: Sequence["Evolution"], epochs: Sequence[int], layers: int, uses: Sequence["Use"] = ()) -> Figure:
     """Draw each channel's curve at up to 12 epochs, over the share of its inputs near each point of its dictionary.
 
     Args:
@@ -33,42 +36,41 @@ def strip(evolutions: Sequence[Evolution], epochs: Sequence[int], layers: int, u
         layers: how many KAF layers the network has.
         uses: what the layers do with their dictionaries; the shares are left out of layers that are not here.
     """
-    shown = spread(len(epochs), _LINES)
+    shown = _chosen(len(epochs), _LINES)
     scale = Normalize(epochs[0], max(epochs[-1], epochs[0] + 1))
     inputs = {use.name: use for use in uses if use.points}
-    with style.context():
-        figure, rows = _grid(evolutions, layers)
-        for evolution, row in zip(evolutions, rows, strict=True):
-            for place, axes in enumerate(row):
-                if evolution.name in inputs:
-                    _inputs(axes, inputs[evolution.name], evolution.channels[place])
-                for number in shown:
-                    last = number == shown[-1]
-                    colour = style.GREY if number == 0 else _COLOURS(scale(epochs[number]))
-                    axes.plot(
-                        evolution.x, evolution.curves[number][place], color=colour, lw=1.5 if last else 0.9,
-                        ls=_START if number == 0 else "-", zorder=2.5 if number == 0 else 2,
-                    )  # fmt: skip
-        handles: list[Line2D | Patch] = [
-            Line2D([], [], color=style.GREY, lw=0.9, ls=_START, label=f"epoch {epochs[0]}"),
-            Line2D([], [], color=style.VERMILLION, lw=1.5, label=f"epoch {epochs[-1]}"),
-        ]
-        if inputs:
-            handles.append(Patch(color=style.BLUE, alpha=0.16, lw=0, label="density of the inputs now"))
-        figure.legend(handles=handles, loc="outside upper left", ncols=3, fontsize=8)
-        if len(epochs) > 2:
-            bar = figure.colorbar(
-                ScalarMappable(scale, _COLOURS), ax=figure.axes[: _COLUMNS * len(rows)], location="bottom", aspect=50,
-                pad=0.02, shrink=0.6, label="epoch",
-            )  # fmt: skip
-            bar.outline.set_visible(False)
-            bar.ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-        return style.png(figure)
+    figure, rows = _grid(evolutions, layers)
+    for evolution, row in zip(evolutions, rows, strict=True):
+        for place, axes in enumerate(row):
+            if evolution.name in inputs:
+                _inputs(axes, inputs[evolution.name], evolution.channels[place])
+            for number in shown:
+                last = number == shown[-1]
+                colour = style.GREY if number == 0 else _COLOURS(scale(epochs[number]))
+                axes.plot(
+                    evolution.x, evolution.curves[number][place], color=colour, lw=1.5 if last else 0.9,
+                    ls=_START if number == 0 else "-", zorder=2.5 if number == 0 else 2,
+                )  # fmt: skip
+    handles: list[Artist] = [
+        style.handle(f"epoch {epochs[0]}", style.GREY, ls=_START, lw=0.9),
+        style.handle(f"epoch {epochs[-1]}", style.VERMILLION, lw=1.5),
+    ]
+    if inputs:
+        handles.append(Patch(color=style.BLUE, alpha=0.16, lw=0, label="density of the inputs now"))
+    style.legend(figure, handles)
+    if len(epochs) > 2:
+        bar = figure.colorbar(
+            ScalarMappable(scale, _COLOURS), ax=figure.axes[: _COLUMNS * len(rows)], location="bottom", aspect=50,
+            pad=0.02, shrink=0.6, label="epoch",
+        )  # fmt: skip
+        bar.outline.set_visible(False)
+        bar.ax.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    return figure
 
 
-def animation(evolutions: Sequence[Evolution], epochs: Sequence[int], layers: int) -> bytes:
+def animation(evolutions: Sequence["Evolution"], epochs: Sequence[int], layers: int) -> bytes:
     """Return a GIF with a frame for each of up to 60 epochs, the first dashed in each; see `strip`."""
-    shown = spread(len(epochs), _FRAMES)
+    shown = _chosen(len(epochs), _FRAMES)
     with style.context():
         figure, rows = _grid(evolutions, layers)
         moving = []
@@ -97,7 +99,11 @@ def animation(evolutions: Sequence[Evolution], epochs: Sequence[int], layers: in
     return buffer.getvalue()
 
 
-def _grid(evolutions: Sequence[Evolution], layers: int) -> tuple[Figure, list[list[Axes]]]:
+def _chosen(count: int, most: int) -> list[int]:
+    return np.linspace(0, count - 1, min(count, most)).round().astype(int).tolist()
+
+
+def _grid(evolutions: Sequence["Evolution"], layers: int) -> tuple[Figure, list[list[Axes]]]:
     figure = style.figure(height=1.05 * len(evolutions) + 1.1)
     grid = figure.subplots(len(evolutions), _COLUMNS, sharex="row", sharey="row", squeeze=False)
     rows = []
@@ -123,7 +129,7 @@ def _grid(evolutions: Sequence[Evolution], layers: int) -> tuple[Figure, list[li
     return figure, rows
 
 
-def _inputs(axes: Axes, use: Use, channel: int) -> None:
+def _inputs(axes: Axes, use: "Use", channel: int) -> None:
     """Fill the share of the channel's inputs in each cell of its dictionary, behind the curves."""
     points = np.array(use.points)
     edges = np.concatenate([points[:1], (points[1:] + points[:-1]) / 2, points[-1:]])

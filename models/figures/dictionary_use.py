@@ -1,20 +1,24 @@
 """Which part of its dictionary each KAF layer uses, and what share of its inputs lies outside."""
 
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.colors import LinearSegmentedColormap
-from matplotlib.lines import Line2D
+from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
-from models.analysis.curves import USED, Use
 from models.figures import style
+
+if TYPE_CHECKING:
+    from models.analysis.curves import Use
 
 _SHARES = LinearSegmentedColormap.from_list("shares", ["white", "#9ecbe5", style.BLUE])
 
 
-def draw(clean: Sequence[Use], adversarial: Sequence[Use] = ()) -> bytes:
+@style.drawn
+def draw(clean: Sequence["Use"], adversarial: Sequence["Use"] = ()) -> Figure:
     """Draw two panels, a row for each layer: the share of channels that use each point, and the share outside.
 
     Args:
@@ -22,25 +26,21 @@ def draw(clean: Sequence[Use], adversarial: Sequence[Use] = ()) -> bytes:
         adversarial: the same on adversarial images, if these were looked at.
     """
     rows = len(clean)
-    with style.context():
-        figure = style.figure(height=1.3 + 0.16 * max(rows, 8))
-        left, right = figure.subplots(1, 2, sharey=True, width_ratios=[3, 2])
-        _users(left, clean)
-        shown = [(clean, style.BLUE, "clean"), (adversarial, style.GREY, "adversarial")]
-        for number, (uses, colour, _) in enumerate(shown):
-            _outside(right, uses, colour, shift=0.18 * (2 * number - 1) if adversarial else 0.0)
-        right.set_xlabel("inputs outside the dictionary, %\n(bar: 80 % of the channels)")
-        right.set_xlim(left=-0.02 * right.get_xlim()[1])
-        right.grid(axis="x", color=style.PALE_GREY, lw=0.6)
-        right.set_axisbelow(True)
-        handles = [
-            Line2D([], [], color=colour, marker="o", ms=4, lw=1, label=name) for uses, colour, name in shown if uses
-        ]
-        figure.legend(handles=handles, loc="outside upper right", ncols=2, fontsize=8)
-        return style.png(figure)
+    figure = style.figure(height=1.3 + 0.16 * max(rows, 8))
+    left, right = figure.subplots(1, 2, sharey=True, width_ratios=[3, 2])
+    _users(left, clean)
+    shown = [(clean, style.BLUE, "clean"), (adversarial, style.GREY, "adversarial")]
+    for number, (uses, colour, _) in enumerate(shown):
+        _outside(right, uses, colour, shift=0.18 * (2 * number - 1) if adversarial else 0.0)
+    right.set_xlabel("inputs outside the dictionary, %\n(bar: 80 % of the channels)")
+    right.set_xlim(left=-0.02 * right.get_xlim()[1])
+    style.grid(right, "x")
+    handles = [style.handle(name, colour, "o", ls="-", ms=4, lw=1) for uses, colour, name in shown if uses]
+    style.legend(figure, handles, 2, loc="outside upper right")
+    return figure
 
 
-def _users(axes: Axes, uses: Sequence[Use]) -> None:
+def _users(axes: Axes, uses: Sequence["Use"]) -> None:
     width = max(len(use.users) for use in uses)
     shares = np.full((len(uses), width), np.nan)
     for row, use in enumerate(uses):
@@ -58,12 +58,12 @@ def _users(axes: Axes, uses: Sequence[Use]) -> None:
     else:
         axes.set_xlabel("point of the dictionary, in their order")
     bar = axes.get_figure().colorbar(picture, ax=axes, location="top", aspect=30, shrink=0.8)  # type: ignore[union-attr]
-    bar.set_label(f"channels with at least {USED:.1%} of their inputs there, %", fontsize=8)
+    bar.set_label(f"channels with at least {uses[0].USED:.1%} of their inputs there, %", fontsize=8)
     bar.outline.set_visible(False)
     bar.ax.tick_params(labelsize=7)
 
 
-def _outside(axes: Axes, uses: Sequence[Use], colour: str, shift: float) -> None:
+def _outside(axes: Axes, uses: Sequence["Use"], colour: str, shift: float) -> None:
     for row, use in enumerate(uses):
         low, high = np.quantile(use.outside, [0.1, 0.9])
         axes.plot([100 * low, 100 * high], [row + shift] * 2, color=colour, lw=1)

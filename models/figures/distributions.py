@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -11,13 +11,15 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import MaxNLocator
 
-from models.analysis.distributions import SIDES, Density, Layer, Moved, Panel
 from models.figures import style
 
+if TYPE_CHECKING:
+    from models.analysis.distributions import Density, Layer, Moved, Panel
+
+_SIDES = ("inputs", "outputs")
 _COLUMNS = 4
 _SPIKE = 4.0  # times the second highest column, above which the highest one is cut off and its share written down
 _PALETTE = (style.VERMILLION, style.BLUE, style.GREY, style.GREEN, style.PINK, style.ORANGE, style.SKY)
-_MARKS = ("o", "s", "D", "^", "v")  # of learning rates
 _BANDS = 3  # networks, above which their spreads would only hide each other
 
 
@@ -27,7 +29,7 @@ class Network:
 
     label: str
     activation: str
-    layers: Sequence[Layer]
+    layers: Sequence["Layer"]
 
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ class Point:
     moved: dict[str, dict[str, float | None]]
 
 
-def inputs(panels: Sequence[Panel], layers: int) -> bytes:
+def inputs(panels: Sequence["Panel"], layers: int) -> bytes:
     """Draw the densities of what goes into the activations, with the learned curves over them on the right axis.
 
     Args:
@@ -69,7 +71,7 @@ def inputs(panels: Sequence[Panel], layers: int) -> bytes:
         return style.png(figure)
 
 
-def outputs(panels: Sequence[Panel], layers: int) -> bytes:
+def outputs(panels: Sequence["Panel"], layers: int) -> bytes:
     """Draw the densities of what comes out of the activations; arguments are those of `inputs`."""
     handles = [*_handles(), Line2D([], [], ls="", label="a → b %: share in a column that is cut off")]
     with style.context():
@@ -87,12 +89,12 @@ def depth(networks: Sequence[Network]) -> bytes:
     with style.context():
         figure = style.figure(height=3.7 + 0.2 * -(-len(networks) // 2))
         grid = figure.subplots(2, 2, sharex=True, sharey="row")
-        for axes, side in zip(grid[0], SIDES, strict=True):
+        for axes, side in zip(grid[0], _SIDES, strict=True):
             axes.set_title(f"{side} of the activations")
         for network, look in zip(networks, looks, strict=True):
             count = len(network.layers)
             x = np.arange(1, count + 1) / (count if shares else 1)
-            for column, side in enumerate(SIDES):
+            for column, side in enumerate(_SIDES):
                 moved = [getattr(layer, side) for layer in network.layers]
                 for axes, lines in zip(grid[:, column], (_paired(moved), _distributions(moved)), strict=True):
                     _line(axes, x, lines, look, len(networks) <= _BANDS, count)
@@ -117,40 +119,35 @@ def depth(networks: Sequence[Network]) -> bytes:
         return style.png(figure)
 
 
-def against(points: Sequence[Point]) -> bytes:
+@style.drawn
+def against(points: Sequence[Point]) -> Figure:
     """Draw robust accuracy over how far images are moved: a column for each kind of images, inputs above outputs."""
-    activations = list(dict.fromkeys(point.activation for point in points))
-    rates = sorted({point.lr for point in points})
+    activations, rates = list(dict.fromkeys(p.activation for p in points)), sorted({p.lr for p in points})
+    colours = {name: style.line(number)["color"] for number, name in enumerate(activations)}
+    marks = {rate: style.MARKS[number % len(style.MARKS)] for number, rate in enumerate(rates)}
     kinds = list(points[0].moved)
     moved = [value for point in points for of_sides in point.moved.values() for value in of_sides.values()]
     right = 108 * max((value for value in moved if value), default=1.0)
-    with style.context():
-        figure = style.figure(height=4.8 + 0.2 * (-(-(len(activations) + len(rates)) // 4)))
-        grid = figure.subplots(len(SIDES), len(kinds), sharex=True, sharey=True, squeeze=False)
-        for row, side in zip(grid, SIDES, strict=True):
-            for axes, kind in zip(row, kinds, strict=True):
-                for point in points:
-                    if (value := point.moved[kind][side]) is not None:
-                        colour = style.PALETTE[activations.index(point.activation) % len(style.PALETTE)]
-                        mark = _MARKS[rates.index(point.lr) % len(_MARKS)]
-                        axes.plot(100 * value, 100 * point.robust, mark, ms=5, color=colour, mfc="none", mew=1.3)
-                axes.set_xlim(0, right)
-                axes.set_ylim(0, 100)
-                axes.grid(color=style.PALE_GREY, lw=0.6)
-                axes.set_axisbelow(True)
-                axes.xaxis.set_major_locator(MaxNLocator(4))
-                axes.set_xlabel(f"{side} move by, %")
-            row[0].set_ylabel("under the attack, %")
-        for axes, kind in zip(grid[0], kinds, strict=True):
-            axes.set_title(f"images: {kind}".replace(" in ", "\nin "), fontsize=8)
-        handles = [
-            *(Line2D([], [], ls="", marker="s", ms=6, color=style.PALETTE[i % len(style.PALETTE)], label=name)
-              for i, name in enumerate(activations)),
-            *(Line2D([], [], ls="", marker=_MARKS[i % len(_MARKS)], ms=5, mfc="none", color=style.GREY,
-                     label=f"learning rate {rate:g}") for i, rate in enumerate(rates)),
-        ]  # fmt: skip
-        figure.legend(handles=handles, loc="outside upper left", ncols=4, fontsize=8, handletextpad=0.2)
-        return style.png(figure)
+    figure = style.figure(height=4.8 + 0.2 * (-(-(len(activations) + len(rates)) // 4)))
+    grid = figure.subplots(len(_SIDES), len(kinds), sharex=True, sharey=True, squeeze=False)
+    for row, side in zip(grid, _SIDES, strict=True):
+        for axes, kind in zip(row, kinds, strict=True):
+            for point in points:
+                if (value := point.moved[kind][side]) is not None:
+                    look = {"color": colours[point.activation], "mfc": "none", "mew": 1.3}
+                    axes.plot(100 * value, 100 * point.robust, marks[point.lr], ms=5, **look)
+            axes.set_xlim(0, right)
+            axes.set_ylim(0, 100)
+            style.grid(axes, "both")
+            axes.xaxis.set_major_locator(MaxNLocator(4))
+            axes.set_xlabel(f"{side} move by, %")
+        row[0].set_ylabel("under the attack, %")
+    for axes, kind in zip(grid[0], kinds, strict=True):
+        axes.set_title(f"images: {kind}".replace(" in ", "\nin "), fontsize=8)
+    handles = [style.handle(name, colour, "s", ms=6) for name, colour in colours.items()]
+    handles += [style.handle(f"learning rate {rate:g}", style.GREY, mark, mfc="none") for rate, mark in marks.items()]
+    style.legend(figure, handles, 4, handletextpad=0.2)
+    return figure
 
 
 def _looks(networks: Sequence[Network]) -> list[dict[str, Any]]:
@@ -174,14 +171,14 @@ Lines = tuple[list[float], list[float], list[float]]
 """A line, and the lower and upper edge of the band around it, in %; NaN where there is nothing."""
 
 
-def _paired(moved: Sequence[Moved]) -> Lines:
+def _paired(moved: Sequence["Moved"]) -> Lines:
     middle = [_percent(m.l2) for m in moved]
     spread = [_percent(m.l2_std) for m in moved]
     edges = [(a - b, a + b) for a, b in zip(middle, spread, strict=True)]
     return middle, [low for low, _ in edges], [high for _, high in edges]
 
 
-def _distributions(moved: Sequence[Moved]) -> Lines:
+def _distributions(moved: Sequence["Moved"]) -> Lines:
     return [_percent(m.w1) for m in moved], [_percent(m.w1_low) for m in moved], [_percent(m.w1_high) for m in moved]
 
 
@@ -197,8 +194,8 @@ def _line(axes: Axes, x: np.ndarray, lines: Lines, look: dict[str, Any], band: b
 
 
 def _small_multiples(
-    panels: Sequence[Panel], layers: int, side: str, handles: list[Line2D | Patch]
-) -> tuple[Figure, list[list[tuple[Panel, Axes]]]]:
+    panels: Sequence["Panel"], layers: int, side: str, handles: list[Line2D | Patch]
+) -> tuple[Figure, list[list[tuple["Panel", Axes]]]]:
     """Draw the densities of one side; return the figure, and its panels with their axes, row by row."""
     places = list(dict.fromkeys(panel.layer for panel in panels))
     figure = style.figure(height=1.1 * len(places) + 0.9)
@@ -218,7 +215,7 @@ def _small_multiples(
     return figure, rows
 
 
-def _densities(axes: Axes, density: Density) -> None:
+def _densities(axes: Axes, density: "Density") -> None:
     axes.stairs(density.clean, density.edges, fill=True, color=style.BLUE, alpha=0.3, lw=0)
     axes.stairs(density.adversarial, density.edges, color=style.GREY, lw=1)
     axes.set_xlim(density.edges[0], density.edges[-1])
@@ -228,7 +225,7 @@ def _densities(axes: Axes, density: Density) -> None:
     axes.yaxis.set_major_locator(MaxNLocator(2, min_n_ticks=2))
 
 
-def _top(axes: Axes, density: Density) -> float:
+def _top(axes: Axes, density: "Density") -> float:
     """Return how high the axis goes, and write down the share in a column that it cuts off."""
     columns = np.maximum(density.clean, density.adversarial)
     order = np.sort(columns)
@@ -246,7 +243,7 @@ def _top(axes: Axes, density: Density) -> float:
     return top
 
 
-def _curve(axes: Axes, panel: Panel, low: float, high: float, labelled: bool) -> None:
+def _curve(axes: Axes, panel: "Panel", low: float, high: float, labelled: bool) -> None:
     front = axes.twinx()
     margin = 0.08 * max(high - low, 1e-6)
     front.set_ylim(low - margin, high + margin)

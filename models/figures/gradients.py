@@ -2,17 +2,21 @@
 
 import itertools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 
 from models.figures import style
 
+Start = dict[str, Any]
+"""Names and norms of a network as it starts, as `models.study.depth.start` returns them."""
 
-def starts(found: list[dict[str, Any]]) -> bytes:
+
+def starts(found: Sequence[Start]) -> bytes:
     """Draw the gradient norm of each convolution relative to the last one's: a panel a network, a line an activation.
 
     The line is of the first seed.
@@ -20,66 +24,64 @@ def starts(found: list[dict[str, Any]]) -> bytes:
     return _panels(found, lambda start: _relative(start["weights"]), "convolution", "gradient, to the last")
 
 
-def signals(found: list[dict[str, Any]]) -> bytes:
+def signals(found: Sequence[Start]) -> bytes:
     """Draw the size of the signal behind each residual block, or activation where there are none, as `starts` does."""
     return _panels(found, lambda start: _known(start["signals"]), "block", "size of the signal")
 
 
-def _panels(
-    found: list[dict[str, Any]], line: Callable[[dict[str, Any]], list[float]], along: str, measured: str
-) -> bytes:
+@style.drawn
+def _panels(found: Sequence[Start], line: Callable[[Start], list[float]], along: str, measured: str) -> Figure:
     networks = list(dict.fromkeys(s["network"] for s in found))
     activations = list(dict.fromkeys(s["activation"] for s in found))
     first = {(s["network"], s["activation"]): s for s in reversed(found)}
     columns = min(3, len(networks))
     rows = -(-len(networks) // columns)
-    with style.context():
-        panel = 3.2 if len(networks) == 1 else 1.75
-        figure = style.figure(height=0.3 + 0.22 * -(-len(activations) // _columns(activations)) + panel * rows)
-        grid = figure.subplots(rows, columns, sharey=True, squeeze=False)
-        for axes, network in itertools.zip_longest(grid.flat, networks):
-            if network is None:
-                axes.set_axis_off()
-                continue
-            for activation in activations:
-                _draw(axes, line(first[network, activation]), **_look(activations, activation))
-            _scale(axes)
-            axes.set_title(_short(network), fontsize=8)
-        for axes in grid[-1]:
-            axes.set_xlabel(along)
-        for axes in grid[:, 0]:
-            axes.set_ylabel(measured, fontsize=8)
-        _legend(figure, activations)
-        return style.png(figure)
+    panel = 3.2 if len(networks) == 1 else 1.75
+    figure = style.figure(height=0.3 + 0.22 * -(-len(activations) // _columns(activations)) + panel * rows)
+    grid = figure.subplots(rows, columns, sharey=True, squeeze=False)
+    for axes, network in itertools.zip_longest(grid.flat, networks):
+        if network is None:
+            axes.set_axis_off()
+            continue
+        for activation in activations:
+            _draw(axes, line(first[network, activation]), **_look(activations, activation))
+        _scale(axes)
+        axes.set_title(_short(network), fontsize=8)
+    for axes in grid[-1]:
+        axes.set_xlabel(along)
+    for axes in grid[:, 0]:
+        axes.set_ylabel(measured, fontsize=8)
+    _legend(figure, activations)
+    return figure
 
 
-def layers(results: list[tuple[str, str, dict[str, Any]]]) -> bytes:
+@style.drawn
+def layers(results: list[tuple[str, str, dict[str, Any]]]) -> Figure:
     """Draw norms layer by layer at the start, dotted, and at the end: (network, activation, layers) each.
 
     Above gradients of convolutions relative to the last one's, below sizes of signals; a column a network.
     """
     networks = list(dict.fromkeys(network for network, _, _ in results))
     activations = list(dict.fromkeys(activation for _, activation, _ in results))
-    with style.context():
-        figure = style.figure(height=4.6)
-        grid = figure.subplots(2, len(networks), sharey="row", squeeze=False)
-        for name, activation, found in results:
-            above, below = grid[:, networks.index(name)]
-            colour = {"color": _look(activations, activation)["color"]}
-            for when, dashes in (("start", ":"), ("end", "-")):
-                _draw(above, _relative(found[when]["weights"]), **colour, ls=dashes)
-                _draw(below, _known(found[when]["signals"]), **colour, ls=dashes)
-        for name, (above, below) in zip(networks, grid.T, strict=True):
-            above.set(title=name, xlabel="convolution")
-            below.set(xlabel="block")
-            _scale(above)
-            _scale(below)
-        grid[0, 0].set_ylabel("gradient, to the last")
-        grid[1, 0].set_ylabel("size of the signal")
-        handles = [Line2D([], [], label=a, color=_look(activations, a)["color"]) for a in activations]
-        handles += [Line2D([], [], label=label, color="black", ls=ls) for label, ls in (("start", ":"), ("end", "-"))]
-        figure.legend(handles=handles, loc="outside upper left", ncols=len(handles), fontsize=8, handlelength=1.5)
-        return style.png(figure)
+    figure = style.figure(height=4.6)
+    grid = figure.subplots(2, len(networks), sharey="row", squeeze=False)
+    for name, activation, found in results:
+        above, below = grid[:, networks.index(name)]
+        colour = {"color": _look(activations, activation)["color"]}
+        for when, dashes in (("start", ":"), ("end", "-")):
+            _draw(above, _relative(found[when]["weights"]), **colour, ls=dashes)
+            _draw(below, _known(found[when]["signals"]), **colour, ls=dashes)
+    for name, (above, below) in zip(networks, grid.T, strict=True):
+        above.set(title=name, xlabel="convolution")
+        below.set(xlabel="block")
+        _scale(above)
+        _scale(below)
+    grid[0, 0].set_ylabel("gradient, to the last")
+    grid[1, 0].set_ylabel("size of the signal")
+    handles = [style.handle(a, _look(activations, a)["color"]) for a in activations]
+    handles += [style.handle(label, "black", ls=ls) for label, ls in (("start", ":"), ("end", "-"))]
+    style.legend(figure, handles, len(handles), handlelength=1.5)
+    return figure
 
 
 def _draw(axes: Axes, values: list[float], **look: Any) -> None:
@@ -102,25 +104,25 @@ def _known(sizes: list[float | None]) -> list[float]:
     return [size or math.nan for size in sizes]
 
 
-def training(results: list[tuple[str, str, dict[str, Any]]]) -> bytes:
+@style.drawn
+def training(results: list[tuple[str, str, dict[str, Any]]]) -> Figure:
     """Draw the ratio of the first gradient norm to the last one's over epochs: (network, activation, result) each."""
     networks = list(dict.fromkeys(network for network, _, _ in results))
     activations = list(dict.fromkeys(activation for _, activation, _ in results))
-    with style.context():
-        figure = style.figure(height=2.9)
-        panels = figure.subplots(1, len(networks), sharey=True, squeeze=False)[0]
-        for axes, network in zip(panels, networks, strict=True):
-            axes.axhspan(0.1, 10, color=style.PALE_GREY, alpha=0.4, lw=0)
-            for name, activation, result in results:
-                if name == network:
-                    _epochs(axes, result, _look(activations, activation))
-            axes.set_yscale("log")
-            axes.set_title(network)
-            axes.set_xlabel("epoch")
-            axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
-        panels[0].set_ylabel("gradient norm, first to last")
-        _legend(figure, activations)
-        return style.png(figure)
+    figure = style.figure(height=2.9)
+    panels = figure.subplots(1, len(networks), sharey=True, squeeze=False)[0]
+    for axes, network in zip(panels, networks, strict=True):
+        axes.axhspan(0.1, 10, color=style.PALE_GREY, alpha=0.4, lw=0)
+        for name, activation, result in results:
+            if name == network:
+                _epochs(axes, result, _look(activations, activation))
+        axes.set_yscale("log")
+        axes.set_title(network)
+        axes.set_xlabel("epoch")
+        axes.xaxis.set_major_locator(MaxNLocator(4, integer=True))
+    panels[0].set_ylabel("gradient norm, first to last")
+    _legend(figure, activations)
+    return figure
 
 
 def _epochs(axes: Axes, result: dict[str, Any], look: dict[str, Any]) -> None:
@@ -130,9 +132,9 @@ def _epochs(axes: Axes, result: dict[str, Any], look: dict[str, Any]) -> None:
         axes.plot(*points[-1], "x", color=look["color"], ms=6, mew=1.6)
 
 
-def _legend(figure: Any, activations: list[str]) -> None:
+def _legend(figure: Figure, activations: list[str]) -> None:
     handles = [Line2D([], [], label=a, **_look(activations, a)) for a in activations]
-    figure.legend(handles=handles, loc="outside upper left", ncols=_columns(activations), fontsize=8, handlelength=2)
+    style.legend(figure, handles, _columns(activations), handlelength=2)
 
 
 def _columns(activations: list[str]) -> int:

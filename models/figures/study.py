@@ -5,90 +5,81 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 
 from models.figures import labels, style
 from models.figures.labels import Label
 
-_MARKS = ("o", "s", "D", "^", "v")
+Panels = list[tuple[Axes, dict[str, Any]]]
+"""Axes with the activations that they show."""
 _BELOW = 0.28  # of a row, where dots of seeds are below its line
 
 
-def accuracies(summary: dict[str, Any]) -> bytes:
+@style.drawn
+def accuracies(summary: dict[str, Any]) -> Figure:
     """Draw for each activation its mean accuracy, clean and under each attack, and a dot for each seed."""
     measures = [m for m in summary["measures"] if m != "worst"]
-    colours = _colours(measures)
-    with style.context():
-        rows = summary["activations"]
-        figure, panels = _panels(summary, rows)
-        for axes, activations in panels:
-            for name, entry in activations.items():
-                place = rows.index(name)
-                values = [100 * entry[m]["mean"] for m in measures]
-                axes.plot([min(values), max(values)], [place] * 2, color=style.PALE_GREY, lw=3, zorder=1)
-                for i, m in enumerate(measures):
-                    _marks(axes, entry[m], place, colours[m], _MARKS[i % len(_MARKS)], hollow=m == "clean")
-            axes.set_xlabel("accuracy, %")
-            axes.set_xlim(-2, 102)
-        handles = [
-            Line2D([], [], ls="", marker=_MARKS[i % len(_MARKS)], color=colours[m], label=m, ms=5,
-                   mfc="white" if m == "clean" else colours[m])
-            for i, m in enumerate(measures)
-        ]  # fmt: skip
-        figure.legend(handles=handles, loc="outside upper left", ncols=len(measures), fontsize=8, handletextpad=0.2)
-        return style.png(figure)
+    colours = {m: style.line(i)["color"] for i, m in enumerate(measures)}
+    rows = summary["activations"]
+    figure, panels = _panels(summary, rows)
+    for axes, activations in panels:
+        for name, entry in activations.items():
+            place = rows.index(name)
+            values = [100 * entry[m]["mean"] for m in measures]
+            axes.plot([min(values), max(values)], [place] * 2, color=style.PALE_GREY, lw=3, zorder=1)
+            for i, m in enumerate(measures):
+                _marks(axes, entry[m], place, colours[m], style.MARKS[i % len(style.MARKS)], hollow=m == "clean")
+        axes.set_xlabel("accuracy, %")
+        axes.set_xlim(-2, 102)
+    looks = zip(measures, style.MARKS * len(measures), strict=False)
+    handles = [style.handle(m, colours[m], mark, hollow=m == "clean") for m, mark in looks]
+    style.legend(figure, handles, len(measures), handletextpad=0.2)
+    return figure
 
 
-def differences(summary: dict[str, Any], measure: str) -> bytes:
+@style.drawn
+def differences(summary: dict[str, Any], measure: str) -> Figure:
     """Draw each activation's paired difference to the baseline under one attack, with its 95 % interval.
 
     The interval is for the choice of seeds and of images both. Small dots are seeds; all of these are shown, and an
     interval that goes on beyond them is cut off with an arrow.
     """
     baseline = summary["baseline"]
-    with style.context():
-        names = [a for a in summary["activations"] if a != baseline]
-        figure, panels = _panels(summary, names)
-        shown = []
-        for axes, activations in panels:
-            axes.axvline(0, color=style.GREY, lw=0.8)
-            for place, name in enumerate(names):
-                entry = activations.get(name, {}).get(measure, {})
-                if "difference" in entry:
-                    seeds = _seeds(activations[name], activations[baseline], measure)
-                    shown.append((axes, place, entry["difference"], seeds, _colour(name)))
-            axes.set_xlabel(f"difference to {baseline}, points")
-        points = [100 * value for _, _, d, seeds, _ in shown for value in (d["mean"], *seeds)]
-        low, high = min([*points, 0.0]), max([*points, 0.0])
-        margin = 0.12 * max(high - low, 1.0)
-        for axes, place, difference, seeds, colour in shown:
-            _interval(axes, difference, place, colour, low - margin, high + margin)
-            axes.plot([100 * s for s in seeds], [place + _BELOW] * len(seeds), ".", ms=3.5, color=colour, alpha=0.6)
-        for axes, _ in panels:
-            axes.set_xlim(low - margin, high + margin)
-        return style.png(figure)
+    names = [a for a in summary["activations"] if a != baseline]
+    figure, panels = _panels(summary, names)
+    shown = []
+    for axes, activations in panels:
+        axes.axvline(0, color=style.GREY, lw=0.8)
+        for place, name in enumerate(names):
+            entry = activations.get(name, {}).get(measure, {})
+            if "difference" in entry:
+                seeds = _seeds(activations[name], activations[baseline], measure)
+                shown.append((axes, place, entry["difference"], seeds, _colour(name)))
+        axes.set_xlabel(f"difference to {baseline}, points")
+    points = [100 * value for _, _, d, seeds, _ in shown for value in (d["mean"], *seeds)]
+    low, high = min([*points, 0.0]), max([*points, 0.0])
+    margin = 0.12 * max(high - low, 1.0)
+    for axes, place, difference, seeds, colour in shown:
+        _interval(axes, difference, place, colour, low - margin, high + margin)
+        axes.plot([100 * s for s in seeds], [place + _BELOW] * len(seeds), ".", ms=3.5, color=colour, alpha=0.6)
+    for axes, _ in panels:
+        axes.set_xlim(low - margin, high + margin)
+    return figure
 
 
-def robust_against_clean(summary: dict[str, Any], measure: str) -> bytes:
+@style.drawn
+def robust_against_clean(summary: dict[str, Any], measure: str) -> Figure:
     """Draw each activation's mean accuracy under one attack over that on clean images, with a dot for each seed."""
-    with style.context():
-        rates = summary["rates"]
-        networks = list(dict.fromkeys(network for by_network in rates.values() for network in by_network))
-        figure = style.figure(height=0.3 + 3.4 * len(rates))
-        grid = figure.subplots(len(rates), len(networks), squeeze=False)
-        texts = []
-        for line, (rate, by_network) in zip(grid, rates.items(), strict=True):
-            line[0].set_ylabel("accuracy under attack, %")
-            for axes, network in zip(line, networks, strict=True):
-                activations = by_network.get(network, {}).get("activations", {})
-                axes.set_title(network if len(rates) == 1 else f"{network}, {rate} rate")
-                axes.set_xlabel("clean accuracy, %")
-                axes.grid(color=style.PALE_GREY, lw=0.6)
-                axes.set_axisbelow(True)
-                texts.append((axes, [_pair(axes, name, entry, measure) for name, entry in activations.items()]))
-        for axes, found in texts:
-            labels.place(axes, found)
-        return style.png(figure)
+    figure, panels = _grid(summary, height=3.4)
+    texts = []
+    for axes, activations in panels:
+        axes.set_xlabel("clean accuracy, %")
+        if (place := axes.get_subplotspec()) is not None and place.is_first_col():
+            axes.set_ylabel("accuracy under attack, %")
+        style.grid(axes, "both")
+        texts.append((axes, [_pair(axes, name, entry, measure) for name, entry in activations.items()]))
+    for axes, found in texts:
+        labels.place(axes, found)
+    return figure
 
 
 def _pair(axes: Axes, name: str, entry: dict[str, Any], measure: str) -> Label:
@@ -110,19 +101,25 @@ def _colour(name: str) -> str:
     return style.VERMILLION if name.startswith("kaf") else style.BLUE
 
 
-def _panels(summary: dict[str, Any], rows: list[str]) -> tuple[Figure, list[tuple[Axes, dict[str, Any]]]]:
-    """Return a figure, and its axes with the activations that each shows."""
+def _panels(summary: dict[str, Any], rows: list[str]) -> tuple[Figure, Panels]:
+    """Return a figure with rows, and its axes with the activations that each shows."""
+    figure, panels = _grid(summary, height=0.7 + 0.3 * len(rows), shared=True)
+    for axes, _ in panels:
+        style.rows(axes, rows)
+    return figure, panels
+
+
+def _grid(summary: dict[str, Any], height: float, shared: bool = False) -> tuple[Figure, Panels]:
     rates = summary["rates"]
     networks = list(dict.fromkeys(network for by_network in rates.values() for network in by_network))
-    figure = style.figure(height=0.4 + len(rates) * (0.7 + 0.3 * len(rows)))
-    grid = figure.subplots(len(rates), len(networks), sharex=True, sharey=True, squeeze=False)
-    shown = []
+    figure = style.figure(height=0.4 + height * len(rates))
+    grid = figure.subplots(len(rates), len(networks), sharex=shared, sharey=shared, squeeze=False)
+    panels = []
     for line, (rate, by_network) in zip(grid, rates.items(), strict=True):
         for axes, network in zip(line, networks, strict=True):
-            _rows(axes, rows)
             axes.set_title(network if len(rates) == 1 else f"{network}, {rate} rate")
-            shown.append((axes, by_network.get(network, {}).get("activations", {})))
-    return figure, shown
+            panels.append((axes, by_network.get(network, {}).get("activations", {})))
+    return figure, panels
 
 
 def _marks(axes: Axes, entry: dict[str, Any], place: int, colour: str, mark: str, hollow: bool) -> None:
@@ -143,15 +140,3 @@ def _interval(
             if not low <= end <= high:
                 axes.plot(edge, place, mark, ms=6, color=colour)
     axes.plot(100 * difference["mean"], place, "o", ms=5, color=colour)
-
-
-def _rows(axes: Axes, names: list[str]) -> None:
-    axes.set_yticks(range(len(names)), names)
-    axes.set_ylim(len(names) - 0.5, -0.5)
-    axes.grid(axis="x", color=style.PALE_GREY, lw=0.6)
-    axes.set_axisbelow(True)
-    style.bare(axes)
-
-
-def _colours(measures: list[str]) -> dict[str, str]:
-    return {m: style.line(i)["color"] for i, m in enumerate(measures)}

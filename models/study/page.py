@@ -3,6 +3,8 @@
 from collections.abc import Iterator
 from typing import Any
 
+from models.reports import tables
+from models.reports.tables import Table, bullets, ends, points, signed, spread
 from models.study.plan import COMMON, TUNED, Study
 from models.study.summary import CLEAN, WORST
 
@@ -17,13 +19,8 @@ def markdown(study: Study, summary: dict[str, Any], results: dict[str, dict[str,
         command: that made the page.
     """
     measures = summary["images"]
-    parts = [
-        f"# Study: {study.name}",
-        study.about,
-        f"```sh\n{command}\n```",
-        f"That command made this page, from {summary['runs']} of {summary['of']} runs.",
-        _settings(study),
-    ]
+    parts = head(f"Study: {study.name}", study.about, command, f", from {summary['runs']} of {summary['of']} runs")
+    parts.append(bullets(_settings(study)))
     if summary["comparisons"]:
         parts += ["## The comparisons named beforehand", _comparisons(summary["comparisons"]), _HOLM]
     parts += [
@@ -33,14 +30,18 @@ def markdown(study: Study, summary: dict[str, Any], results: dict[str, dict[str,
         f"{', '.join(f'{n} of {m}' for m, n in measures.items())}. *worst* counts an image as robust where no attack "
         "breaks it, of the images that all attacks were made on.",
     ]
-    parts += [_table(network, rate, content, summary) for rate, network, content in _panels(summary)]
+    parts += [_accuracies(*panel, summary["measures"]) for panel in _panels(summary)]
     if len(summary["activations"]) > 1:
         parts += ["![robust against clean](robust-clean.png)", "Under the worst of all attacks; dots are seeds."]
     parts += [f"## Differences to {summary['baseline']}", "![differences](differences.png)", _DIFFERENCES]
-    parts += [_differences(network, rate, content) for rate, network, content in _panels(summary)]
-    parts += ["## What the numbers say", *_findings(summary, results)]
-    parts += ["## Machine", _machine(results)]
-    return "\n\n".join(parts) + "\n"
+    parts += [_differences(*panel) for panel in _panels(summary)]
+    parts += ["## What the numbers say", bullets(_findings(summary, results)), "## Machine", _machine(results)]
+    return tables.markdown(parts)
+
+
+def head(title: str, about: str, command: str, extent: str) -> list[str]:
+    """Return how pages of studies begin."""
+    return [f"# {title}", about, f"```sh\n{command}\n```", f"That command made this page{extent}."]
 
 
 _HOLM = (
@@ -57,47 +58,46 @@ _DIFFERENCES = (
 )
 
 
-def _panels(summary: dict[str, Any]) -> Iterator[tuple[str, str, dict[str, Any]]]:
+def _panels(summary: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the network with its rate, where there are several, and its activations."""
     for rate, networks in summary["rates"].items():
         for network, content in networks.items():
-            yield (f", {rate} rate" if len(summary["rates"]) > 1 else ""), network, content
+            yield network + (f", {rate} rate" if len(summary["rates"]) > 1 else ""), content["activations"]
 
 
 def _comparisons(rows: list[dict[str, Any]]) -> str:
-    lines = ["| network | comparison | attack | difference | interval | p | n | between seeds | of images | |"]
-    lines.append("|---" * 10 + "|")
+    heads = ("network", "comparison", "attack", "difference", "interval", "p", "n", "between seeds", "of images", "")
+    table = Table(*heads)
     for row in rows:
-        name = f"{row['pair'][0]} − {row['pair'][1]}"
+        corrected, mean = row["corrected"], points(row["mean"], "+.1f")
         n = f"{row['seeds']} seeds × {row['images']} images"
-        mean, corrected = f"{100 * row['mean']:+.1f}", row["corrected"]
-        spread = [_points(row["between_seeds"]) if row["between_seeds"] is not None else "", _points(row["of_images"])]
-        if corrected is None:
-            cells = [mean, "", "", n, *spread, "one seed: nothing can be said"]
-        else:
-            interval = f"[{100 * corrected['low']:+.1f}, {100 * corrected['high']:+.1f}]"
-            verdict = "a difference" if corrected["found"] else "none found"
-            cells = [mean, interval, f"{corrected['p']:.2g}", n, *spread, verdict]
-        lines.append(f"| {row['network']} | {name} | {row['attack']} | {' | '.join(cells)} |")
-    return "\n".join(lines)
+        between = "" if row["between_seeds"] is None else points(row["between_seeds"])
+        interval, p, verdict = "", "", "one seed: nothing can be said"
+        if corrected is not None:
+            interval = ends(corrected["low"], corrected["high"])
+            p, verdict = f"{corrected['p']:.2g}", "a difference" if corrected["found"] else "none found"
+        pair = f"{row['pair'][0]} − {row['pair'][1]}"
+        numbers = (mean, interval, p, n, between, points(row["of_images"]))
+        table.add(row["network"], pair, row["attack"], *numbers, verdict)
+    return table.markdown()
 
 
-def _settings(study: Study) -> str:
-    lines = [
-        f"- images: `{study.data}`; eps = {study.eps:g}",
-        *(f"- {label}: `{network}`" for label, network in study.networks.items()),
-        f"- activations: {', '.join(f'`{a}`' for a in study.activations)}",
-        *(f"- {name}: {_variant(variant)}" for name, variant in study.variants.items()),
-        f"- seeds: {', '.join(map(str, study.seeds))}, of weights, order and noise",
-        f"- training: {', '.join(f'{k} = {v}' for k, v in study.training.items())}",
+def _settings(study: Study) -> list[str]:
+    return [
+        f"images: `{study.data}`; eps = {study.eps:g}",
+        *(f"{label}: `{network}`" for label, network in study.networks.items()),
+        f"activations: {', '.join(f'`{a}`' for a in study.activations)}",
+        *(f"{name}: {_variant(variant)}" for name, variant in study.variants.items()),
+        f"seeds: {', '.join(map(str, study.seeds))}, of weights, order and noise",
+        f"training: {', '.join(f'{k} = {v}' for k, v in study.training.items())}",
         _rates(study),
-        *(f"- {label}: `{attack}`" for label, attack in study.attacks.items()),
+        *(f"{label}: `{attack}`" for label, attack in study.attacks.items()),
     ]
-    return "\n".join(lines)
 
 
 def _rates(study: Study) -> str:
     if TUNED not in study.rates:
-        return "- one learning rate for all"
+        return "one learning rate for all"
     shown = [
         f"  - {network}, {name}: lr {rates['lr']:g}"
         + (f", × {rates['activation_lr']:g} for its own" if study.learns(name) else "")
@@ -105,7 +105,7 @@ def _rates(study: Study) -> str:
         for name, rates in by_activation.items()
     ]
     which = "rates chosen for each activation [on held-out images](tuning/README.md)"
-    return "\n".join([f"- {which}{', and those above' if COMMON in study.rates else ''}:", *shown])
+    return "\n".join([f"{which}{', and those above' if COMMON in study.rates else ''}:", *shown])
 
 
 def _variant(variant: dict[str, Any]) -> str:
@@ -113,51 +113,43 @@ def _variant(variant: dict[str, Any]) -> str:
     return f"`{variant['activation']}`" + (f" with {changes}" if changes else "")
 
 
-def _table(network: str, rate: str, content: dict[str, Any], summary: dict[str, Any]) -> str:
-    measures = summary["measures"]
-    lines = [f"| {network}{rate} | {' | '.join(measures)} |", "|---" * (len(measures) + 1) + "|"]
-    for name, entry in content["activations"].items():
-        lines.append(f"| {name} | {' | '.join(_spread(entry[m]) for m in measures)} |")
-    return "\n".join(lines)
+def _accuracies(panel: str, activations: dict[str, Any], measures: list[str]) -> str:
+    table = Table(panel, *measures)
+    for name, entry in activations.items():
+        table.add(name, *(spread(entry[m]["mean"], entry[m]["std"]) for m in measures))
+    return table.markdown()
 
 
-def _differences(network: str, rate: str, content: dict[str, Any]) -> str:
-    lines = [f"| {network}{rate} | clean | worst attack |", "|---|---|---|"]
-    for name, entry in content["activations"].items():
+def _differences(panel: str, activations: dict[str, Any]) -> str:
+    table = Table(panel, "clean", "worst attack")
+    for name, entry in activations.items():
         if "difference" in entry[WORST]:
-            lines.append(f"| {name} | {_signed(entry[CLEAN]['difference'])} | {_signed(entry[WORST]['difference'])} |")
-    return "\n".join(lines)
+            table.add(name, *(signed(entry[m]["difference"]) for m in (CLEAN, WORST)))
+    return table.markdown()
 
 
 def _findings(summary: dict[str, Any], results: dict[str, dict[str, Any]]) -> list[str]:
     found = []
     if list(summary["rates"]) == [COMMON]:
-        found.append("- All of this is said of one learning rate: at another the order may be another.")
-    if few := [len(e["seeds"]) for _, _, c in _panels(summary) for e in c["activations"].values()]:
-        found.append(
-            f"- {min(few)} to {max(few)} seeds: a true difference smaller than its interval is wide goes unseen."
-        )
-    for rate, network, content in _panels(summary):
-        entries = content["activations"]
-        found.append(f"- {network}{rate}: {_clear_differences(entries, summary['baseline'])}")
-        first = summary["measures"][1]
+        found.append("All of this is said of one learning rate: at another the order may be another.")
+    if few := [len(e["seeds"]) for _, entries in _panels(summary) for e in entries.values()]:
+        seeds = f"{min(few)} to {max(few)} seeds"
+        found.append(f"{seeds}: a true difference smaller than its interval is wide goes unseen.")
+    first = summary["measures"][1]
+    for panel, entries in _panels(summary):
+        found.append(f"{panel}: {_clear_differences(entries, summary['baseline'])}")
         gaps = {name: e[first]["mean"] - e[WORST]["mean"] for name, e in entries.items()}
         widest = max(gaps, key=gaps.__getitem__)
-        if gaps[widest] > 0:  # there are other attacks
+        if (gap := gaps.pop(widest)) > 0:  # there are other attacks
             found.append(
-                f"- {network}{rate}: the largest gap between {first} and the worst attack is {widest}'s, "
-                f"{_points(gaps[widest])} points; the others' are at most "
-                f"{_points(max((g for n, g in gaps.items() if n != widest), default=0.0))}."
+                f"{panel}: the largest gap between {first} and the worst attack is {widest}'s, "
+                f"{points(gap)} points; the others' are at most {points(max(gaps.values(), default=0.0))}."
             )
-    failed = summary["failed"]
-    if failed:
-        found.append(f"- Failed, and left out: {'; '.join(f'{name} ({error})' for name, error in failed.items())}.")
+    if failed := summary["failed"]:
+        found.append(f"Failed, and left out: {'; '.join(f'{name} ({error})' for name, error in failed.items())}.")
     collapsed = [name for name, result in results.items() if result.get("collapsed")]
-    found.append(
-        f"- Training collapsed, and was rolled back to its best epoch, in {len(collapsed)} runs"
-        + (f": {', '.join(collapsed)}." if collapsed else ".")
-    )
-    return ["\n".join(found)]
+    rolled = "Training collapsed, and was rolled back to its best epoch, in"
+    return [*found, f"{rolled} {len(collapsed)} runs{': ' if collapsed else ''}{', '.join(collapsed)}."]
 
 
 def _clear_differences(entries: dict[str, Any], baseline: str) -> str:
@@ -165,7 +157,7 @@ def _clear_differences(entries: dict[str, Any], baseline: str) -> str:
     known = {name: d for name, d in differences.items() if d["low"] is not None}
     if not known:
         return f"one seed so far, so nothing can be said about differences to {baseline}."
-    clear = [f"{name} ({_signed(d)})" for name, d in known.items() if not d["low"] <= 0 <= d["high"]]
+    clear = [f"{name} ({signed(d)})" for name, d in known.items() if not d["low"] <= 0 <= d["high"]]
     if not clear:
         return f"under the worst attack no activation differs from {baseline} beyond its interval."
     return f"under the worst attack these differ from {baseline} beyond their intervals: {', '.join(clear)}."
@@ -173,22 +165,6 @@ def _clear_differences(entries: dict[str, Any], baseline: str) -> str:
 
 def _machine(results: dict[str, dict[str, Any]]) -> str:
     environments = [result["environment"] for result in results.values()]
-    machines = {f"- {e['processor']}, torch {e['torch']}, kafops {e['kafops']}" for e in environments}
+    machines = sorted({f"{e['processor']}, torch {e['torch']}, kafops {e['kafops']}" for e in environments})
     commits = sorted({str(e["commit"]) for e in environments})
-    return "\n".join([*sorted(machines), f"- commits: {', '.join(commits)}"])
-
-
-def _spread(entry: dict[str, Any]) -> str:
-    mean = f"{100 * entry['mean']:.1f}"
-    return mean if entry["std"] is None else f"{mean} ± {100 * entry['std']:.1f}"
-
-
-def _signed(difference: dict[str, Any]) -> str:
-    mean = f"{100 * difference['mean']:+.1f}"
-    if difference["low"] is None:
-        return mean
-    return f"{mean} [{100 * difference['low']:+.1f}, {100 * difference['high']:+.1f}]"
-
-
-def _points(share: float) -> str:
-    return f"{100 * share:.1f}"
+    return bullets([*machines, f"commits: {', '.join(commits)}"])

@@ -166,7 +166,7 @@ def train_and_attack(study: Study, run: Run, results: Path, folder: Path) -> dic
         raise Interrupted from error
     except (TrainingError, SlopeError, EvaluationError) as error:
         result = {**common, "error": str(error)}
-    files.write_json(result_file(results, run), result)
+    files.write_result(result_file(results, run), result)
     return result
 
 

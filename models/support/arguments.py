@@ -1,8 +1,26 @@
-"""Values of command-line options, checked and never evaluated as code."""
+"""Commands, and values of their options, checked and never evaluated as code."""
 
 import argparse
 import math
 from collections.abc import Callable
+from typing import TypeAlias
+
+Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+
+
+def command(
+    commands: Commands, name: str, purpose: str, about: str, run: Callable[[argparse.Namespace, str], int]
+) -> argparse.ArgumentParser:
+    """Add a command that calls `run` with its options and its own text; `options.refuse` is for wrong ones."""
+    parser = commands.add_parser(
+        name,
+        help=purpose,
+        description=about,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.set_defaults(run=run, refuse=parser.error)
+    return parser
 
 
 def fraction(text: str) -> float:

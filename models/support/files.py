@@ -5,7 +5,8 @@ import os
 from pathlib import Path
 from typing import Any
 
-_LINE, _RECORD = 120, 2000  # characters
+_LINE, _WIDE, _RECORD = 120, 400, 2000  # characters of a list or the whole, a dict within, an element: at most
+_DIGITS = 7
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -37,23 +38,37 @@ def write_json(path: Path, value: Any) -> None:
     write_text(path, as_json(value) + "\n")
 
 
+def write_result(path: Path, value: Any) -> None:
+    """Write what is committed: floats are rounded, to more digits than any document shows."""
+    write_json(path, rounded(value))
+
+
+def rounded(value: Any) -> Any:
+    """Round all floats in a JSON value to seven significant digits."""
+    if isinstance(value, dict):
+        return {name: rounded(item) for name, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [rounded(item) for item in value]
+    return float(f"{value:.{_DIGITS}g}") if isinstance(value, float) else value
+
+
 def as_json(value: Any, indent: str = "") -> str:
-    """Return a value as JSON in which each record, an element of a list, is a line, and so is all that fits on one."""
+    """Return a value as JSON in which each record is a line: each element of a list, and whatever is short."""
     line = json.dumps(value, ensure_ascii=False, allow_nan=False)
-    if len(indent) + len(line) <= _LINE or not isinstance(value, dict | list):
+    listed = isinstance(value, list)
+    if not isinstance(value, dict) and not (listed and any(isinstance(item, dict | list) for item in value)):
+        return line
+    if len(indent) + len(line) <= (_WIDE if indent and not listed else _LINE):
         return line
     inner = indent + " "
-    if isinstance(value, dict):
-        parts = [f"{json.dumps(name, ensure_ascii=False)}: {as_json(item, inner)}" for name, item in value.items()]
-        first, last = "{}"
-    elif any(isinstance(item, dict | list) for item in value):
+    if listed:
         lines = (json.dumps(item, ensure_ascii=False) for item in value)
         parts = [
             text if len(text) <= _RECORD else as_json(item, inner) for text, item in zip(lines, value, strict=True)
         ]
-        first, last = "[]"
     else:
-        return line
+        parts = [f"{json.dumps(name, ensure_ascii=False)}: {as_json(item, inner)}" for name, item in value.items()]
+    first, last = "[]" if listed else "{}"
     return f"{first}\n{inner}" + f",\n{inner}".join(parts) + f"\n{indent}{last}"
 
 

@@ -1,20 +1,12 @@
-"""What commands show: text as it is, whatever brackets are in it, tables and progress."""
-
-from typing import Any
+"""What commands show: text as it is, whatever brackets are in it, and progress."""
 
 from rich.console import Console
 from rich.progress import BarColumn, Progress, ProgressColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from rich.table import Table
 
 
 def console(quiet: bool = False) -> Console:
     """Return the terminal."""
     return Console(quiet=quiet, highlight=False, markup=False)
-
-
-def table(*heads: Any, **options: Any) -> Table:
-    """Return a table without lines."""
-    return Table(*heads, box=None, header_style="bold", **options)
 
 
 def progress(console: Console, stays: bool = False, remaining: bool = False) -> Progress:

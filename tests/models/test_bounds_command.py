@@ -15,6 +15,8 @@ from models.certified.traced import steps
 from models.cli import main
 from models.commands import bounds as command
 from models.figures import bounds as figures
+from models.figures.accuracy import Mark
+from models.reports import bounds as page_of
 from models.runs import session, trained
 from models.runs.settings import Settings
 from models.study import page, plan
@@ -147,12 +149,12 @@ def test_several_runs_are_compared(
     for name in ("bounds", "over-eps"):
         assert matplotlib.image.imread(tmp_path / f"{name}.png")[..., :3].std() > 0.02
     found = [results(run) for run in runs.values()]
-    rows = command.figure_rows(list(runs), found)
+    rows = page_of.rows(list(runs), found)
     assert [row.label for row in rows] == ["kaf_silu", "relu", "kwta"]
     assert [bound.upper for bound in rows[0].bounds] == [found[0]["upper"], found[1]["upper"]]
     assert rows[2].bounds[0].upper is None
     assert rows[0].clean == [found[0]["attacked"][0]["accuracy"], found[1]["attacked"][0]["accuracy"]]
-    assert rows[0].at in command.AT
+    assert rows[0].at in page_of.AT
     assert rows[0].certified[0] == next(p["linf"] for p in found[0]["certified"] if p["eps"] == rows[0].at)
 
 
@@ -165,30 +167,29 @@ def test_rows_are_named_after_what_differs(runs: dict[str, Path], monkeypatch: p
         settings = found["settings"]
         return {**found, "settings": {**settings, "training": {**settings["training"], **training}}}
 
-    rows = command.figure_rows(["a", "b", "c"], [found, changed(slope_limit=0.5), changed(slope_penalty=1.0)])
+    rows = page_of.rows(["a", "b", "c"], [found, changed(slope_limit=0.5), changed(slope_penalty=1.0)])
     assert [row.label for row in rows] == ["kaf_silu", "kaf_silu, slope limit 0.5", "kaf_silu, slope penalty 1"]
-    assert [row.label for row in command.figure_rows(["a"], [found])] == ["a"]
+    assert [row.label for row in page_of.rows(["a"], [found])] == ["a"]
+
+
+def certified(radius: float) -> figures.Certified:
+    attacked = [(0.0, Mark(1, 1, 1)), (0.1, Mark(1, 1, 1))]
+    return figures.Certified({"interval propagation": [radius]}, "pgd", attacked)
 
 
 def test_a_network_that_jumps_has_a_figure_too() -> None:
-    places = [figures.Place("one", 2.0), figures.Place("jump", None), figures.Place("last", None)]
-    certified = figures.Certified(
-        {"interval propagation": [0.0]}, "pgd", [figures.Attacked(0, 1, 1, 1), figures.Attacked(0.1, 1, 1, 1)]
-    )
-    assert figures.network(places, figures.Bounds(3.0, None, None), certified)[:4] == b"\x89PNG"
-    assert figures.network(places[1:], figures.Bounds(3.0, None, None), certified)[:4] == b"\x89PNG"
+    layers = [("one", 2.0), ("jump", None), ("last", None)]
+    assert figures.network(layers, figures.Bounds(3.0, None, None), certified(0.0))[:4] == b"\x89PNG"
+    assert figures.network(layers[1:], figures.Bounds(3.0, None, None), certified(0.0))[:4] == b"\x89PNG"
 
 
 def test_networks_that_do_not_move_have_figures_too() -> None:
     still = figures.Bounds(0.0, 0.0, 0.0)
-    certified = figures.Certified(
-        {"interval propagation": [1.0]}, "pgd", [figures.Attacked(0, 1, 1, 1), figures.Attacked(0.1, 1, 1, 1)]
-    )
-    assert figures.network([figures.Place("last", 0.0)], still, certified)[:4] == b"\x89PNG"
-    assert figures.network([figures.Place("last", 2.0)], figures.Bounds(0.0, 2.0, 0.0), certified)[:4] == b"\x89PNG"
+    assert figures.network([("last", 0.0)], still, certified(1.0))[:4] == b"\x89PNG"
+    assert figures.network([("last", 2.0)], figures.Bounds(0.0, 2.0, 0.0), certified(1.0))[:4] == b"\x89PNG"
     rows = [
-        figures.Row("still", "relu", [still], [0.1], [0.1], [0.1], 0.1),
-        figures.Row("moves", "kaf", [figures.Bounds(1.0, 30.0, 9.0)], [0.9], [0.5], [0.1], 0.1),
+        figures.Row("still", [still], [0.1], [0.1], [0.1], 0.1),
+        figures.Row("moves", [figures.Bounds(1.0, 30.0, 9.0)], [0.9], [0.5], [0.1], 0.1),
     ]
     assert figures.networks(rows, 0.1)[:4] == b"\x89PNG"
     assert figures.networks(rows[:1], 0.1)[:4] == b"\x89PNG"
@@ -205,9 +206,9 @@ def test_the_axis_of_a_network_of_one_answer_shows_the_attack(monkeypatch: pytes
     """All its radii are 1, and those of the attack far smaller."""
     limits = []
     monkeypatch.setattr(figures.style, "png", lambda figure: limits.append(figure.axes[1].get_xlim()))
-    attacked = [figures.Attacked(eps, 0.5, 0.4, 0.6) for eps in (0.0, 0.01, 0.03)]
+    attacked = [(eps, Mark(0.5, 0.4, 0.6)) for eps in (0.0, 0.01, 0.03)]
     certified = figures.Certified({"interval propagation": [1.0, 0.0]}, "pgd", attacked)
-    figures.network([figures.Place("last", 2.0)], figures.Bounds(1.0, 2.0, 1.5), certified)
+    figures.network([("last", 2.0)], figures.Bounds(1.0, 2.0, 1.5), certified)
     assert limits == [(0.005, 0.03)]
 
 

@@ -1,20 +1,14 @@
 import argparse
-import itertools
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from matplotlib.figure import Figure
-from matplotlib.text import Annotation
 
 from models import recipes
 from models.commands import compare as command
 from models.commands import recipe as recipe_command
 from models.evaluation import Accuracy
-from models.figures import comparison as figure
-from models.figures import labels
-from models.figures.labels import Label
 from models.recipes import Recipe
 from models.recipes.comparison import Measured, attack_name, closest, compare, training_differences
 from models.runs.settings import Settings
@@ -240,29 +234,25 @@ def test_an_evaluation_of_another_training_is_refused(tmp_path: Path) -> None:
         command.read(tmp_path)
 
 
-def test_labels_cover_neither_each_other_nor_points() -> None:
-    """Twelve points in a cluster, closer to each other than the labels are high."""
-    drawing = Figure(figsize=(5, 3.5))
-    axes = drawing.subplots()
-    points = [(x, y) for x in range(4) for y in range(3)]
-    axes.set_xlim(-8, 12)
-    axes.set_ylim(-12, 14)
-    labels.place(axes, [Label(x, y, f"label {x}{y}", "black") for x, y in points])
-    texts = [t for t in axes.texts if isinstance(t, Annotation) and t.get_text()]
-    boxes = [text.get_window_extent() for text in texts]
-    assert len(boxes) == 12
-    assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
-    marks = axes.transData.transform(points)
-    assert not any(box.contains(*mark) for box in boxes for mark in marks)
-    inside = axes.get_window_extent()
-    assert all(inside.contains(box.x0, box.y0) and inside.contains(box.x1, box.y1) for box in boxes)
+def test_the_figure_has_what_is_published_below_the_runs() -> None:
+    recipe, rows = recipes.load("gradalign"), recipes.published_for("gradalign")
+    (panel,) = command._panels([compare(measured(recipe, robust={PGD: 100}), recipe, rows)], rows)
+    assert panel.title == "gradalign"
+    assert panel.rows[0].label == "mine (here)"
+    clean, robust = panel.rows[0].marks
+    assert (clean.value, robust.value, robust.low) == (0.781, 0.1, Accuracy(100, 1000).interval[0])
+    alike = [row for row in rows if row.attack == attack_name(PGD) and row.clean is not None]
+    assert [[m.value for m in row.marks] for row in panel.rows[1:]] == [[row.clean, row.robust] for row in alike]
+    assert all(
+        "memory" in row.label for row, published in zip(panel.rows[1:], alike, strict=True) if published.remembered
+    )
 
 
-def test_the_figure_is_the_same_for_the_same_numbers() -> None:
-    rows = recipes.published_for("gradalign")
-    recipe = recipes.load("gradalign")
-    found = [compare(measured(recipe, robust={PGD: 0}), recipe, rows)]
-    assert figure.draw(found, rows) == figure.draw(found, rows)
+def test_only_attacks_with_published_numbers_are_drawn_if_there_are_any() -> None:
+    rows = recipes.published_for(VGG.name)
+    found = [compare(measured(robust={PGD: 440, "fgsm": 500}), VGG, rows)]
+    assert [panel.xlabel[-9:-1] for panel in command._panels(found, rows)] == ["gd-50-10"]
+    assert len(command._panels(found, [])) == 2
 
 
 def test_recipes_are_listed_and_shown(capsys: pytest.CaptureFixture[str]) -> None:

@@ -146,7 +146,7 @@ def test_report_is_one_whole_page(finished: Path) -> None:
     assert all(source.startswith("data:image/png;base64,") for source in page.sources)
     content = metrics(finished)
     for result in content["results"].values():
-        assert f"{100 * result['clean']['accuracy']:.1f} %" in text
+        assert f"{result['clean']['accuracy']:.1%}" in text
     assert content["environments"][0]["torch"] in text
     assert "32 MNIST images, watched on 8 and tested on 20 others" in " ".join(text.split())
     assert 'name="viewport"' in text
@@ -171,7 +171,8 @@ def test_report_says_when_the_machine_was_busy(finished: Path, slowest: float, w
 
 
 def test_figures_are_reproducible() -> None:
-    rows = [accuracy.Row("ReLU", figures.style.GREY, Accuracy(99, 100), Accuracy(0, 100))]
-    first = accuracy.draw(rows, "PGD-2")
-    assert first == accuracy.draw(rows, "PGD-2")
+    marks = [accuracy.Mark(0.99, 0.95, 1.0), accuracy.Mark(0.0, 0.0, 0.04)]
+    panels = [accuracy.Panel("", "accuracy", [accuracy.Row("ReLU", figures.style.GREY, marks)])]
+    first = accuracy.rows(panels)
+    assert first == accuracy.rows(panels)
     assert matplotlib.image.imread(io.BytesIO(first)).shape[2] == 4

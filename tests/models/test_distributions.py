@@ -14,7 +14,7 @@ from torch import nn
 import kafops
 from models import taps
 from models.activations import KWinners, SharedPSSiLU, SmoothReLU
-from models.analysis.distributions import SIDES, Images, Panel, Recorder, across, curve
+from models.analysis.distributions import SIDES, Density, Images, Panel, Recorder, across, curve
 from models.attacks import pgd
 from models.cli import main
 from models.commands import distributions as command
@@ -255,8 +255,8 @@ def test_panels_show_densities_of_the_values() -> None:
 
 def panel(place: int, channel: int, plain: bool = False) -> Panel:
     return Panel(
-        place, "a", channel, figures.Density([0.0, 1.0, 2.0, 3.0], [0.9, 0.07, 0.03], [0.8, 0.1, 0.1]),
-        figures.Density([-1.0, 1.0], [0.5], [0.5]), [] if plain else [-3.0, 3.0], [] if plain else [0.0, 1.0],
+        place, "a", channel, Density([0.0, 1.0, 2.0, 3.0], [0.9, 0.07, 0.03], [0.8, 0.1, 0.1]),
+        Density([-1.0, 1.0], [0.5], [0.5]), [] if plain else [-3.0, 3.0], [] if plain else [0.0, 1.0],
         None if plain else (-3.0, 3.0),
     )  # fmt: skip
 
@@ -337,13 +337,13 @@ def test_the_command_compares_runs(runs: list[Path], tmp_path: Path, capsys: pyt
     summary = json.loads((tmp_path / "distributions.json").read_text())
     both = summary["runs"]
     assert [entry["run"] for entry in both] == ["kaf", "relu"]
-    assert both[1]["accuracy"]["clean"] == masks["clean"].count("0") / 30
+    assert both[1]["accuracy"]["clean"] == pytest.approx(masks["clean"].count("0") / 30, rel=1e-6)
     mean = np.mean(found["by_image"]["moved"]["outputs"])
     assert both[1]["moved"]["all"]["outputs"] == pytest.approx(mean, rel=1e-3)  # to four digits
     assert [row["count"] for row in summary["ranks"]] == [2] * 8
     assert {row["rho"] for row in summary["ranks"]} == {None}  # of two runs there is nothing to rank
     assert (tmp_path / "against.png").exists()
-    assert both[1]["layers"][0]["inputs"]["l2"] == layers[0].inputs.l2
+    assert both[1]["layers"][0]["inputs"]["l2"] == pytest.approx(layers[0].inputs.l2, rel=1e-6)
     assert (tmp_path / "layers.png").exists()
 
 

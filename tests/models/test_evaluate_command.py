@@ -420,7 +420,7 @@ def test_wrong_options_are_explained(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (("--images", "61"), "--images 61 is more than the 60 test images of pictures"),
+        (("--images", "61"), "--images 61 is more than the 60 images there are: test images of"),
         (("--attacks", "pgd-0"), "steps must be at least 1, got 0"),
         (("--attacks", "cw"), "attack 'cw' works in L2 and needs a radius of its own"),
         (("--device", "nonsense"), "--device nonsense cannot be used"),

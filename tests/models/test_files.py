@@ -1,10 +1,11 @@
 """JSON as it is written: the same values, a record a line."""
 
 import json
+from pathlib import Path
 
 import pytest
 
-from models.support.files import as_json
+from models.support.files import as_json, write_result
 
 RECORDS = [{"epoch": n, "loss": 0.1 * n, "inner": {"a": [1, 2], "b": None}} for n in range(4)]
 
@@ -39,3 +40,12 @@ def test_values_come_back(value: object) -> None:
 def test_what_json_has_not_is_refused() -> None:
     with pytest.raises(ValueError, match="Out of range float values"):
         as_json({"a": [float("nan")]})
+
+
+def test_what_is_committed_has_a_line_for_each_record_and_seven_digits(tmp_path: Path) -> None:
+    measure = {"values": [0.1234567890123] * 12, "mean": 1 / 3, "tuple": (2e-7 / 3, 5)}
+    write_result(tmp_path / "a.json", {"networks": {"a": measure, "b": measure, "c": measure}, "n": 123456789})
+    text = (tmp_path / "a.json").read_text()
+    assert [line.strip()[:4] for line in text.splitlines()] == ["{", '"net', '"a":', '"b":', '"c":', "},", '"n":', "}"]
+    rounded = {"values": [0.1234568] * 12, "mean": 0.3333333, "tuple": [6.666667e-8, 5]}
+    assert json.loads(text) == {"networks": dict.fromkeys("abc", rounded), "n": 123456789}

@@ -72,8 +72,8 @@ def test_one_run_with_everything(runs: tuple[Path, Path], tmp_path: Path) -> Non
     assert sorted(kinds) == ["data:image/gif"] + ["data:image/png"] * 9
     assert page.links == []
     evaluation = json.loads((full / "evaluation/evaluation.json").read_text())
-    low, high = (100 * end for end in evaluation["worst_case"]["interval"])
-    assert f"{100 * evaluation['worst_case']['accuracy']:.1f} % {low:.1f} to {high:.1f}" in page.text
+    low, high = evaluation["worst_case"]["interval"]
+    assert f"{evaluation['worst_case']['accuracy']:.1%} {low:.1%} to {high:.1%}" in page.text
     for check in evaluation["checks"]:
         assert " ".join(check["evidence"].split()) in page.text
     assert evaluation["masking"] in page.text
