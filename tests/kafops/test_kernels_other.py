@@ -94,6 +94,23 @@ def test_half_precision_is_rounded_once(kernel, order, dtype):
     assert torch.equal(kernels.value(kernel, u, order), kernels.value(kernel, u.float(), order).to(dtype))
 
 
+@pytest.mark.parametrize("kernel", kernels.KERNELS)
+def test_compiled_values_are_those_of_eager_calls(kernel):
+    """Also where a square overflows and where |u| has no derivative; and their slopes, as far as there are any."""
+    u = [0.0, 0.3, -1.7, KNOT, -2 * KNOT, 30.0, 1e30, math.inf, -math.inf, math.nan]
+    u = torch.tensor(u, dtype=F64, requires_grad=True)
+
+    def values(u):
+        return [kernels.value(kernel, u, order) for order in range(3)]
+
+    compiled = torch.compile(values, backend="eager", fullgraph=True)(u)
+    for order, (got, want) in enumerate(zip(compiled, values(u), strict=True)):
+        torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
+        if order < 2:
+            got, want = (torch.autograd.grad(y[:-1].sum(), u)[0][:-1] for y in (got, want))
+            torch.testing.assert_close(got, want, rtol=1e-14, atol=1e-14)
+
+
 def test_wrong_arguments_are_named():
     x, alpha, gamma = torch.zeros(2, 3), torch.zeros(3, 4), torch.ones(3)
     for call in (
@@ -167,6 +184,7 @@ TABLE = [
         ("overlapping", "channels_last", False))),
     *(replace(SMALL[2], dtype=dtype) for dtype in (BF16, F16, F64)),
     *(Case(dtype=a, parameter_dtype=b, free=a == F64) for a in DTYPES for b in (F32, F64)),
+    Case(dtype=F64),  # even points in float64, whatever alpha is
     *(Case(size=d, spacing=t, free=f) for d, t, f in (
         (1, 1 / 6, False), (2, 1 / 8, True), (20, 3 / 2, False), (33, 8.0, True), (128, 1 / 6, False),
         (64, 1e4, True))),
