@@ -147,5 +147,5 @@ def _find(options: argparse.Namespace, command: str) -> int:
         )  # fmt: skip
     files.write_json(options.out / "learning-rate.json", {"command": command, **found.as_dict()})
     files.write_bytes(options.out / "learning-rate.png", learning_rate.draw(found))
-    terminal.console().print(found.verdict)
+    terminal.console().print(found.verdict + data.marked(settings.data))
     return 0

@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from models import data
 from models.commands import study as study_command
 from models.figures import rates as figure
 from models.study import plan, tuning
@@ -81,7 +82,8 @@ def _page(tries: Study, found: dict[str, dict[str, Any]], done: dict[str, Any], 
 def _table(tries: Study, activations: dict[str, list[dict[str, Any]]]) -> str:
     assert tries.tuning is not None
     rates = tries.tuning.lr
-    lines = [f"| activation | its rate | {' | '.join(f'lr {lr:g}' for lr in rates)} |", "|---" * (len(rates) + 2) + "|"]
+    lines = [f"| activation{data.marked(tries.data)} | its rate | {' | '.join(f'lr {lr:g}' for lr in rates)} |"]
+    lines.append("|---" * (len(rates) + 2) + "|")
     for activation, entries in activations.items():
         top = tuning.best(tries, entries)
         for factor in dict.fromkeys(e["activation_lr"] for e in entries):

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
+from models import data
 from models.study.plan import COMMON, TUNED, Study
 from models.study.summary import CLEAN, WORST
 
@@ -25,7 +26,7 @@ def markdown(study: Study, summary: dict[str, Any], results: dict[str, dict[str,
         _settings(study),
     ]
     if summary["comparisons"]:
-        parts += ["## The comparisons named beforehand", _comparisons(summary["comparisons"]), _HOLM]
+        parts += ["## The comparisons named beforehand", _comparisons(study, summary["comparisons"]), _HOLM]
     parts += [
         "## Accuracy",
         "![accuracy of each activation](accuracies.png)",
@@ -33,10 +34,10 @@ def markdown(study: Study, summary: dict[str, Any], results: dict[str, dict[str,
         f"{', '.join(f'{n} of {m}' for m, n in measures.items())}. *worst* counts an image as robust where no attack "
         "breaks it, of the images that all attacks were made on.",
     ]
-    parts += [_table(network, rate, content, summary) for rate, network, content in _panels(summary)]
+    parts += [_table(network, rate, content, summary) for rate, network, content in _panels(study, summary)]
     parts += [f"## Differences to {summary['baseline']}", "![differences](differences.png)", _DIFFERENCES]
-    parts += [_differences(network, rate, content) for rate, network, content in _panels(summary)]
-    parts += ["## What the numbers say", *_findings(summary, results)]
+    parts += [_differences(network, rate, content) for rate, network, content in _panels(study, summary)]
+    parts += ["## What the numbers say", *_findings(study, summary, results)]
     parts += ["## Machine", _machine(results)]
     return "\n\n".join(parts) + "\n"
 
@@ -55,13 +56,13 @@ _DIFFERENCES = (
 )
 
 
-def _panels(summary: dict[str, Any]) -> Iterator[tuple[str, str, dict[str, Any]]]:
+def _panels(study: Study, summary: dict[str, Any]) -> Iterator[tuple[str, str, dict[str, Any]]]:
     for rate, networks in summary["rates"].items():
         for network, content in networks.items():
-            yield (f", {rate} rate" if len(summary["rates"]) > 1 else ""), network, content
+            yield (f", {rate} rate" if len(summary["rates"]) > 1 else ""), network + data.marked(study.data), content
 
 
-def _comparisons(rows: list[dict[str, Any]]) -> str:
+def _comparisons(study: Study, rows: list[dict[str, Any]]) -> str:
     lines = ["| network | comparison | attack | difference | interval | p | n | between seeds | of images | |"]
     lines.append("|---" * 10 + "|")
     for row in rows:
@@ -75,13 +76,13 @@ def _comparisons(rows: list[dict[str, Any]]) -> str:
             interval = f"[{100 * corrected['low']:+.1f}, {100 * corrected['high']:+.1f}]"
             verdict = "a difference" if corrected["found"] else "none found"
             cells = [mean, interval, f"{corrected['p']:.2g}", n, *spread, verdict]
-        lines.append(f"| {row['network']} | {name} | {row['attack']} | {' | '.join(cells)} |")
+        lines.append(f"| {row['network']}{data.marked(study.data)} | {name} | {row['attack']} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
 def _settings(study: Study) -> str:
     lines = [
-        f"- images: `{study.data}`; eps = {study.eps:g}",
+        f"- images: `{study.data}`{data.marked(study.data)}; eps = {study.eps:g}",
         *(f"- {label}: `{network}`" for label, network in study.networks.items()),
         f"- activations: {', '.join(f'`{a}`' for a in study.activations)}",
         *(f"- {name}: {_variant(variant)}" for name, variant in study.variants.items()),
@@ -127,15 +128,15 @@ def _differences(network: str, rate: str, content: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _findings(summary: dict[str, Any], results: dict[str, dict[str, Any]]) -> list[str]:
+def _findings(study: Study, summary: dict[str, Any], results: dict[str, dict[str, Any]]) -> list[str]:
     found = []
     if list(summary["rates"]) == [COMMON]:
         found.append("- All of this is said of one learning rate: at another the order may be another.")
-    if few := [len(e["seeds"]) for _, _, c in _panels(summary) for e in c["activations"].values()]:
+    if few := [len(e["seeds"]) for _, _, c in _panels(study, summary) for e in c["activations"].values()]:
         found.append(
             f"- {min(few)} to {max(few)} seeds: a true difference smaller than its interval is wide goes unseen."
         )
-    for rate, network, content in _panels(summary):
+    for rate, network, content in _panels(study, summary):
         entries = content["activations"]
         found.append(f"- {network}{rate}: {_clear_differences(entries, summary['baseline'])}")
         first = summary["measures"][1]

@@ -14,7 +14,7 @@ from forms import assert_equal_to_rounding, forms, make_arguments
 from other_kernels import F32, F64, KERNELS, KNOT, curve, defined, of_kernels
 
 import kafops
-from kafops import backends, kernels
+from kafops import backends, kernels, plain
 
 ROOT = Path(__file__).parents[2]
 
@@ -222,6 +222,37 @@ def test_table(case, kernel):
     x = arguments[0]
     assert got[0].dtype == x.dtype
     assert got[0].stride() == got[1].stride() == torch.empty_like(x).stride()
+
+
+@pytest.mark.parametrize("kernel", kernels.KERNELS)
+def test_even_points_are_as_exact_as_x(kernel):
+    """In float64 where x is, by the compiled kernels, in plain PyTorch and by the definition, whatever alpha is."""
+    x, alpha, gamma = (t.detach() for t in make_arguments(False, (50, 3), size=20))
+    alpha, gamma = alpha.float(), gamma.float()
+    want = kafops.reference.kaf(x, alpha.double(), gamma.double(), 3.0, kernel)
+    code = kernels.KERNELS[kernel].code
+    got = [f(x, alpha, gamma, 3.0, kernel) for f in (kafops.kaf, kafops.reference.kaf)]
+    for y in (*got, plain.kaf(x, alpha, gamma, None, 3.0, code)):
+        torch.testing.assert_close(y, want, rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
+@pytest.mark.parametrize("kernel", kernels.KERNELS)
+@forms
+def test_second_derivatives_of_half_precision_are_not_rounded_on_the_way(free, kernel, dtype):
+    """The gradient of Σ v g f′(x) in the parameters, which are float32, is that for the same numbers in float32."""
+    x, *parameters = make_arguments(free, (5, 3), dtype=F32)
+    x, grad, v = (t.detach().to(dtype) for t in (x, x.sin(), x.cos()))
+
+    def second(arithmetic, create_graph):
+        z = x.detach().to(arithmetic).requires_grad_()
+        y = curve(kernel)(z, *parameters)
+        (dx,) = torch.autograd.grad(y, z, grad.to(arithmetic), create_graph=True)
+        return torch.autograd.grad(dx, parameters, v.to(arithmetic), create_graph=create_graph)
+
+    for create_graph in (False, True):
+        for got, want in zip(second(dtype, create_graph), second(F32, create_graph), strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5 * want.abs().max().item())
 
 
 @pytest.mark.parametrize("capability", ["portable", "avx2"])

@@ -5,6 +5,7 @@ import statistics
 from pathlib import Path
 from typing import Any
 
+from models import data
 from models.figures import gradients as figures
 from models.study.plan import Study
 from models.study.statistics import estimate, paired
@@ -12,8 +13,8 @@ from models.study.summary import CLEAN, accuracies
 from models.support import files
 
 
-def starts(found: list[dict[str, Any]], command: str) -> str:
-    """Return a Markdown page of networks as they start; see `models.study.depth.start`."""
+def starts(found: list[dict[str, Any]], command: str, images: str) -> str:
+    """Return a Markdown page of networks as they start on a set of images; see `models.study.depth.start`."""
     lines = [
         "# Gradients as networks start",
         "",
@@ -32,7 +33,8 @@ def starts(found: list[dict[str, Any]], command: str) -> str:
         "post-activation networks. *Factor*: sqrt(E[f′²] / Var f) of the activations, for their own inputs and for "
         "x ~ N(0, 1); – where they do not work on each value by itself, as k-WTA.",
         "",
-        "| network | activation | first to last | along the trunk | by theory | factor | for N(0, 1) |",
+        f"| network{data.marked(images)} | activation | first to last | along the trunk | by theory | factor | "
+        "for N(0, 1) |",
         "|---|---|---|---|---|---|---|",
     ]
     for (network, activation), group in itertools.groupby(found, key=lambda s: (s["network"], s["activation"])):
@@ -61,8 +63,8 @@ def report(study: Study, done: dict[str, dict[str, Any]], results: Path, command
             "the mean variance of a channel).",
         ]
     rows = [
-        "| network | activation | accuracy | difference to " + study.activations[0] + " | first to last at the start | "
-        "largest in training | at the end | failed |",
+        f"| network{data.marked(study.data)} | activation | accuracy | difference to {study.activations[0]} | first to "
+        "last at the start | largest in training | at the end | failed |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for network, activation in itertools.product(study.networks, study.activations):
