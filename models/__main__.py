@@ -27,8 +27,8 @@ def _typo(command: str, *arguments: str) -> str | None:
         return f"python -m models: error: there is no command {command!r}; did you mean {near}?"
     for option in (argument.partition("=")[0] for argument in arguments):
         if option.startswith("--") and option[2:] not in ("", *OPTIONS):
-            near = difflib.get_close_matches(option[2:], OPTIONS, n=1)
-            hint = f"did you mean --{near[0]}?" if near else f"see python -m models {command} --help"
+            meant = difflib.get_close_matches(option[2:], OPTIONS, n=1)
+            hint = f"did you mean --{meant[0]}?" if meant else f"see python -m models {command} --help"
             return f"python -m models {command}: error: there is no option {option}; {hint}"
     return None
 
