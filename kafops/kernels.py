@@ -100,7 +100,7 @@ def value(
     if u.dtype in (torch.float16, torch.bfloat16):  # computed in float32, and rounded once
         return value(kernel, u.float(), order).to(u.dtype)
     if torch.compiler.is_compiling():  # which cannot trace a rule for forward mode, and differentiates once only
-        return chosen.derivative(u, order)
+        return chosen.derivative(u.clamp(-_FAR, _FAR), order)
     return _Value.apply(u, order, kernel)
 
 
@@ -121,7 +121,6 @@ def check_order(code: int, n: int, m: int) -> None:
 
 def _gaussian(u: Tensor, n: int) -> Tensor:
     """(−1)^n H_n(u) exp(−u²), H_n the Hermite polynomials."""
-    u = u.clamp(-1e2, 1e2) if n else u  # where the powers are finite and the exponential 0
     before, h = torch.zeros_like(u), torch.exp(-u * u)
     for k in range(n):
         before, h = h, -2 * (u * h + k * before)
@@ -156,7 +155,8 @@ def _bspline(u: Tensor, n: int) -> Tensor:
     if n == 0:
         return torch.where(w < 1, 1 + w * w * (0.75 * w - 1.5), (2 - w) ** 3 / 4)
     if n == 1:
-        return torch.where(w < 1, w * (2.25 * w - 3), -0.75 * (2 - w) ** 2) * (u.sign() / _KNOT)
+        slope = torch.where(w < 1, w * (2.25 * w - 3), -0.75 * (2 - w) ** 2) / _KNOT
+        return torch.where(u < 0, -slope, slope)  # not by sign(u), which is 0 at 0
     return torch.where(w < 1, 3 * w - 2, 2 - w)
 
 

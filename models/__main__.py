@@ -7,11 +7,34 @@ COMMANDS = (
     "bounds", "compare", "curves", "demo", "distributions", "evaluate", "find-lr", "gradients", "recipe", "recipes",
     "report", "study", "train", "tune",
 )  # fmt: skip
+OPTIONS = (
+    "activation", "activation-lr", "activations", "attack", "attacks", "batch-size", "check-images", "clip", "curves",
+    "data", "data-root", "decay", "device", "ema", "epochs", "eps", "fake-data", "from", "fsdp", "help", "images",
+    "jobs", "label-smoothing", "lr", "method", "momentum", "nesterov", "network", "networks", "no-compile",
+    "no-tensorboard", "out", "pgd-steps", "plan", "precision", "recipe", "restart", "runs", "schedule", "seed", "seeds",
+    "slope-limit", "slope-penalty", "steps", "test", "threads", "to", "train", "transfer-from", "watch-drop",
+    "watch-images", "watch-steps", "weight-decay", "which", "width",
+)  # fmt: skip
 _EXTRAS = ("matplotlib", "numpy", "rich", "safetensors", "torchvision")
-_given = sys.argv[1] if len(sys.argv) > 1 else "-"
-if __name__ == "__main__" and not _given.startswith("-") and _given not in COMMANDS:  # before torch is loaded
-    near = " or ".join(difflib.get_close_matches(_given, COMMANDS)) or f"one of {', '.join(COMMANDS)}"
-    print(f"python -m models: error: there is no command {_given!r}; did you mean {near}?", file=sys.stderr)
+
+
+def _typo(command: str, *arguments: str) -> str | None:
+    """Say which command or option there is not, and which was meant: the parser could, but loads torch first."""
+    if command.startswith("-"):
+        return None
+    if command not in COMMANDS:
+        near = " or ".join(difflib.get_close_matches(command, COMMANDS)) or f"one of {', '.join(COMMANDS)}"
+        return f"python -m models: error: there is no command {command!r}; did you mean {near}?"
+    for option in (argument.partition("=")[0] for argument in arguments):
+        if option.startswith("--") and option[2:] not in ("", *OPTIONS):
+            meant = difflib.get_close_matches(option[2:], OPTIONS, n=1)
+            hint = f"did you mean --{meant[0]}?" if meant else f"see python -m models {command} --help"
+            return f"python -m models {command}: error: there is no option {option}; {hint}"
+    return None
+
+
+if __name__ == "__main__" and len(sys.argv) > 1 and (_found := _typo(*sys.argv[1:])) is not None:
+    print(_found, file=sys.stderr)
     sys.exit(2)
 
 try:

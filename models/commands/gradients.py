@@ -75,7 +75,7 @@ def _run(options: argparse.Namespace, command: str) -> int:
         starts.append(depth.start(network, activation, seed, sets.images, images, labels))
         if seed:
             del starts[-1]["weights"], starts[-1]["signals"]  # figures show those of the first seed
-    text = page.starts(starts, command)
+    text = page.starts(starts, command, options.data)
     files.write_result(out / "initial.json", {"command": command, "data": options.data, "starts": starts})
     files.write_bytes(out / "initial.png", figures.starts(starts))
     files.write_bytes(out / "signals.png", figures.signals(starts))

@@ -125,7 +125,7 @@ def labels(folders: list[Path]) -> list[str]:
 def marked(run: Path) -> str:
     """Return what to put behind the name of a run that was trained on made-up images."""
     try:
-        return " (made-up images)" if data.made_up(str(runs.read_settings(run).get("data"))) else ""
+        return data.marked(str(runs.read_settings(run).get("data")))
     except runs.RunError:  # said by whoever reads the run
         return ""
 

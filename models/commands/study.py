@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from models import data
 from models.figures import study as figures
 from models.study import page, plan, workers
 from models.study.plan import TUNED, Rates, Run, Study
@@ -78,7 +79,8 @@ def carry_out(study: Study, options: argparse.Namespace, command: str, report: R
     console = terminal.console()
     done = workers.read(results, study)
     todo = [run for run in study.runs() if run.name not in done]
-    console.print(f"{study.about}\n{len(done)} of {len(study.runs())} runs are done, {_left(study, done, jobs)}")
+    runs = f"{len(study.runs())} runs{data.marked(study.data)}"
+    console.print(f"{study.about}\n{len(done)} of {runs} are done, {_left(study, done, jobs)}")
     if options.plan:
         for run in study.runs():
             console.print(f"  {run.name:30} {_line(done[run.name]) if run.name in done else 'to do'}")

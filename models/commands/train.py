@@ -142,5 +142,5 @@ def _find(options: argparse.Namespace, command: str) -> int:
     files.write_json(options.out / "learning-rate.json", {"command": command, **found.as_dict()})
     drawing = learning_rate.draw(found.rates, found.losses, found.smoothed, found.low, found.high)
     files.write_bytes(options.out / "learning-rate.png", drawing)
-    terminal.console().print(found.verdict)
+    terminal.console().print(found.verdict + data.marked(settings.data))
     return 0

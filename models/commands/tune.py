@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from models import data
 from models.commands import study as study_command
 from models.figures import rates as figure
 from models.reports import tables
@@ -76,7 +77,7 @@ def _page(tries: Study, found: dict[str, dict[str, Any]], done: dict[str, Any], 
 def _table(tries: Study, activations: dict[str, list[dict[str, Any]]]) -> str:
     assert tries.tuning is not None
     rates = tries.tuning.lr
-    table = Table("activation", "its rate", *(f"lr {lr:g}" for lr in rates))
+    table = Table(f"activation{data.marked(tries.data)}", "its rate", *(f"lr {lr:g}" for lr in rates))
     for activation, entries in activations.items():
         top = tuning.best(tries, entries)
         for factor in dict.fromkeys(e["activation_lr"] for e in entries):

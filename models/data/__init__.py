@@ -18,6 +18,7 @@ __all__ = [
     "TensorSource",
     "load",
     "made_up",
+    "marked",
     "stratified_order",
 ]
 
@@ -44,3 +45,8 @@ def load(text: str, seed: int, root: Path | None = None) -> DataSet:
 def made_up(text: str) -> bool:
     """Say whether a set's images are made up: accuracies on them say nothing, and whoever shows them says so."""
     return text.partition(":")[0] == "fake"
+
+
+def marked(text: str) -> str:
+    """Return what to put behind the name of what was measured on a set: whether its images are made up."""
+    return " (made-up images)" if made_up(text) else ""

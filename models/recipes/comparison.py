@@ -198,7 +198,10 @@ def _lines(measure: str, ours: Accuracy, rows: list[Published]) -> list[Line]:
 
 def _distinct(rows: Iterable[Published]) -> list[Published]:
     """Leave out rows that repeat a clean accuracy for another attack."""
-    return list({(row.label, row.clean): row for row in reversed(list(rows))}.values())[::-1]
+    kept: dict[tuple[str, float | None], Published] = {}
+    for row in rows:
+        kept.setdefault((row.label, row.clean), row)
+    return list(kept.values())
 
 
 def _evaluation(measured: Measured, recipe: Recipe) -> list[Difference]:

@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from typing import Any
 
+from models import data
 from models.reports import tables
 from models.reports.tables import Table, bullets, ends, points, signed, spread
 from models.study.plan import COMMON, TUNED, Study
@@ -22,7 +23,7 @@ def markdown(study: Study, summary: dict[str, Any], results: dict[str, dict[str,
     parts = head(f"Study: {study.name}", study.about, command, f", from {summary['runs']} of {summary['of']} runs")
     parts.append(bullets(_settings(study)))
     if summary["comparisons"]:
-        parts += ["## The comparisons named beforehand", _comparisons(summary["comparisons"]), _HOLM]
+        parts += ["## The comparisons named beforehand", _comparisons(study, summary["comparisons"]), _HOLM]
     parts += [
         "## Accuracy",
         "![accuracy of each activation](accuracies.png)",
@@ -30,12 +31,12 @@ def markdown(study: Study, summary: dict[str, Any], results: dict[str, dict[str,
         f"{', '.join(f'{n} of {m}' for m, n in measures.items())}. *worst* counts an image as robust where no attack "
         "breaks it, of the images that all attacks were made on.",
     ]
-    parts += [_accuracies(*panel, summary["measures"]) for panel in _panels(summary)]
+    parts += [_accuracies(*panel, summary["measures"]) for panel in _panels(study, summary)]
     if len(summary["activations"]) > 1:
         parts += ["![robust against clean](robust-clean.png)", "Under the worst of all attacks; dots are seeds."]
     parts += [f"## Differences to {summary['baseline']}", "![differences](differences.png)", _DIFFERENCES]
-    parts += [_differences(*panel) for panel in _panels(summary)]
-    parts += ["## What the numbers say", bullets(_findings(summary, results)), "## Machine", _machine(results)]
+    parts += [_differences(*panel) for panel in _panels(study, summary)]
+    parts += ["## What the numbers say", bullets(_findings(study, summary, results)), "## Machine", _machine(results)]
     return tables.markdown(parts)
 
 
@@ -58,14 +59,17 @@ _DIFFERENCES = (
 )
 
 
-def _panels(summary: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+def _panels(study: Study, summary: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield the network with its rate, where there are several, and its activations."""
     for rate, networks in summary["rates"].items():
         for network, content in networks.items():
-            yield network + (f", {rate} rate" if len(summary["rates"]) > 1 else ""), content["activations"]
+            yield (
+                network + data.marked(study.data) + (f", {rate} rate" if len(summary["rates"]) > 1 else ""),
+                content["activations"],
+            )
 
 
-def _comparisons(rows: list[dict[str, Any]]) -> str:
+def _comparisons(study: Study, rows: list[dict[str, Any]]) -> str:
     heads = ("network", "comparison", "attack", "difference", "interval", "p", "n", "between seeds", "of images", "")
     table = Table(*heads)
     for row in rows:
@@ -78,13 +82,13 @@ def _comparisons(rows: list[dict[str, Any]]) -> str:
             p, verdict = f"{corrected['p']:.2g}", "a difference" if corrected["found"] else "none found"
         pair = f"{row['pair'][0]} − {row['pair'][1]}"
         numbers = (mean, interval, p, n, between, points(row["of_images"]))
-        table.add(row["network"], pair, row["attack"], *numbers, verdict)
+        table.add(row["network"] + data.marked(study.data), pair, row["attack"], *numbers, verdict)
     return table.markdown()
 
 
 def _settings(study: Study) -> list[str]:
     return [
-        f"images: `{study.data}`; eps = {study.eps:g}",
+        f"images: `{study.data}`{data.marked(study.data)}; eps = {study.eps:g}",
         *(f"{label}: `{network}`" for label, network in study.networks.items()),
         f"activations: {', '.join(f'`{a}`' for a in study.activations)}",
         *(f"{name}: {_variant(variant)}" for name, variant in study.variants.items()),
@@ -128,15 +132,15 @@ def _differences(panel: str, activations: dict[str, Any]) -> str:
     return table.markdown()
 
 
-def _findings(summary: dict[str, Any], results: dict[str, dict[str, Any]]) -> list[str]:
+def _findings(study: Study, summary: dict[str, Any], results: dict[str, dict[str, Any]]) -> list[str]:
     found = []
     if list(summary["rates"]) == [COMMON]:
         found.append("All of this is said of one learning rate: at another the order may be another.")
-    if few := [len(e["seeds"]) for _, entries in _panels(summary) for e in entries.values()]:
+    if few := [len(e["seeds"]) for _, entries in _panels(study, summary) for e in entries.values()]:
         seeds = f"{min(few)} to {max(few)} seeds"
         found.append(f"{seeds}: a true difference smaller than its interval is wide goes unseen.")
     first = summary["measures"][1]
-    for panel, entries in _panels(summary):
+    for panel, entries in _panels(study, summary):
         found.append(f"{panel}: {_clear_differences(entries, summary['baseline'])}")
         gaps = {name: e[first]["mean"] - e[WORST]["mean"] for name, e in entries.items()}
         widest = max(gaps, key=gaps.__getitem__)

@@ -498,6 +498,13 @@ def test_refuses_what_it_cannot_trace_unless_given_an_example() -> None:
     assert sites(report) == [("body.1", 4, 4, 1)]
 
 
+class Flat(nn.Module):
+    """All dimensions in one, the batch among them."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.flatten(x)
+
+
 @pytest.mark.parametrize(
     "layers",
     [
@@ -509,6 +516,8 @@ def test_refuses_what_it_cannot_trace_unless_given_an_example() -> None:
         [nn.Conv2d(3, 4, 1), nn.Flatten(), nn.ReLU()],
         [nn.Conv2d(3, 4, 1), nn.Linear(4, 4), nn.ReLU()],
         [nn.Conv2d(3, 4, 1), nn.Flatten(2), nn.ReLU()],
+        [nn.Conv2d(3, 4, 1), nn.Flatten(0), nn.Linear(4, 4), nn.ReLU()],
+        [nn.Conv2d(3, 4, 1), Flat(), nn.Linear(4, 4), nn.ReLU()],
     ],
     ids=lambda layers: "-".join(type(m).__name__ for m in layers),
 )
@@ -567,6 +576,36 @@ def test_follows_channels_that_move_to_dimension_1() -> None:
     assert sites(report) == [("act", 4, 3, 1)]
 
 
+def test_a_norm_over_several_dimensions_does_not_tell_which_has_the_channels() -> None:
+    model = nn.Sequential(nn.LayerNorm([4, 5]), nn.ReLU())
+    x = torch.ones(2, 4, 5)
+    assert_refused(model, kafops.KAF, "not known which dimension holds the channels", example_input=x)
+    for dims, rank in (([3, 5, 6], 4), ([5, 6], 4), ([6], 4)):  # images have them in dimension 1, whatever norm comes
+        model = nn.Sequential(nn.LayerNorm(dims), nn.ReLU())
+        report = kafops.replace_activations(model, kafops.KAF, example_input=torch.ones(2, 3, 5, 6))
+        assert sites(report) == [("1", 3, rank, 1)]
+
+
+def test_trying_a_factory_out_leaves_no_trace() -> None:
+    """What it makes is called once or twice, by which a norm counts batches and a dropout draws."""
+
+    class Counting(nn.Module):
+        def __init__(self, channels: int) -> None:
+            super().__init__()
+            self.norm, self.dropout = nn.BatchNorm1d(channels), nn.Dropout()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.dropout(self.norm(x + 1).relu())
+
+    for example in (None, torch.randn(4, 6)):
+        model, before = mlp(), torch.get_rng_state()
+        kafops.replace_activations(model, Counting, example_input=example)
+        assert torch.equal(torch.get_rng_state(), before)
+        for name in ("1", "3"):
+            norm = model.get_submodule(name).norm
+            assert norm.num_batches_tracked == norm.running_mean.abs().max() == 0
+
+
 def test_refuses_a_factory_that_does_not_fit() -> None:
     message = (
         r"KAF2d that fails at 1, .* 2-dimensional input of 10 channels: KAF2d wants(.|\n)*kafops.KAF takes any rank"
@@ -610,6 +649,21 @@ def test_refuses_models_that_are_already_compiled_wrapped_or_lazy() -> None:
         kafops.replace_activations(lazy, nn.PReLU)
     lazy(torch.ones(1, 3))
     assert sites(kafops.replace_activations(lazy, nn.PReLU)) == [("1", 4, 2, 1)]
+
+
+class _Broadcast(nn.Module):
+    """An activation behind a sum of [N, C] and [N, C, H, W], which is no sum of channels."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.conv, self.act = nn.Linear(3, 8), nn.Conv2d(3, 8, 1), nn.ReLU()
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.act(self.gate(y) + self.conv(x))
+
+
+def test_sums_of_different_ranks_are_not_told_without_running() -> None:
+    assert_refused(_Broadcast(), relu_kaf, "cannot be told without running(.|\n)*pass example_input")
 
 
 class _Sum(nn.Module):

@@ -14,7 +14,7 @@ from forms import assert_equal_to_rounding, forms, make_arguments
 from other_kernels import F32, F64, KERNELS, KNOT, curve, defined, of_kernels
 
 import kafops
-from kafops import backends, kernels
+from kafops import backends, kernels, plain
 
 ROOT = Path(__file__).parents[2]
 
@@ -94,6 +94,23 @@ def test_half_precision_is_rounded_once(kernel, order, dtype):
     assert torch.equal(kernels.value(kernel, u, order), kernels.value(kernel, u.float(), order).to(dtype))
 
 
+@pytest.mark.parametrize("kernel", kernels.KERNELS)
+def test_compiled_values_are_those_of_eager_calls(kernel):
+    """Also where a square overflows and where |u| has no derivative; and their slopes, as far as there are any."""
+    u = [0.0, 0.3, -1.7, KNOT, -2 * KNOT, 30.0, 1e30, math.inf, -math.inf, math.nan]
+    u = torch.tensor(u, dtype=F64, requires_grad=True)
+
+    def values(u):
+        return [kernels.value(kernel, u, order) for order in range(3)]
+
+    compiled = torch.compile(values, backend="eager", fullgraph=True)(u)
+    for order, (got, want) in enumerate(zip(compiled, values(u), strict=True)):
+        torch.testing.assert_close(got, want, rtol=0, atol=0, equal_nan=True)
+        if order < 2:
+            got, want = (torch.autograd.grad(y[:-1].sum(), u)[0][:-1] for y in (got, want))
+            torch.testing.assert_close(got, want, rtol=1e-14, atol=1e-14)
+
+
 def test_wrong_arguments_are_named():
     x, alpha, gamma = torch.zeros(2, 3), torch.zeros(3, 4), torch.ones(3)
     for call in (
@@ -167,6 +184,7 @@ TABLE = [
         ("overlapping", "channels_last", False))),
     *(replace(SMALL[2], dtype=dtype) for dtype in (BF16, F16, F64)),
     *(Case(dtype=a, parameter_dtype=b, free=a == F64) for a in DTYPES for b in (F32, F64)),
+    Case(dtype=F64),  # even points in float64, whatever alpha is
     *(Case(size=d, spacing=t, free=f) for d, t, f in (
         (1, 1 / 6, False), (2, 1 / 8, True), (20, 3 / 2, False), (33, 8.0, True), (128, 1 / 6, False),
         (64, 1e4, True))),
@@ -204,6 +222,37 @@ def test_table(case, kernel):
     x = arguments[0]
     assert got[0].dtype == x.dtype
     assert got[0].stride() == got[1].stride() == torch.empty_like(x).stride()
+
+
+@pytest.mark.parametrize("kernel", kernels.KERNELS)
+def test_even_points_are_as_exact_as_x(kernel):
+    """In float64 where x is, by the compiled kernels, in plain PyTorch and by the definition, whatever alpha is."""
+    x, alpha, gamma = (t.detach() for t in make_arguments(False, (50, 3), size=20))
+    alpha, gamma = alpha.float(), gamma.float()
+    want = kafops.reference.kaf(x, alpha.double(), gamma.double(), 3.0, kernel)
+    code = kernels.KERNELS[kernel].code
+    got = [f(x, alpha, gamma, 3.0, kernel) for f in (kafops.kaf, kafops.reference.kaf)]
+    for y in (*got, plain.kaf(x, alpha, gamma, None, 3.0, code)):
+        torch.testing.assert_close(y, want, rtol=0, atol=1e-13)
+
+
+@pytest.mark.parametrize("dtype", [BF16, F16], ids=str)
+@pytest.mark.parametrize("kernel", kernels.KERNELS)
+@forms
+def test_second_derivatives_of_half_precision_are_not_rounded_on_the_way(free, kernel, dtype):
+    """The gradient of Σ v g f′(x) in the parameters, which are float32, is that for the same numbers in float32."""
+    x, *parameters = make_arguments(free, (5, 3), dtype=F32)
+    x, grad, v = (t.detach().to(dtype) for t in (x, x.sin(), x.cos()))
+
+    def second(arithmetic, create_graph):
+        z = x.detach().to(arithmetic).requires_grad_()
+        y = curve(kernel)(z, *parameters)
+        (dx,) = torch.autograd.grad(y, z, grad.to(arithmetic), create_graph=True)
+        return torch.autograd.grad(dx, parameters, v.to(arithmetic), create_graph=create_graph)
+
+    for create_graph in (False, True):
+        for got, want in zip(second(dtype, create_graph), second(F32, create_graph), strict=True):
+            torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5 * want.abs().max().item())
 
 
 @pytest.mark.parametrize("capability", ["portable", "avx2"])

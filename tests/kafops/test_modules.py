@@ -312,6 +312,15 @@ def test_lazy_loads_before_its_first_call(options):
     assert_same_state(lazy, source)
 
 
+@pytest.mark.parametrize("options", [{}, LEARNED])
+def test_lazy_on_meta_becomes_a_layer_on_meta(options):
+    layer = LazyKAF1d(9, device="meta", **options)
+    assert layer(torch.randn(2, 5, device="meta")).shape == (2, 5)
+    wanted = KAF1d(5, 9, device="meta", **options)
+    tensors = {name: (t.device, t.dtype, t.shape) for name, t in layer.state_dict().items()}
+    assert tensors == {name: (t.device, t.dtype, t.shape) for name, t in wanted.state_dict().items()}
+
+
 def test_lazy_loads_an_uninitialised_state_and_fills_in_what_a_partial_one_lacks():
     layer = LazyKAF1d(9, gamma=0.7)
     layer.load_state_dict(LazyKAF1d(9).state_dict())

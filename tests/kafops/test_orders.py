@@ -381,6 +381,19 @@ def test_nan_and_infinity(n, m, dtype, count, kernel):
 
 
 @pytest.mark.parametrize("kernel", CODES)
+def test_nan_and_infinity_in_plain_pytorch(kernel):
+    """What is computed where a backend has no kernel, beside what the compiled kernels compute."""
+    p = Problem(kernel, 5, F64)
+    p.x[0, 1], p.x[1, 0], p.x[2, 0] = math.nan, math.inf, -math.inf
+    for n, m in [(0, 0), (1, 0), (0, 1)]:
+        y, want = (p.call(f, n=n, m=m) for f in (plain.kaf, kaf))
+        assert y[:3].flatten()[[1, 3, 6]].nan_to_num(nan=7).tolist() == [7, 0, 0]
+        torch.testing.assert_close(y, want, rtol=1e-9, atol=1e-9, equal_nan=True)
+        got, want = (p.call(f, p.grad, n=n, m=m, needs=3) for f in (plain.kaf_backward, kaf_backward))
+        torch.testing.assert_close(got[:2], want[:2], rtol=1e-9, atol=1e-9, equal_nan=True)
+
+
+@pytest.mark.parametrize("kernel", CODES)
 @few_and_many
 @pytest.mark.parametrize("name", ["alpha", "gamma", "dictionary"])
 def test_nan_in_a_parameter_reaches_its_channel_only(kernel, count, name):

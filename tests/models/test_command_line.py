@@ -9,6 +9,7 @@ import pytest
 
 from models import recipes
 from models.__main__ import COMMANDS as COMMAND_NAMES
+from models.__main__ import OPTIONS as OPTION_NAMES
 from models.cli import main, parser
 from models.commands import looking
 from models.study import plan
@@ -117,17 +118,28 @@ def module(*arguments: str, **environment: str) -> subprocess.CompletedProcess[s
     )  # fmt: skip
 
 
-def test_a_command_that_is_none_is_answered_without_torch() -> None:
-    code = "import sys, runpy; sys.modules['torch'] = None; sys.argv[1:] = ['evalute', 'runs/kaf']; "
+@pytest.mark.parametrize(
+    ("arguments", "answer"),
+    [
+        ("evalute runs/kaf", ": error: there is no command 'evalute'; did you mean evaluate?"),
+        ("train run --metod fast", " train: error: there is no option --metod; did you mean --method?"),
+        ("train run --lr 0.1 --ep=1", " train: error: there is no option --ep; did you mean --eps?"),
+        ("study x --qqq", " study: error: there is no option --qqq; see python -m models study --help"),
+    ],
+)
+def test_typos_are_answered_without_torch(arguments: str, answer: str) -> None:
+    code = f"import sys, runpy; sys.modules['torch'] = None; sys.argv[1:] = {arguments.split()}; "
     code += "runpy.run_module('models', run_name='__main__', alter_sys=True)"
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 2
-    assert done.stderr == "python -m models: error: there is no command 'evalute'; did you mean evaluate?\n"
+    assert done.stderr == f"python -m models{answer}\n"
 
 
-def test_all_commands_are_known_without_torch() -> None:
+def test_all_names_are_known_without_torch() -> None:
     there = next(a for a in parser()._actions if isinstance(a, argparse._SubParsersAction)).choices
     assert tuple(sorted(there)) == COMMAND_NAMES
+    options = {o for command in there.values() for action in command._actions for o in action.option_strings}
+    assert tuple(sorted(o for o in options if o.startswith("--"))) == tuple(f"--{name}" for name in OPTION_NAMES)
 
 
 def test_a_terminal_that_has_no_greek_gets_question_marks() -> None:

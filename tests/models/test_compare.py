@@ -107,6 +107,14 @@ def test_a_clean_accuracy_that_is_repeated_for_another_attack_is_shown_once() ->
     assert [line.published for line in found.lines[2:]] == [0.43, 0.422, 0.419, 0.423]
 
 
+def test_of_rows_that_repeat_a_clean_accuracy_the_first_is_kept() -> None:
+    first = next(row for row in recipes.published_for("thesis-vgg") if row.activation == "relu")
+    other = replace(first, label="another", attack="autoattack")
+    again = replace(first, attack="autoattack", source="a source that is shown if this row is kept")
+    found = compare(measured(), VGG, [first, other, again])
+    assert [line.row for line in found.lines if line.measure == "clean"] == [first, other]
+
+
 def test_another_eps_is_not_lined_up() -> None:
     found = compare(measured(eps=0.1), VGG, recipes.published_for("thesis-vgg"))
     assert found.lines[1].row is None

@@ -1,5 +1,6 @@
 """Norms layer by layer, against autograd and closed forms; what makes gradients explode, and what cures it."""
 
+import dataclasses
 import json
 import math
 from pathlib import Path
@@ -225,6 +226,10 @@ def test_a_study_records_norms_by_epoch_and_goes_on(tmp_path: Path, batch):
     assert "](layers.png)" in text
     for name in ("training", "layers"):
         assert (tmp_path / "results" / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    assert "made-up" not in text
+    made_up = dataclasses.replace(study, data="fake:like=digits")
+    page.report(made_up, workers.read(tmp_path / "results", study), tmp_path, "command")
+    assert "| network (made-up images) |" in (tmp_path / "README.md").read_text()
 
 
 def test_a_run_that_fails_is_reported_with_the_norms_until_then(tmp_path: Path):
@@ -254,6 +259,8 @@ def test_the_command_measures_networks_as_they_start(tmp_path: Path, capsys):
     assert f"| `{small}` | relu |" in printed
     assert (tmp_path / "initial.md").read_text().strip() in printed
     assert all(("signals" in s) == (s["seed"] == 0) for s in starts)
+    assert "made-up" not in printed
+    assert "| network (made-up images) |" in page.starts(starts, "command", "fake:like=digits")
     for name in ("initial", "signals"):
         assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
 

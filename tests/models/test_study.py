@@ -17,8 +17,9 @@ from scipy.stats import t as scipy_t
 from statsmodels.stats.weightstats import ttost_paired
 
 from models.cli import main
+from models.commands import tune
 from models.figures import study as study_figures
-from models.study import plan, tuning, workers
+from models.study import page, plan, tuning, workers
 from models.study.plan import Study, Tuning
 from models.study.statistics import Difference, difference, equivalence, estimate, holm, paired, rank
 from models.study.summary import accuracies, summarise
@@ -192,6 +193,19 @@ def test_summary_pairs_the_seeds_that_are_there() -> None:
     assert kaf["seeds"] == [0]
     assert kaf["PGD"]["difference"]["mean"] == 0.25
     assert kaf["PGD"]["difference"]["low"] is None
+
+
+def test_made_up_images_are_marked_in_every_table() -> None:
+    environment = dict.fromkeys(("processor", "torch", "kafops", "commit"), "")
+    for images, mark in ((TINY["data"], False), ("fake:like=digits", True)):
+        made = study(data=images, comparisons=(("kaf", "relu"),))
+        done = {run.name: {**result("00", PGD="10", FGSM="00"), "environment": environment} for run in made.runs()}
+        written = page.markdown(made, summarise(made, done), done, "command")
+        tries = dataclasses.replace(tuned_study(), data=images, eps=0.2).tuning_runs()
+        held_out = {run.name: {"wrong": "00", "found": {"held out": "01"}} for run in tries.runs()}
+        written += tune._page(tries, tuning.tried(tries, held_out), held_out, "command")
+        tables = re.findall(r"(?m)(?:^\|.*\n)+", written)
+        assert ["(made-up images)" in table for table in tables] == 4 * [mark]
 
 
 def test_networks_without_results_are_left_out() -> None:

@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from models import data
 from models.figures import gradients as figures
 from models.reports import tables
 from models.reports.tables import Table, bullets, ends, number, signed, spread
@@ -17,9 +18,10 @@ from models.study.summary import CLEAN, accuracies
 from models.support import files
 
 
-def starts(found: list[dict[str, Any]], command: str) -> str:
-    """Return a Markdown page of networks as they start; see `models.study.depth.start`."""
-    table = Table("network", "activation", "first to last", "along the trunk", "by theory", "factor", "for N(0, 1)")
+def starts(found: list[dict[str, Any]], command: str, images: str) -> str:
+    """Return a Markdown page of networks as they start on a set of images; see `models.study.depth.start`."""
+    network = f"network{data.marked(images)}"
+    table = Table(network, "activation", "first to last", "along the trunk", "by theory", "factor", "for N(0, 1)")
     for (network, activation), group in itertools.groupby(found, key=lambda s: (s["network"], s["activation"])):
         same = list(group)
         cells = [_median([s[name] for s in same]) for name in ("ratio", "trunk_growth", "predicted")]
@@ -68,7 +70,15 @@ def report(study: Study, done: dict[str, dict[str, Any]], results: Path, command
         layers = ["## Layer by layer", "![norms layer by layer](layers.png)", about]
     first, small = study.activations[0], f"within ± {100 * MARGIN:g}?"
     ratios = ("first to last at the start", "largest in training", "at the end")
-    table = Table("network", "activation", "accuracy", f"difference to {first}", small, *ratios, "failed")
+    table = Table(
+        f"network{data.marked(study.data)}",
+        "activation",
+        "accuracy",
+        f"difference to {first}",
+        small,
+        *ratios,
+        "failed",
+    )
     for network, activation in itertools.product(study.networks, study.activations):
         same = {r.seed: x for r, x in shown if (r.network, r.activation) == (network, activation)}
         base = {r.seed: x for r, x in shown if (r.network, r.activation) == (network, first)}
