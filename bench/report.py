@@ -124,7 +124,9 @@ def summary(results: Iterable[Result], machine: dict[str, Any]) -> dict[str, Any
 
 def _row(values: dict[str, Any]) -> Result:
     """Return what `summary` made a row of."""
-    fields = {name: Spread(**value) if isinstance(value, dict) else value for name, value in values.items()}
+    fields: dict[str, Any] = {
+        name: Spread(**value) if isinstance(value, dict) else value for name, value in values.items()
+    }
     del fields["met"]
     return Result(**fields)
 

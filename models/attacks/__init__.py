@@ -8,9 +8,11 @@ from typing import Any
 
 from models.attacks.adaptive import Adaptive
 from models.attacks.attack import Attack, Halfway, Strongest, check_classes
+from models.attacks.dead_zones import continued, has_dead_zones, widened
 from models.attacks.libraries import FOOLBOX, MEMBERS, AttackError, AutoAttackMember, Foolbox, autoattack
 from models.attacks.linf import LinfAttack, fast, fgsm, margin, nfgsm, perturb, pgd, search
 from models.attacks.smoothed import SmoothedAttack
+from models.attacks.targeted import MultiTargeted, targeted
 from models.attacks.transfer import Transfer, transfer
 from models.attacks.wrappers import BPDA, EOT, backward_of, identity, soft_winners
 from models.registry import Registry
@@ -26,14 +28,17 @@ __all__ = [
     "Foolbox",
     "Halfway",
     "LinfAttack",
+    "MultiTargeted",
     "SmoothedAttack",
     "Strongest",
     "Transfer",
     "autoattack",
     "backward_of",
     "check_classes",
+    "continued",
     "fast",
     "fgsm",
+    "has_dead_zones",
     "identity",
     "margin",
     "nfgsm",
@@ -41,7 +46,9 @@ __all__ = [
     "pgd",
     "search",
     "soft_winners",
+    "targeted",
     "transfer",
+    "widened",
 ]
 
 
@@ -76,6 +83,11 @@ def _pgd(eps: float, *, steps: int = 50, restarts: int = 1, step: float | None =
     return pgd(eps, steps, step, restarts, loss)
 
 
+@ATTACKS.register("targeted")
+def _targeted(eps: float, *, steps: int = 50, targets: int = 9, step: float | None = None) -> Attack:
+    return targeted(eps, steps, targets, step)
+
+
 def _register_smoothed(name: str, distribution: str) -> None:
     @ATTACKS.register(name)
     def smoothed(
@@ -102,11 +114,12 @@ def _adaptive(
     *,
     pgd_steps: int = 50,
     pgd_restarts: int = 3,
+    targets: int = 9,
     samples: int = 100,
     growth: int = 2,
     steps: int = 40,
 ) -> Attack:
-    return Adaptive(eps, pgd_steps, pgd_restarts, samples, growth, steps)
+    return Adaptive(eps, pgd_steps, pgd_restarts, targets, samples, growth, steps)
 
 
 @ATTACKS.register("autoattack")

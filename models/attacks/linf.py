@@ -138,12 +138,13 @@ def search(
     y: Tensor,  # [N]
     attack: LinfAttack,
     generator: torch.Generator,
+    target: Tensor | None = None,  # [N]
 ) -> tuple[Tensor, Tensor]:  # [N, C, H, W] in [0, 1], [N] bool
     """Look for a misclassified image near each image, and say for which one was found.
 
     An image leaves the search as soon as the model misclassifies it or a point on its path, so easy images cost
     little. Where none is found the last point of the last restart is returned. Call it in evaluation mode: images must
-    not influence each other.
+    not influence each other. With targets, steps go up the target's logit minus the label's, not the attack's loss.
     """
     adversarial = x.clone()
     with torch.no_grad():
@@ -153,7 +154,8 @@ def search(
             todo = (~found).nonzero().squeeze(1)
             points = random_start(x, attack.noise, generator)[todo]
             for _ in range(attack.steps):
-                logits, moved = _step(model, x[todo], points, y[todo], attack)
+                loss = None if target is None else _toward(target[todo])
+                logits, moved = _step(model, x[todo], points, y[todo], attack, loss=loss)
                 todo, points = _settle(todo, points, moved, logits, y, adversarial, found)
             with torch.no_grad():
                 logits = model(points) if len(todo) else points.new_zeros(0, 1)
@@ -183,6 +185,11 @@ def margin(logits: Tensor, y: Tensor) -> Tensor:  # [N]
     """Return for logits [N, classes] the largest other logit minus the label's: positive where y [N] is not said."""
     others = logits.scatter(1, y[:, None], -torch.inf)
     return others.amax(1) - logits.gather(1, y[:, None])[:, 0]
+
+
+def _toward(target: Tensor) -> Loss:
+    """Return the loss that is the target's logit minus the label's."""
+    return lambda logits, y: (logits.gather(1, target[:, None]) - logits.gather(1, y[:, None]))[:, 0]
 
 
 LOSSES: dict[str, Loss] = {"ce": lambda logits, y: F.cross_entropy(logits, y, reduction="none"), "margin": margin}

@@ -11,7 +11,6 @@ from typing import Any
 from rich.progress import Progress
 
 from models.analysis.distributions import ALL, SIDES, Density, Images, Layer, Moved, Panel, Recorder, across
-from models.analysis.gradients import finite
 from models.attacks import Attack
 from models.commands import looking, settings
 from models.evaluation.outcomes import described
@@ -166,11 +165,16 @@ class _Look(looking.Look):
 
 def _by_image(images: Images) -> dict[str, Any]:
     """Return what `images_of` reads: distances to four digits, and "1" where the network is wrong."""
-    moved = {side: [None if math.isnan(v) else float(f"{v:.4g}") for v in images.moved[side]] for side in SIDES}
+    moved = {side: [_four(v) for v in images.moved[side]] for side in SIDES}
     wrong = {
         n: "".join("01"[not r] for r in right) for n, right in zip(("clean", "attacked"), images.right, strict=True)
     }
     return {"moved": moved, "wrong": wrong}
+
+
+def _four(value: float) -> float | None:
+    """Round to four digits; None for NaN, which JSON has not."""
+    return None if math.isnan(value) else float(f"{value:.4g}")
 
 
 def _summaries(labels: list[str], folders: list[Path], results: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -185,11 +189,10 @@ def _summaries(labels: list[str], folders: list[Path], results: list[dict[str, A
             "activation": result["settings"]["activation"],
             "lr": completed(dict(result["settings"]))["training"]["lr"],
             "seed": result["settings"]["seed"],
-            "commit": result["environment"]["commit"],
             "identity": result["identity"],
             "accuracy": dict(zip(("clean", "attacked"), images[number].accuracies, strict=True)),
             "moved": {
-                which: {side: finite(values[number]) for side, values in of_sides.items()}
+                which: {side: _four(values[number]) for side, values in of_sides.items()}
                 for which, of_sides in moved.items()
             },
             "wrong": result["by_image"]["wrong"],
@@ -240,8 +243,4 @@ def _correlations(ranks: list[dict[str, Any]]) -> Table:
 
 
 def _points(runs: list[dict[str, Any]]) -> list[figures.Point]:
-    return [
-        figures.Point(r["activation"], r["lr"], r["accuracy"]["attacked"],
-                      {which: sides["outputs"] for which, sides in r["moved"].items()})
-        for r in runs
-    ]  # fmt: skip
+    return [figures.Point(r["activation"], r["lr"], r["accuracy"]["attacked"], r["moved"]) for r in runs]

@@ -16,7 +16,7 @@ STEPS, FEW_STEPS = (1, 2, 5, 10, 20, 50, 100), (10, 50)
 RESTARTS = 10
 _STEPS_ELSEWHERE = 20
 
-_BY_GRADIENT = ("fgsm", "fast", "pgd", "apgd-ce", "apgd-dlr", "apgd-t", "fab-t", "deepfool", "fmn")
+_BY_GRADIENT = ("fgsm", "fast", "pgd", "targeted", "apgd-ce", "apgd-dlr", "apgd-t", "fab-t", "deepfool", "fmn")
 _WITHOUT = ("square", "nes", "spsa", "hopskipjump")
 
 Do = Callable[[str, Attack, int, int], Outcome]

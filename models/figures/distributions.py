@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from matplotlib.axes import Axes
@@ -40,13 +40,13 @@ class Point:
         activation: for the colour.
         lr: its learning rate, for the mark.
         robust: accuracy under the attack, in [0, 1].
-        moved: mean relative L2 distance of outputs, by which images; None where there are none.
+        moved: mean relative L2 distance by which images and by side; None where there are none.
     """
 
     activation: str
     lr: float
     robust: float
-    moved: dict[str, float | None]
+    moved: dict[str, dict[str, float | None]]
 
 
 def inputs(panels: Sequence["Panel"], layers: int) -> bytes:
@@ -84,20 +84,20 @@ def depth(networks: Sequence[Network]) -> bytes:
     Where all have as many activations the axis counts these, else it is the share of the depth. With up to three
     networks bands show the spread: a standard deviation over images, and 80 % of the channels.
     """
-    counts, colours = {len(network.layers) for network in networks}, _colours(networks)
+    counts, looks = {len(network.layers) for network in networks}, _looks(networks)
     shares = len(counts) > 1
     with style.context():
-        figure = style.figure(height=4.3)
+        figure = style.figure(height=3.7 + 0.2 * -(-len(networks) // 2))
         grid = figure.subplots(2, 2, sharex=True, sharey="row")
         for axes, side in zip(grid[0], _SIDES, strict=True):
             axes.set_title(f"{side} of the activations")
-        for network, colour in zip(networks, colours, strict=True):
+        for network, look in zip(networks, looks, strict=True):
             count = len(network.layers)
             x = np.arange(1, count + 1) / (count if shares else 1)
             for column, side in enumerate(_SIDES):
                 moved = [getattr(layer, side) for layer in network.layers]
                 for axes, lines in zip(grid[:, column], (_paired(moved), _distributions(moved)), strict=True):
-                    _line(axes, x, lines, colour, len(networks) <= _BANDS, count)
+                    _line(axes, x, lines, look, len(networks) <= _BANDS, count)
         for axes in grid.flat:
             axes.grid(axis="y", color=style.PALE_GREY, lw=0.6)
             axes.set_axisbelow(True)
@@ -109,8 +109,8 @@ def depth(networks: Sequence[Network]) -> bytes:
         for axes in grid[1]:
             axes.set_xlabel("share of the depth" if shares else "activation, from image to logits")
         handles: list[Line2D | Patch] = [
-            Line2D([], [], color=colour, lw=1.6, label=f"{network.label} ({network.activation})")
-            for network, colour in zip(networks, colours, strict=True)
+            Line2D([], [], **look, lw=1.6, label=f"{network.label} ({network.activation})")
+            for network, look in zip(networks, looks, strict=True)
         ]
         if len(networks) <= _BANDS:
             spread = "bands: ± std of images, 80 % of channels"
@@ -121,29 +121,39 @@ def depth(networks: Sequence[Network]) -> bytes:
 
 @style.drawn
 def against(points: Sequence[Point]) -> Figure:
-    """Draw robust accuracy over how far images are moved, a panel for each kind of images."""
+    """Draw robust accuracy over how far images are moved: a column for each kind of images, inputs above outputs."""
     activations, rates = list(dict.fromkeys(p.activation for p in points)), sorted({p.lr for p in points})
-    colours = {name: style.line(number)["color"] for number, name in enumerate(activations)}
+    colours = {name: style.PALETTE[number % len(style.PALETTE)] for number, name in enumerate(activations)}
     marks = {rate: style.MARKS[number % len(style.MARKS)] for number, rate in enumerate(rates)}
     kinds = list(points[0].moved)
-    figure = style.figure(height=3.1 + 0.2 * (-(-(len(activations) + len(rates)) // 4)))
-    panels = figure.subplots(1, len(kinds), sharey=True, squeeze=False)[0]
-    for axes, kind in zip(panels, kinds, strict=True):
-        for point in points:
-            if (moved := point.moved[kind]) is not None:
-                look = {"color": colours[point.activation], "mfc": "none", "mew": 1.3}
-                axes.plot(100 * moved, 100 * point.robust, marks[point.lr], ms=5, **look)
-        axes.set_title(f"images {kind}" if kind != "all" else "all images", fontsize=8)
-        axes.set_xlim(left=0)
-        axes.set_ylim(0, 100)
-        style.grid(axes, "both")
-        axes.xaxis.set_major_locator(MaxNLocator(4))
-    figure.supxlabel("how far outputs move, relative L2, %", fontsize=9, color=style.GREY)
-    panels[0].set_ylabel("accuracy under the attack, %")
+    moved = [value for point in points for of_sides in point.moved.values() for value in of_sides.values()]
+    right = 108 * max((value for value in moved if value), default=1.0)
+    figure = style.figure(height=4.8 + 0.2 * (-(-(len(activations) + len(rates)) // 4)))
+    grid = figure.subplots(len(_SIDES), len(kinds), sharex=True, sharey=True, squeeze=False)
+    for row, side in zip(grid, _SIDES, strict=True):
+        for axes, kind in zip(row, kinds, strict=True):
+            for point in points:
+                if (value := point.moved[kind][side]) is not None:
+                    look = {"color": colours[point.activation], "mfc": "none", "mew": 1.3}
+                    axes.plot(100 * value, 100 * point.robust, marks[point.lr], ms=5, **look)
+            axes.set_xlim(0, right)
+            axes.set_ylim(0, 100)
+            style.grid(axes, "both")
+            axes.xaxis.set_major_locator(MaxNLocator(4))
+            axes.set_xlabel(f"{side} move by, %")
+        row[0].set_ylabel("under the attack, %")
+    for axes, kind in zip(grid[0], kinds, strict=True):
+        axes.set_title(f"images: {kind}".replace(" in ", "\nin "), fontsize=8)
     handles = [style.handle(name, colour, "s", ms=6) for name, colour in colours.items()]
     handles += [style.handle(f"learning rate {rate:g}", style.GREY, mark, mfc="none") for rate, mark in marks.items()]
     style.legend(figure, handles, 4, handletextpad=0.2)
     return figure
+
+
+def _looks(networks: Sequence[Network]) -> list[dict[str, Any]]:
+    """Return colour and dashes of each network's line; where colours run out, the next of one is dashed otherwise."""
+    colours = _colours(networks)
+    return [{"color": c, "ls": style.DASHES[colours[:i].count(c) % len(style.DASHES)]} for i, c in enumerate(colours)]
 
 
 def _colours(networks: Sequence[Network]) -> list[str]:
@@ -176,11 +186,11 @@ def _percent(share: float | None) -> float:
     return np.nan if share is None else 100 * share
 
 
-def _line(axes: Axes, x: np.ndarray, lines: Lines, colour: str, band: bool, count: int) -> None:
+def _line(axes: Axes, x: np.ndarray, lines: Lines, look: dict[str, Any], band: bool, count: int) -> None:
     middle, low, high = lines
     if band:
-        axes.fill_between(x, np.maximum(low, 0), high, color=colour, alpha=0.13, lw=0)
-    axes.plot(x, middle, "o-" if count <= 30 else "-", color=colour, ms=3, lw=1.5)
+        axes.fill_between(x, np.maximum(low, 0), high, color=look["color"], alpha=0.13, lw=0)
+    axes.plot(x, middle, marker="o" if count <= 30 else "", ms=3, lw=1.5, **look)
 
 
 def _small_multiples(

@@ -17,7 +17,7 @@ GREY, BLUE, VERMILLION, PALE_VERMILLION, PALE_GREY = "#4d4d4d", "#0072b2", "#d55
 GREEN, PINK, ORANGE, SKY = "#009e73", "#cc79a7", "#e69f00", "#56b4e9"
 PALETTE = (GREY, BLUE, GREEN, VERMILLION, PINK, ORANGE, SKY)
 MARKS = ("o", "s", "D", "^", "v")
-_DASHES = ("-", (0, (4, 2)), (0, (1, 1.5)))
+DASHES = ("-", (0, (4, 2)), (0, (1, 1.5)))
 COLOURS = {"relu": GREY, "silu": BLUE, "kaf": VERMILLION, "kaf_isometric": VERMILLION}
 WIDTH = 5.6  # inches; on a phone this leaves 9 points readable
 
@@ -39,7 +39,7 @@ _RC: dict[Any, Any] = {
 
 def line(number: int) -> dict[str, Any]:
     """Return colour and dashes of the number-th of up to 21 lines, no two alike."""
-    return {"color": PALETTE[number % len(PALETTE)], "ls": _DASHES[number // len(PALETTE) % len(_DASHES)]}
+    return {"color": PALETTE[number % len(PALETTE)], "ls": DASHES[number // len(PALETTE) % len(DASHES)]}
 
 
 def figure(height: float) -> Figure:

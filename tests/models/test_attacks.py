@@ -5,7 +5,20 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from models.attacks import ATTACKS, Adaptive, LinfAttack, Strongest, fast, fgsm, margin, nfgsm, perturb, pgd, search
+from models.attacks import (
+    ATTACKS,
+    Adaptive,
+    LinfAttack,
+    MultiTargeted,
+    Strongest,
+    fast,
+    fgsm,
+    margin,
+    nfgsm,
+    perturb,
+    pgd,
+    search,
+)
 
 
 def generator(seed: int = 0) -> torch.Generator:
@@ -254,6 +267,8 @@ def test_refuses_impossible_settings(arguments: dict, message: str) -> None:
         ("pgd-20:step=2/255", pgd(0.1, 20, step=2 / 255)),
         ("pgd-20-5:loss=margin", pgd(0.1, 20, restarts=5, loss="margin")),
         ("pgd:steps=7", pgd(0.1, 7)),
+        ("targeted:targets=3", MultiTargeted(pgd(0.1, 50, step=0.1 / 4), 3)),
+        ("targeted:steps=5,step=0.02", MultiTargeted(pgd(0.1, 5, step=0.02))),
         ("adaptive:samples=50,steps=20", Adaptive(0.1, samples=50, steps=20)),
     ],
 )

@@ -8,6 +8,7 @@ from models.attacks import (
     EOT,
     Adaptive,
     LinfAttack,
+    MultiTargeted,
     SmoothedAttack,
     Transfer,
     backward_of,
@@ -210,12 +211,13 @@ def test_transfer_leaves_what_is_wrong_already_and_tries_every_restart() -> None
 
 
 def test_adaptive_takes_the_members_that_the_network_calls_for() -> None:
-    attack = Adaptive(0.1, pgd_steps=7, pgd_restarts=2, samples=20, growth=1, steps=3)
+    attack = Adaptive(0.1, pgd_steps=7, pgd_restarts=2, targets=4, samples=20, growth=1, steps=3)
     by_gradient = pgd(0.1, 7, restarts=2, loss="margin")
     nes = SmoothedAttack(0.1, samples=20, growth=1, steps=3)
-    assert attack.members(Mean(nn.Identity())) == (by_gradient, nes)
+    targeted = MultiTargeted(pgd(0.1, 7, step=2.5 * 0.1 / 7), 4)
+    assert attack.members(Mean(nn.Identity())) == (by_gradient, targeted, nes)
     relaxed = tuple(BPDA(by_gradient, KWinners, smooth) for smooth in (soft_winners, identity))
-    assert attack.members(kwta_network()) == (by_gradient, *relaxed, nes)
+    assert attack.members(kwta_network()) == (by_gradient, targeted, *relaxed, nes)
 
 
 def test_adaptive_breaks_what_any_member_breaks() -> None:
