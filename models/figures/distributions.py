@@ -123,7 +123,7 @@ def depth(networks: Sequence[Network]) -> bytes:
 def against(points: Sequence[Point]) -> Figure:
     """Draw robust accuracy over how far images are moved: a column for each kind of images, inputs above outputs."""
     activations, rates = list(dict.fromkeys(p.activation for p in points)), sorted({p.lr for p in points})
-    colours = {name: style.line(number)["color"] for number, name in enumerate(activations)}
+    colours = {name: style.PALETTE[number % len(style.PALETTE)] for number, name in enumerate(activations)}
     marks = {rate: style.MARKS[number % len(style.MARKS)] for number, rate in enumerate(rates)}
     kinds = list(points[0].moved)
     moved = [value for point in points for of_sides in point.moved.values() for value in of_sides.values()]
