@@ -113,12 +113,12 @@ def works() -> Iterator[Work]:
     """Yield what the product has on a large map, (64, 256, 56, 56) with D = 20."""
     prototypes = [m.work.title for m in measured() if m.source.startswith("bench/")]
     for dtype, name in {"float32": "float", "bfloat16": "kaf::bfloat16", "float16": "kaf::float16"}.items():
-        for layout, vectors in (("", "true"), (", channels_last", "false")):
+        for layout, vectors, evenly in (("", "true", "false"), (", channels_last", "false", "true")):
             answers = dtype == "bfloat16" and not layout
             table, room, lookups = (ANSWERS, ANSWERS, 1) if answers else (TABLE, ROOM, 8)
             more = 2 if answers or layout else 1  # elements of a thread: 64 of these, see set_tiling() of ops.cpp
             for title, kernel, loads, elements in (
-                ("forward", "forward_kernel<{}, {}, false>", 1, 32768),
+                ("forward", f"forward_kernel<{{}}, {evenly}, {{}}, false>", 1, 32768),
                 ("backward of x", r"backward_kernel<{}, \(kaf::Sums\)0, {}, false>", 2, 16384),
                 ("backward of x and alpha", r"backward_kernel<{}, \(kaf::Sums\)1, {}, false>", 2, 16384),
             ):

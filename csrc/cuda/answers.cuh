@@ -27,12 +27,12 @@ struct Answers : Channel {
     last = end - low;
   }
 
-  static __device__ __forceinline__ void prepare(const Call& call, int64_t channel, float* shared) {
+  template <int kThreads> static __device__ __forceinline__ void prepare(const Call& call, int64_t channel, float* shared) {
     const Tables& t = call.tables;
     const Answers a(call, channel, shared);
     const Curves<1> curves(call, channel, t.rows + channel * t.count * t.capacity * kCoefficients);
     const uint32_t entries = curves.cells.count > 0 ? a.last + 2 : 0;  // of a sign
-    for (uint32_t i = threadIdx.x; i < 2 * entries; i += call.tiling.threads) {
+    for (uint32_t i = threadIdx.x; i < 2 * entries; i += kThreads) {
       const uint32_t sign = i >= entries, magnitude = i - sign * entries;
       const uint32_t bits = magnitude == 0 ? 0 : magnitude <= a.last ? a.low + magnitude : 0x7fff;
       const float x = __uint_as_float((sign << 15 | bits) << 16);

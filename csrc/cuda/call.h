@@ -59,11 +59,11 @@ template <class A> struct Split {
 // What the kernels know of one channel. Its curves are polynomials on cells of the x axis: cell i is centred at i · width,
 // of 12 significant bits, so that i · width is exact and x − i · width too.
 struct alignas(16) Cells {
-  float width, inverse, scale;  // and 1 / width, 2 / width
+  float width, inverse;         // and 1 / width
   float low, high;              // x is clamped to these, far outside
   int first, count;             // the last cell's polynomial is 0, and serves for every x without a cell; count 0: no cells
   int even;                     // whether sums over the even dictionary may be formed by powers: see even.cuh
-  float gamma, unused[3];
+  float gamma;
 };
 struct alignas(16) Point {
   float high, low, alpha, unused;  // δ = high + low

@@ -60,7 +60,7 @@ template <int kLanes> struct Curves : Channel {
       : Channel(call, channel), table(lane), capacity(call.tables.capacity) {}
 
   struct Place {
-    float v;           // in the cell, from −1 to 1
+    float v;           // in the cell, from −½ to ½
     const float* row;  // of the first curve
   };
   // The cell of a clamped x. NaN stays in v; its cell is some other.
@@ -68,7 +68,7 @@ template <int kLanes> struct Curves : Channel {
     const float m = fmaf(x, cells.inverse, kMagic), number = m - kMagic;
     const uint32_t cell = __float_as_uint(m) - __float_as_uint(kMagic) - static_cast<uint32_t>(cells.first);
     const uint32_t row = min(cell, static_cast<uint32_t>(cells.count - 1));
-    return {fmaf(-number, cells.width, x) * cells.scale, table + row * (kCoefficients * kLanes)};
+    return {fmaf(-number, cells.width, x) * cells.inverse, table + row * (kCoefficients * kLanes)};
   }
   // The curve there that is so many from the first.
   __device__ __forceinline__ float polynomial(const Place& p, int curve) const {
@@ -86,14 +86,14 @@ struct SharedCurves : Curves<32> {
       : Curves(call, channel, shared + threadIdx.x % 32) {}
 
   // Copies them there: before they are used, and before what that needs has registers.
-  static __device__ __forceinline__ void prepare(const Call& call, int64_t channel, float* shared) {
+  template <int kThreads> static __device__ __forceinline__ void prepare(const Call& call, int64_t channel, float* shared) {
     const Tables& t = call.tables;
     const int lane = threadIdx.x % 32;
     constexpr int kVectors = kCoefficients / 4;
     const int vectors = t.cells[channel].count * kVectors;
     for (int c = 0; c < t.count; ++c) {
       const auto* rows = reinterpret_cast<const Vector16<float>*>(t.rows) + (channel * t.count + c) * t.capacity * kVectors;
-      for (int i = threadIdx.x / 32; i < vectors; i += call.tiling.threads / 32) {
+      for (int i = threadIdx.x / 32; i < vectors; i += kThreads / 32) {
         const Vector16<float> row = rows[i];
         float* to = shared + (c * t.capacity * kVectors + i) * 4 * 32 + lane;
 #pragma unroll

@@ -21,15 +21,18 @@ constexpr int kMostBlocks = 3;
 #else
 constexpr int kMostBlocks = 4;
 #endif
-template <bool kVector, bool kBase> constexpr int kForwardBlocks = !kVector ? 2 : kBase ? 3 : kMostBlocks;
+template <bool kVector, bool kEvenly, bool kBase>
+constexpr int kForwardBlocks = !kVector ? (kEvenly && !kBase ? 3 : 2) : kBase ? 3 : kMostBlocks;
 
 // y = f(x)
-template <class T, bool kVector, bool kAnswers, bool kBase>
-__global__ void __launch_bounds__(kForwardThreads, kForwardBlocks<kVector, kBase>) forward_kernel(const Call call) {
+template <class T, bool kVector, bool kEvenly, bool kAnswers, bool kBase>
+__global__ void __launch_bounds__(kForwardThreads, kForwardBlocks<kVector, kEvenly, kBase>)
+    forward_kernel(const Call call) {
   KAF_DYNAMIC_SHARED(memory);
   float* const shared = reinterpret_cast<float*>(memory);
-  using Part = Tile<T, kVector, 8>;
-  Lookup<kAnswers>::prepare(call, Part(call.tiling, again(blockIdx.x)).channel(), shared);  // keeps no registers
+  using Part = Tile<T, kVector, 8, kEvenly>;
+  const int64_t channel = Part(call.tiling, again(blockIdx.x)).channel();  // of another tile, which keeps no registers
+  Lookup<kAnswers>::template prepare<kForwardThreads>(call, channel, shared);
   const Part tile(call.tiling, blockIdx.x);
   const Lookup<kAnswers> curve(call, tile.channel(), shared);
   const auto each = [&](const auto& part, auto evaluate) {  // loops of their own have the registers for themselves
@@ -125,7 +128,7 @@ __global__ void __launch_bounds__(kBackwardThreads, kBackwardBlocks<T, kSums, kB
   const Own share(call, blockIdx.x);
   const auto& tile = share.tile;
   constexpr int V = std::decay_t<decltype(tile)>::kElements;
-  if (share.window == 0) Lookup<kAnswers>::prepare(call, tile.channel(), shared);
+  if (share.window == 0) Lookup<kAnswers>::template prepare<kBackwardThreads>(call, tile.channel(), shared);
   const Lookup<kAnswers> curve(call, tile.channel(), shared);
   const EvenSums even(call, curve.cells.gamma, share.window);
   const T *x = share.input(call.x), *grad = share.input(call.grad);
@@ -213,7 +216,7 @@ __global__ void __launch_bounds__(kBackwardThreads, kWithAlong || kSums == kOfAl
   const Own share(call, blockIdx.x);
   const auto& tile = share.tile;
   const int64_t channel = tile.channel();
-  if (share.window == 0) SharedCurves::prepare(call, channel, shared);
+  if (share.window == 0) SharedCurves::prepare<kBackwardThreads>(call, channel, shared);
   const SharedCurves curves(call, channel, shared);
   const float gamma = curves.cells.gamma, v_gamma = kWithAlong ? read<float>(call.v_gamma, channel, 0) : 0;
   const T *x = share.input(call.x), *grad = share.input(call.grad), *v_x = share.input(call.v_x);
@@ -326,10 +329,12 @@ template <Order order, class T, bool kVector, bool kBase> Entry kernel_with_tabl
   const auto with = [&](auto sums) -> Entry {
     if constexpr (kHasAnswers<T> && kVector && order != kDoubleBackward && sums != kOfAlphaAndDictionary)
       if (call.powers) {
-        if constexpr (order == kForward) return forward_kernel<T, kVector, true, kBase>;
+        if constexpr (order == kForward) return forward_kernel<T, kVector, false, true, kBase>;
         else return backward_kernel<T, kVector, sums(), true, kBase>;
       }
-    if constexpr (order == kForward) return forward_kernel<T, kVector, false, kBase>;
+    if constexpr (order == kForward && !kVector)
+      if (!call.tiling.row_step) return forward_kernel<T, false, true, false, kBase>;
+    if constexpr (order == kForward) return forward_kernel<T, kVector, false, false, kBase>;
     if constexpr (order == kBackward) return backward_kernel<T, kVector, sums(), false, kBase>;
     [[maybe_unused]] const bool along = call.v_alpha.data || call.v_gamma.data || call.v_dictionary.data;
     if constexpr (order == kDoubleBackward)

@@ -6,12 +6,12 @@ namespace kaf {
 
 constexpr int kTableThreads = 256;
 
-// Where the values of a curve lie on a cell, [−1, 1], and the polynomials through them. The points are Chebyshev's,
+// Where the values of a curve lie on a cell, [−½, ½], and the polynomials through them. The points are Chebyshev's,
 // rounded; as the polynomials are made for the rounded ones, nothing is lost.
 struct Interpolation {
   static constexpr int P = kCoefficients;
-  float points[P] = {-0.98078528f, -0.83146961f, -0.55557023f, -0.19509032f,
-                     0.19509032f,  0.55557023f,  0.83146961f,  0.98078528f};
+  float points[P] = {-0.49039264f, -0.41573481f, -0.27778512f, -0.09754516f,
+                     0.09754516f,  0.27778512f,  0.41573481f,  0.49039264f};
   double coefficients[P][P] = {};  // [m][i]: of v^m, in the polynomial that is 1 at point i and 0 at the others
 
   constexpr Interpolation() {
@@ -48,7 +48,6 @@ __device__ __forceinline__ Cells place_cells(const Call& call, double first, dou
   const double number = ceil(low / c.width - 0.5), end = floor(high / c.width + 0.5) + 2;
   if (!(fabs(number) < 4096 && fabs(end) < 4096 && end - number <= call.tables.capacity)) return c;
   c.inverse = 1 / c.width;
-  c.scale = 2 / c.width;
   // Numbers of bfloat16, so that one clamped to them is another: see answers.cuh.
   const auto outward = [](double v, double margin) {
     return __uint_as_float(__float_as_uint(static_cast<float>(v + margin * fabs(v))) & 0xffff0000);
@@ -111,7 +110,7 @@ static __global__ void __launch_bounds__(kTableThreads) table_kernel(const Call 
     for (uint32_t i = threadIdx.x; i < call.windows.by; i += kTableThreads)
       call.counters[channel * call.windows.by + i] = 0;
 
-  const float half = cells.width / 2, scale = gaussian_scale(gamma), reach = 4.4721360f / sqrtf(gamma) + half;
+  const float scale = gaussian_scale(gamma), reach = 4.4721360f / sqrtf(gamma) + cells.width / 2;
   float* rows = t.rows + (channel * t.count + which) * t.capacity * kCoefficients;
   for (int begin = 0; begin < cells.count * kCoefficients; begin += kTableThreads) {
     const int n = begin + threadIdx.x, cell = n / kCoefficients;
@@ -120,7 +119,7 @@ static __global__ void __launch_bounds__(kTableThreads) table_kernel(const Call 
     for (int k = 0; k < call.size && cell < cells.count - 1; ++k) {
       const float from_centre = (centre - high[k]) - low[k];
       if (fabsf(from_centre) > reach) continue;
-      const float d = fmaf(kInterpolation.points[i], half, from_centre);
+      const float d = fmaf(kInterpolation.points[i], cells.width, from_centre);
       value += term_of(curve, d, exp2_exact(scale * d * d, 0), gamma, alpha[k], v_alpha[k], v_gamma, v_dictionary[k]);
     }
     double coefficient = 0;

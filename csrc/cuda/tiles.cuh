@@ -40,8 +40,8 @@ template <class T> struct alignas(16) Vector16 {
 };
 
 // The elements of one thread: tiles of kElements, which are side by side (kVector) or, kApart of them, a group of threads
-// apart.
-template <class T, bool kVector, int kApart = sizeof(T) == 8 ? 2 : 4> struct Tile {
+// apart: at even distances in memory (kEvenly) where positions are, as in columns.
+template <class T, bool kVector, int kApart = sizeof(T) == 8 ? 2 : 4, bool kEvenly = false> struct Tile {
   static constexpr int kElements = kVector ? Vector16<T>::kSize : kApart;
   static constexpr int kAccesses = kVector ? 1 : kElements;  // to memory, for one tile
   using Type = T;
@@ -93,15 +93,20 @@ template <class T, bool kVector, int kApart = sizeof(T) == 8 ? 2 : 4> struct Til
     Place p;
 #pragma unroll
     for (int a = 0; a < kAccesses; ++a) {
-      const int q = kVector ? (tile * group + lane) * kElements : (tile * kElements + a) * group + lane;
-      p.exists[a] = is_active(column) && q < count;
-      p.offset[a] = q * t.step;
-      if (kVector) p.offset[a] += (__umulhi(q, t.whole_run.magic) >> t.whole_run.shift) * t.row_step;
+      if constexpr (kEvenly) {  // from the first, which keeps fewer registers
+        const int first = tile * (kElements << t.group_shift) + lane;
+        p.exists[a] = is_active(column) && first < count - (a << t.group_shift);
+        p.offset[a] = first * t.step + a * (t.step << t.group_shift);
+      } else {
+        const int q = kVector ? (tile * group + lane) * kElements : (tile * kElements + a) * group + lane;
+        p.exists[a] = is_active(column) && q < count;
+        p.offset[a] = q * t.step;
+        if (kVector) p.offset[a] += (__umulhi(q, t.whole_run.magic) >> t.whole_run.shift) * t.row_step;
+      }
     }
-    if (!kVector && t.row_step)  // of columns 0, which spares three instructions an element
+    if (!kVector && !kEvenly && t.row_step)  // of columns 0, which spares three instructions an element
 #pragma unroll
-      for (int a = 0; a < kAccesses; ++a)
-        {
+      for (int a = 0; a < kAccesses; ++a) {
         const uint32_t row = __umulhi((tile * kElements + a) * group + lane, t.whole_run.magic) >> t.whole_run.shift;
         p.offset[a] += row * t.row_step;
       }

@@ -367,18 +367,17 @@ def tables_kernel(
     to = workspace_ptr + channel * 8
     tl.store(to, width32)
     tl.store(to + 1, inverse.to(tl.float32))
-    tl.store(to + 2, (inverse * 2).to(tl.float32))
-    tl.store(to + 3, (low - tl.abs(low) * 0.015625).to(tl.float32))
-    tl.store(to + 4, (high + tl.abs(high) * 0.015625).to(tl.float32))
-    tl.store(to + 5, begin.to(tl.float32))
-    tl.store(to + 6, count.to(tl.float32))
-    tl.store(to + 7, kind)
+    tl.store(to + 2, (low - tl.abs(low) * 0.015625).to(tl.float32))
+    tl.store(to + 3, (high + tl.abs(high) * 0.015625).to(tl.float32))
+    tl.store(to + 4, begin.to(tl.float32))
+    tl.store(to + 5, count.to(tl.float32))
+    tl.store(to + 6, kind)
 
     if ok:
         node, cell = tl.arange(0, 8)[:, None], tl.arange(0, CAPACITY)[None, :]
         inner = tl.where((node == 3) | (node == 4), N3, tl.where((node == 2) | (node == 5), N2, N1))
         inner = tl.where((node == 0) | (node == 7), N0, inner)
-        shift = tl.where(node < 4, -inner, inner) * (width32 * 0.5)
+        shift = tl.where(node < 4, -inner, inner) * width32
         centre = (begin + cell).to(tl.float32) * width32
         values = ()
         for _ in tl.static_range(COUNT):
@@ -409,28 +408,28 @@ def tables_kernel(
 @triton.jit
 def _kind(workspace_ptr, channel, flags, RUNS: tl.constexpr):
     """Of all of a program's channels: 0 where one has no cells, 2 where sums may be formed by powers, else 1."""
-    kind = tl.load(workspace_ptr + channel * 8 + 7, (channel >= 0) & ((flags & TABLES) != 0), other=0)
+    kind = tl.load(workspace_ptr + channel * 8 + 6, (channel >= 0) & ((flags & TABLES) != 0), other=0)
     return kind if RUNS else tl.min(kind, 0)
 
 
 @triton.jit
 def _cells(workspace_ptr, channel, flags):
-    """A channel's cells: width, 1/width and 2/width; where x is clamped; the first; the last. 0 where it has none."""
+    """A channel's cells: width and 1/width; where x is clamped; the first; the last. 0 where it has none."""
     fields = ()
-    for i in tl.static_range(7):
+    for i in tl.static_range(6):
         fields += (tl.load(workspace_ptr + channel * 8 + i, (channel >= 0) & ((flags & TABLES) != 0), other=0),)
-    width, inverse, scale, low, high, first, last = fields
+    width, inverse, low, high, first, last = fields
     first = (first.to(tl.int32) + MAGIC_BITS).to(tl.uint32)
-    return width, inverse, scale, low, high, first, last.to(tl.int32).to(tl.uint32)
+    return width, inverse, low, high, first, last.to(tl.int32).to(tl.uint32)
 
 
 @triton.jit
 def _find(x, where):
-    """The cell that has x, clamped, and the place in it: -1 to 1."""
-    width, inverse, scale, _, _, first, last = where
+    """The cell that has x, clamped, and the place in it: -½ to ½."""
+    width, inverse, _, _, first, last = where
     m = tl.fma(x, inverse, MAGIC)
     row = tl.minimum(m.to(tl.uint32, bitcast=True) - first, last).to(tl.int32)
-    return row, tl.fma(-(m - MAGIC), width, x) * scale
+    return row, tl.fma(-(m - MAGIC), width, x) * inverse
 
 
 @triton.jit
@@ -613,7 +612,7 @@ def _on_cells(
     for i in range(tl.cdiv(count, R)):
         offsets, inside = _tile(i, count, exists, units, gap, magic, shift, R, W, ALIGN, RUNS)
         x = _load(x_ptr, offsets, inside, tl.float32)
-        row, v = _find(_clamped(x, where[3], where[4]), where)
+        row, v = _find(_clamped(x, where[2], where[3]), where)
         y = _polynomial(tables, row, v, 0, CAPACITY, RUNS)
         if BASE:
             y += _base(x, 0, BASE)
@@ -699,7 +698,7 @@ def _backward_by_powers(
     for i in range(tl.cdiv(count, R)):
         offsets, inside = _tile(i, count, exists, units, gap, magic, shift, R, W, ALIGN, RUNS)
         raw = _load(x_ptr, offsets, inside, tl.float32)
-        x = _clamped(raw, where[3], where[4])
+        x = _clamped(raw, where[2], where[3])
         g = _load(grad_ptr, offsets, inside, tl.float32)
         if dx_ptr is not None or GAMMA:
             if first == 0:
@@ -756,7 +755,7 @@ def _backward_by_points(
         slope, square = slope * (gamma * -2), -square
         if CAPACITY:
             if on_cells:
-                row, v = _find(_clamped(x, where[3], where[4]), where)
+                row, v = _find(_clamped(x, where[2], where[3]), where)
                 slope = _polynomial(tables, row, v, 0, CAPACITY, RUNS)
                 if GAMMA:
                     square = _polynomial(tables, row, v, 1, CAPACITY, RUNS)
@@ -852,7 +851,7 @@ def kaf_double_backward_kernel(
                 _add_to_memory(sums_ptr + (D if ALPHA else 0), k, i, of_x, -1.0, exists, RUNS)
         if CAPACITY:
             if on_cells:
-                row, v = _find(_clamped(x, where[3], where[4]), where)
+                row, v = _find(_clamped(x, where[2], where[3]), where)
                 dgrad = v_x * _polynomial(tables, row, v, 0, CAPACITY, RUNS)
                 dx = h * _polynomial(tables, row, v, 1, CAPACITY, RUNS)
                 if ALONG_V:
