@@ -1,6 +1,7 @@
 import argparse
 import os
 import shlex
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -91,7 +92,7 @@ def test_missing_package_is_explained() -> None:
 COMMANDS = [
     pytest.param(line, id=f"{page.name}: {line}")
     for page in (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")))
-    for line in page.read_text().splitlines()
+    for line in re.sub(r"\\\n\s*", "", page.read_text()).splitlines()  # a line may go on behind a backslash
     if line.startswith("python -m models ")
 ]
 
