@@ -1,7 +1,7 @@
 import argparse
 import os
-import shlex
 import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
