@@ -135,7 +135,7 @@ def test_factors_are_averaged_over_the_activations_that_have_them(batch, monkeyp
 
     start = depth.start(SMALL, "kwta", 0, MNIST, *batch)
     assert start["factor"] is start["normal_factor"] is start["predicted"] is None
-    row = page.starts([start], "command").splitlines()[-1]
+    row = page.starts([start], "command", "mnist5k").splitlines()[-1]
     assert row.startswith(f"| `{SMALL}` | kwta | ")
     assert row.endswith(" | – | – | – |")
 
