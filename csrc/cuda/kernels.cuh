@@ -21,8 +21,13 @@ constexpr int kMostBlocks = 3;
 #else
 constexpr int kMostBlocks = 4;
 #endif
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ == 900
+constexpr int kEvenBlocks = 3;
+#else
+constexpr int kEvenBlocks = 2;  // where three would spill
+#endif
 template <bool kVector, bool kEvenly, bool kBase>
-constexpr int kForwardBlocks = !kVector ? (kEvenly && !kBase ? 3 : 2) : kBase ? 3 : kMostBlocks;
+constexpr int kForwardBlocks = !kVector ? (kEvenly && !kBase ? kEvenBlocks : 2) : kBase ? 3 : kMostBlocks;
 
 // y = f(x)
 template <class T, bool kVector, bool kEvenly, bool kAnswers, bool kBase>
