@@ -93,7 +93,7 @@ struct SharedCurves : Curves<32> {
     const int vectors = t.cells[channel].count * kVectors;
     for (int c = 0; c < t.count; ++c) {
       const auto* rows = reinterpret_cast<const Vector16<float>*>(t.rows) + (channel * t.count + c) * t.capacity * kVectors;
-#pragma unroll 2  // more of them at once spill registers
+#pragma unroll 3  // four at once spill registers
       for (int i = threadIdx.x / 32; i < vectors; i += kThreads / 32) {
         const Vector16<float> row = rows[i];
         float* to = shared + (c * t.capacity * kVectors + i) * 4 * 32 + lane;
