@@ -87,16 +87,8 @@ def _quantity(seconds: float) -> str:
 
 def write_json(path: Path, summary: Summary) -> None:
     """Write a summary, a result a line, numbers to four digits."""
-
-    def plain(value: Any) -> Any:
-        if isinstance(value, dict):
-            return {name: plain(v) for name, v in value.items()}
-        if isinstance(value, list | tuple):
-            return [plain(v) for v in value]
-        return float(f"{value:.4g}") if isinstance(value, float) else value
-
     head = json.dumps({name: v for name, v in summary.items() if name != "results"}, indent=1, ensure_ascii=False)
-    lines = ",\n".join(json.dumps(plain(r), ensure_ascii=False, allow_nan=False) for r in summary["results"])
+    lines = ",\n".join(json.dumps(files.rounded(r, 4), ensure_ascii=False, allow_nan=False) for r in summary["results"])
     files.write_text(path, f'{head[:-2]},\n "results": [\n{lines}\n]}}\n')
 
 

@@ -15,7 +15,7 @@ OPTIONS = (
     "slope-limit", "slope-penalty", "steps", "test", "threads", "to", "train", "transfer-from", "watch-drop",
     "watch-images", "watch-steps", "weight-decay", "which", "width",
 )  # fmt: skip
-_EXTRAS = ("matplotlib", "numpy", "rich", "safetensors", "torchvision")
+_EXTRAS = ("jinja2", "matplotlib", "numpy", "rich", "safetensors", "scipy", "statsmodels", "torchvision")
 
 
 def _typo(command: str, *arguments: str) -> str | None:

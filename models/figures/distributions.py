@@ -49,7 +49,8 @@ class Point:
     moved: dict[str, dict[str, float | None]]
 
 
-def inputs(panels: Sequence["Panel"], layers: int) -> bytes:
+@style.drawn
+def inputs(panels: Sequence["Panel"], layers: int) -> Figure:
     """Draw the densities of what goes into the activations, with the learned curves over them on the right axis.
 
     Args:
@@ -61,24 +62,24 @@ def inputs(panels: Sequence["Panel"], layers: int) -> bytes:
         handles.append(Line2D([], [], color=style.VERMILLION, lw=1.4, label="f, right axis"))
     if any(panel.dictionary for panel in panels):
         handles.append(Line2D([], [], color=style.VERMILLION, lw=0.8, ls=(0, (2, 2)), label="ends of the dictionary"))
-    with style.context():
-        figure, rows = _small_multiples(panels, layers, "inputs", handles)
-        for row in rows:
-            values = [y for panel, _ in row for y in panel.y]
-            for panel, axes in row:
-                if values:
-                    _curve(axes, panel, min(values), max(values), labelled=panel is row[-1][0])
-        return style.png(figure)
+    figure, rows = _small_multiples(panels, layers, "inputs", handles)
+    for row in rows:
+        values = [y for panel, _ in row for y in panel.y]
+        for panel, axes in row:
+            if values:
+                _curve(axes, panel, min(values), max(values), labelled=panel is row[-1][0])
+    return figure
 
 
-def outputs(panels: Sequence["Panel"], layers: int) -> bytes:
+@style.drawn
+def outputs(panels: Sequence["Panel"], layers: int) -> Figure:
     """Draw the densities of what comes out of the activations; arguments are those of `inputs`."""
     handles = [*_handles(), Line2D([], [], ls="", label="a → b %: share in a column that is cut off")]
-    with style.context():
-        return style.png(_small_multiples(panels, layers, "outputs", handles)[0])
+    return _small_multiples(panels, layers, "outputs", handles)[0]
 
 
-def depth(networks: Sequence[Network]) -> bytes:
+@style.drawn
+def depth(networks: Sequence[Network]) -> Figure:
     """Draw paired and Wasserstein distances over the depth of networks, of the inputs and the outputs of activations.
 
     Where all have as many activations the axis counts these, else it is the share of the depth. With up to three
@@ -86,37 +87,35 @@ def depth(networks: Sequence[Network]) -> bytes:
     """
     counts, looks = {len(network.layers) for network in networks}, _looks(networks)
     shares = len(counts) > 1
-    with style.context():
-        figure = style.figure(height=3.7 + 0.2 * -(-len(networks) // 2))
-        grid = figure.subplots(2, 2, sharex=True, sharey="row")
-        for axes, side in zip(grid[0], _SIDES, strict=True):
-            axes.set_title(f"{side} of the activations")
-        for network, look in zip(networks, looks, strict=True):
-            count = len(network.layers)
-            x = np.arange(1, count + 1) / (count if shares else 1)
-            for column, side in enumerate(_SIDES):
-                moved = [getattr(layer, side) for layer in network.layers]
-                for axes, lines in zip(grid[:, column], (_paired(moved), _distributions(moved)), strict=True):
-                    _line(axes, x, lines, look, len(networks) <= _BANDS, count)
-        for axes in grid.flat:
-            axes.grid(axis="y", color=style.PALE_GREY, lw=0.6)
-            axes.set_axisbelow(True)
-            axes.set_ylim(bottom=0)
-            if not shares:
-                axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
-        grid[0, 0].set_ylabel("‖a(x′) − a(x)‖ / ‖a(x)‖, %")
-        grid[1, 0].set_ylabel("Wasserstein-1, % of std")
-        for axes in grid[1]:
-            axes.set_xlabel("share of the depth" if shares else "activation, from image to logits")
-        handles: list[Line2D | Patch] = [
-            Line2D([], [], **look, lw=1.6, label=f"{network.label} ({network.activation})")
-            for network, look in zip(networks, looks, strict=True)
-        ]
-        if len(networks) <= _BANDS:
-            spread = "bands: ± std of images, 80 % of channels"
-            handles.append(Patch(color=style.PALE_GREY, lw=0, label=spread))
-        figure.legend(handles=handles, loc="outside upper left", ncols=2, fontsize=8)
-        return style.png(figure)
+    figure = style.figure(height=3.7 + 0.2 * -(-len(networks) // 2))
+    grid = figure.subplots(2, 2, sharex=True, sharey="row")
+    for axes, side in zip(grid[0], _SIDES, strict=True):
+        axes.set_title(f"{side} of the activations")
+    for network, look in zip(networks, looks, strict=True):
+        count = len(network.layers)
+        x = np.arange(1, count + 1) / (count if shares else 1)
+        for column, side in enumerate(_SIDES):
+            moved = [getattr(layer, side) for layer in network.layers]
+            for axes, lines in zip(grid[:, column], (_paired(moved), _distributions(moved)), strict=True):
+                _line(axes, x, lines, look, len(networks) <= _BANDS, count)
+    for axes in grid.flat:
+        style.grid(axes, "y")
+        axes.set_ylim(bottom=0)
+        if not shares:
+            axes.xaxis.set_major_locator(MaxNLocator(6, integer=True, min_n_ticks=1))
+    grid[0, 0].set_ylabel("‖a(x′) − a(x)‖ / ‖a(x)‖, %")
+    grid[1, 0].set_ylabel("Wasserstein-1, % of std")
+    for axes in grid[1]:
+        axes.set_xlabel("share of the depth" if shares else "activation, from image to logits")
+    handles: list[Line2D | Patch] = [
+        Line2D([], [], **look, lw=1.6, label=f"{network.label} ({network.activation})")
+        for network, look in zip(networks, looks, strict=True)
+    ]
+    if len(networks) <= _BANDS:
+        spread = "bands: ± std of images, 80 % of channels"
+        handles.append(Patch(color=style.PALE_GREY, lw=0, label=spread))
+    style.legend(figure, handles, 2)
+    return figure
 
 
 @style.drawn

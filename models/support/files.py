@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 _LINE, _WIDE, _RECORD = 120, 400, 2000  # characters of a list or the whole, a dict within, an element: at most
-_DIGITS = 7
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -43,13 +42,13 @@ def write_result(path: Path, value: Any) -> None:
     write_json(path, rounded(value))
 
 
-def rounded(value: Any) -> Any:
-    """Round all floats in a JSON value to seven significant digits."""
+def rounded(value: Any, digits: int = 7) -> Any:
+    """Round all floats in a JSON value to so many significant digits."""
     if isinstance(value, dict):
-        return {name: rounded(item) for name, item in value.items()}
+        return {name: rounded(item, digits) for name, item in value.items()}
     if isinstance(value, list | tuple):
-        return [rounded(item) for item in value]
-    return float(f"{value:.{_DIGITS}g}") if isinstance(value, float) else value
+        return [rounded(item, digits) for item in value]
+    return float(f"{value:.{digits}g}") if isinstance(value, float) else value
 
 
 def as_json(value: Any, indent: str = "") -> str:
