@@ -58,7 +58,7 @@ void run_row(const Plan& p, int64_t c, int64_t n, const Row<T>& r, const Grid<T>
 #ifndef KAF_SCALAR
   if constexpr (kPermutes && std::is_same_v<T, float>)
     // An ordinary backward pass finds the places of x once for both.
-    if (grid.count == kPermuteCells && p.products_count == 1 && p.sums_count == 1 && p.products[0].weight == kGrad &&
+    if (grid.permuted && p.products_count == 1 && p.sums_count == 1 && p.products[0].weight == kGrad &&
         p.sums[0] == kGrad) {
       const float* table = reinterpret_cast<const float*>(p.tables.get()) + p.table_offset[c];
       return choose_base(p, p.products[0], grid, table, [&](const auto& base) {
@@ -80,7 +80,7 @@ bool eval_half_rows(const Plan& p, int64_t c, int64_t width, int64_t at, int64_t
         p.products[0].output != 0 || !in_one_run(p, x, at, n) || !in_one_run(p, out, at, n))
       return false;
     for (const Grid<T>& grid : grids)
-      if (grid.count != kPermuteCells) return false;
+      if (!grid.permuted) return false;
     const int64_t from = place_offset(p, x, at), to = place_offset(p, out, at);
     for (int64_t k = c; k < c + width; ++k) {
       const Grid<float>& grid = grids[p.shared_basis ? 0 : k];
@@ -127,9 +127,10 @@ void run_rows(const Plan& p, int64_t c, int64_t width, int64_t begin, int64_t en
 template <class T> void run_of(Plan& p, int64_t begin, int64_t end) {
   int most = 0;
   std::vector<Grid<T>> grids;
-  for (const Basis& b : p.bases) {
-    most = std::max(most, b.cells.count);
-    grids.emplace_back(b.cells);
+  for (size_t row = 0; row < p.bases.size(); ++row) {
+    const Cells& cells = p.bases[row].cells;
+    most = std::max(most, cells.count);
+    grids.emplace_back(cells, permuted<T>(p, row));
   }
   const auto buffers = std::make_unique_for_overwrite<Buffers<T>>();
   constexpr int kTables = std::is_same_v<T, double> ? 1 : kScalar ? 0 : std::max(kCopies, kFloats);

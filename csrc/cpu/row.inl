@@ -11,10 +11,11 @@ constexpr int kCopies = 4;   // of a row's sums, so that equal x do not wait for
 template <class T> struct Grid {
   T width, inverse, scale, low, high;  // scale makes v = 2 (x − centre) / width
   typename Precision<T>::Int first, count;
-  explicit Grid(const Cells& c)
+  bool permuted;  // its tables are columns, which permutes look up
+  explicit Grid(const Cells& c, bool permuted = false)
       : width(static_cast<T>(c.width)), inverse(static_cast<T>(1 / c.width)), scale(static_cast<T>(2 / c.width)),
         low(static_cast<T>(c.first * c.width)), high(static_cast<T>((c.first + c.count - 1) * c.width)),
-        first(static_cast<typename Precision<T>::Int>(c.first)), count(c.count) {}
+        first(static_cast<typename Precision<T>::Int>(c.first)), count(c.count), permuted(permuted) {}
 
   // Cell number (from 0) and place within the cell of x. A NaN stays in v; its cell is any that exists.
   inline int locate(T x, T& v) const {
@@ -371,7 +372,7 @@ template <bool Weighted, bool Add, class Base>
 void eval_vector(const Grid<float>& g, const float* table, const Base& base, const float* x, const float* w, float* out,
                  int64_t n) {
   if constexpr (kPermutes)
-    if (g.count == kPermuteCells) return eval_permute<Weighted, Add>(g, table, base, x, w, out, n);
+    if (g.permuted) return eval_permute<Weighted, Add>(g, table, base, x, w, out, n);
   eval_rows<Weighted, Add>(g, table, base, x, w, out, n);
 }
 
