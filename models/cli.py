@@ -32,7 +32,7 @@ _SETTINGS: tuple[tuple[str, Callable[[str], float], str], ...] = (
     ("train", integer(2), "training images, some of them held out to watch training"),
     ("test", integer(1), "test images"),
     ("batch_size", integer(1), "images in a batch"),
-    ("lr", positive, "peak learning rate"),
+    ("lr", positive, "peak learning rate of all networks"),
     ("eps", radius, "radius of the attacks, such as 0.2 or 51/255; images are in [0, 1]"),
     ("pgd_steps", integer(1), "steps of the attack in the test"),
 )
@@ -76,7 +76,8 @@ def _add_demo(commands: Commands) -> None:
     for name, parse, purpose in _SETTINGS:
         default = getattr(Settings, name)
         flag = "--" + name.replace("_", "-")
-        add(flag, type=parse, default=default, metavar="X", help=f"{purpose} (default: {default})")
+        told = "each its own, chosen by `tune demo`" if default is None else default
+        add(flag, type=parse, default=default, metavar="X", help=f"{purpose} (default: {told})")
     add("--threads", type=integer(1, 4096), help="processor threads (default: PyTorch's choice)")
     add("--no-compile", action="store_true", help="leave torch.compile out of the comparison of a step's cost")
 

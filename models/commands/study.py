@@ -55,7 +55,8 @@ def _run(options: argparse.Namespace, command: str) -> int:
     try:
         study = plan.load(options.study)
         if TUNED in study.rates:
-            study = study.with_tuned(_tuned(study, options.out or Path("results") / study.name))
+            results = options.out or Path("results") / study.name
+            study = study.with_tuned(_tuned(study, Path("results") / study.tuned_by if study.tuned_by else results))
     except ValueError as error:
         options.refuse(str(error))
     return carry_out(study, options, command, report)
@@ -63,12 +64,12 @@ def _run(options: argparse.Namespace, command: str) -> int:
 
 def _tuned(study: Study, results: Path) -> dict[str, dict[str, Rates]]:
     """Read what `python -m models tune` chose."""
-    path = results / "tuned.json"
+    path, of = results / "tuned.json", study.tuned_by or study.name
     found = files.read_json(path)
     if found is None:
-        raise ValueError(f"{path} is not there; choose the rates first: python -m models tune {study.name}")
+        raise ValueError(f"{path} is not there; choose the rates first: python -m models tune {of}")
     if not isinstance(found, dict):
-        raise ValueError(f"{path} has no rates by network and activation; python -m models tune {study.name} writes it")
+        raise ValueError(f"{path} has no rates by network and activation; python -m models tune {of} writes it")
     return found
 
 
@@ -113,10 +114,14 @@ def report(study: Study, done: dict[str, dict[str, Any]], results: Path, command
     if not summary["rates"]:
         return
     files.write_result(results / "summary.json", summary)
-    files.write_bytes(results / "accuracies.png", figures.accuracies(summary))
-    if len(summary["activations"]) > 1:
-        files.write_bytes(results / "differences.png", figures.differences(summary, WORST))
-        files.write_bytes(results / "robust-clean.png", figures.robust_against_clean(summary, WORST))
+    drawings = {"accuracies": figures.accuracies(summary)}
+    if len(study.radii) > 1:
+        drawings = {"radii": figures.over_radii(summary, WORST)}
+    elif len(summary["activations"]) > 1:
+        drawings["differences"] = figures.differences(summary, WORST)
+        drawings["robust-clean"] = figures.robust_against_clean(summary, WORST)
+    for name, png in drawings.items():
+        files.write_bytes(results / f"{name}.png", png)
     files.write_text(results / "README.md", page.markdown(study, summary, done, command))
 
 
@@ -131,12 +136,12 @@ def _left(study: Study, done: dict[str, dict[str, Any]], jobs: int) -> str:
         return "nothing is left"
     if not done:
         return "how long they take is known when the first is done"
-    of_network: dict[str, list[float]] = {}
+    of_panel: dict[str, list[float]] = {}
     for run in study.runs():
         if run.name in done:
-            of_network.setdefault(run.network, []).append(seconds(done[run.name]))
-    every = [s for times in of_network.values() for s in times]
-    total = sum(_mean(of_network.get(run.network, every)) for run in todo)
+            of_panel.setdefault(run.panel.name, []).append(seconds(done[run.name]))
+    every = [s for times in of_panel.values() for s in times]
+    total = sum(_mean(of_panel.get(run.panel.name, every)) for run in todo)
     return f"about {datetime.timedelta(seconds=round(total / jobs))} left"
 
 

@@ -1,10 +1,11 @@
-"""A study's accuracies, differences to the baseline, robust against clean: a row of panels a rate, one a network."""
+"""A study's accuracies, differences to the baseline, robust against clean, a row of axes a rate; accuracy over eps."""
 
 from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
 from models.figures import labels, style
 from models.figures.labels import Label
@@ -80,6 +81,50 @@ def robust_against_clean(summary: dict[str, Any], measure: str) -> Figure:
     for axes, found in texts:
         labels.place(axes, found)
     return figure
+
+
+@style.drawn
+def over_radii(summary: dict[str, Any], measure: str) -> Figure:
+    """Draw mean accuracy under one attack over eps, a line for each activation and a dot for each seed.
+
+    A row of axes for each rate, and one for each network and training method.
+    """
+    names = summary["activations"]
+    lines = [(rate, _by_method(panels)) for rate, panels in summary["rates"].items()]
+    titles = list(dict.fromkeys(title for _, methods in lines for title in methods))
+    columns = min(len(titles), 2)
+    down = -(-len(titles) // columns)
+    figure = style.figure(height=0.5 + 2.1 * down * len(lines))
+    grid = figure.subplots(down * len(lines), columns, sharex=True, sharey=True, squeeze=False)
+    for row, (rate, methods) in enumerate(lines):
+        places = grid[row * down : (row + 1) * down].flat
+        for axes in places[len(titles) :]:
+            axes.set_axis_off()
+        for axes, title in zip(places, titles, strict=False):
+            axes.set_title(title if len(lines) == 1 else f"{title}, {rate} rate")
+            style.grid(axes, "both")
+            for name in names:
+                found = [
+                    (p["eps"], p["activations"][name][measure]) for p in methods[title] if name in p["activations"]
+                ]
+                look = style.line(names.index(name))
+                axes.plot([eps for eps, _ in found], [100 * e["mean"] for _, e in found], marker="o", ms=3.5, **look)
+                for eps, entry in found:
+                    values = [100 * value for value in entry["values"]]
+                    axes.plot([eps] * len(values), values, ".", ms=3, color=look["color"], alpha=0.5)
+    for axes in grid[-1]:
+        axes.set_xlabel("ε of training and attack")
+    for axes in grid[:, 0]:
+        axes.set_ylabel("accuracy under attack, %")
+    style.legend(figure, [Line2D([], [], label=n, marker="o", ms=3.5, **style.line(i)) for i, n in enumerate(names)])
+    return figure
+
+
+def _by_method(panels: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    found: dict[str, list[dict[str, Any]]] = {}
+    for panel in panels.values():
+        found.setdefault(", ".join(filter(None, (panel["network"], panel["method"]))), []).append(panel)
+    return found
 
 
 def _pair(axes: Axes, name: str, entry: dict[str, Any], measure: str) -> Label:

@@ -40,11 +40,15 @@ def page(metrics: dict[str, Any], labels: dict[str, str], figures: dict[str, byt
 def accuracies(metrics: dict[str, Any], labels: dict[str, str]) -> Table:
     """Return the accuracies of the networks."""
     attack = f"PGD-{metrics['settings']['pgd_steps']}"
-    table = Table("network", "parameters", "clean", "95 % interval", attack, "95 % interval", "training")
+    table = Table(
+        "network", "parameters", "learning rate", "clean", "95 % interval", attack, "95 % interval", "training"
+    )
     for name, result in metrics["results"].items():
         found = (*interval(result["clean"]), *interval(result["robust"]))
         seconds = sum(metrics["timings"][name]["epoch_seconds"])
-        table.add(labels[name], f"{result['parameters']:,}", *found, f"{seconds:.0f} s")
+        rates = metrics["rates"][name]
+        own = f", × {rates['activation_lr']:g} for curves" if rates["activation_lr"] != 1 else ""
+        table.add(labels[name], f"{result['parameters']:,}", f"{rates['lr']:g}{own}", *found, f"{seconds:.0f} s")
     return table
 
 

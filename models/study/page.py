@@ -7,7 +7,7 @@ from models import data
 from models.reports import tables
 from models.reports.tables import Table, bullets, ends, points, signed, spread
 from models.study.plan import COMMON, TUNED, Study
-from models.study.summary import CLEAN, WORST
+from models.study.summary import CLEAN, OVERFITTED, WORST
 
 
 def markdown(study: Study, summary: dict[str, Any], results: dict[str, dict[str, Any]], command: str) -> str:
@@ -24,18 +24,21 @@ def markdown(study: Study, summary: dict[str, Any], results: dict[str, dict[str,
     parts.append(bullets(_settings(study)))
     if summary["comparisons"]:
         parts += ["## The comparisons named beforehand", _comparisons(study, summary["comparisons"]), _HOLM]
-    parts += [
-        "## Accuracy",
-        "![accuracy of each activation](accuracies.png)",
+    looked = (
         "Means over seeds ± standard deviation between seeds, in %, of test images that no training saw: "
         f"{', '.join(f'{n} of {m}' for m, n in measures.items())}. *worst* counts an image as robust where no attack "
-        "breaks it, of the images that all attacks were made on.",
-    ]
-    parts += [_accuracies(*panel, summary["measures"]) for panel in _panels(study, summary)]
-    if len(summary["activations"]) > 1:
-        parts += ["![robust against clean](robust-clean.png)", "Under the worst of all attacks; dots are seeds."]
-    parts += [f"## Differences to {summary['baseline']}", "![differences](differences.png)", _DIFFERENCES]
-    parts += [_differences(*panel) for panel in _panels(study, summary)]
+        "breaks it, of the images that all attacks were made on."
+    )
+    if len(study.radii) > 1:
+        parts += ["## Accuracy", "![accuracy over eps](radii.png)", "*Under the worst attack; dots are seeds.*", looked]
+        parts += [_OVERFITTED, *_over_radii(study, summary)]
+    else:
+        parts += ["## Accuracy", "![accuracy of each activation](accuracies.png)", looked]
+        parts += [_accuracies(*panel, summary["measures"]) for panel in _panels(study, summary)]
+        if len(summary["activations"]) > 1:
+            parts += ["![robust against clean](robust-clean.png)", "Under the worst of all attacks; dots are seeds."]
+        parts += [f"## Differences to {summary['baseline']}", "![differences](differences.png)", _DIFFERENCES]
+        parts += [_differences(*panel) for panel in _panels(study, summary)]
     parts += ["## What the numbers say", bullets(_findings(study, summary, results)), "## Machine", _machine(results)]
     return tables.markdown(parts)
 
@@ -57,20 +60,24 @@ _DIFFERENCES = (
     "with the 95 % interval for the choice of seeds and images; small dots are seeds, and an arrow says that an "
     "interval goes on. These were not named beforehand and are not corrected: one in twenty excludes 0 by chance."
 )
+_OVERFITTED = (
+    "In a cell: clean, under the worst attack, and in how many runs training overfitted its own attack (accuracy under "
+    f"PGD on held-out images fell by more than {points(OVERFITTED, '.0f')} points from its best epoch to its last)."
+)
 
 
 def _panels(study: Study, summary: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield the network with its rate, where there are several, and its activations."""
-    for rate, networks in summary["rates"].items():
-        for network, content in networks.items():
+    """Yield each panel's label, with its rate where there are several, and its activations."""
+    for rate, panels in summary["rates"].items():
+        for label, content in panels.items():
             yield (
-                network + data.marked(study.data) + (f", {rate} rate" if len(summary["rates"]) > 1 else ""),
+                label + data.marked(study.data) + (f", {rate} rate" if len(summary["rates"]) > 1 else ""),
                 content["activations"],
             )
 
 
 def _comparisons(study: Study, rows: list[dict[str, Any]]) -> str:
-    heads = ("network", "comparison", "attack", "difference", "interval", "p", "n", "between seeds", "of images", "")
+    heads = ("", "comparison", "attack", "difference", "interval", "p", "n", "between seeds", "of images", "")
     table = Table(*heads)
     for row in rows:
         corrected, mean = row["corrected"], points(row["mean"], "+.1f")
@@ -82,18 +89,19 @@ def _comparisons(study: Study, rows: list[dict[str, Any]]) -> str:
             p, verdict = f"{corrected['p']:.2g}", "a difference" if corrected["found"] else "none found"
         pair = f"{row['pair'][0]} − {row['pair'][1]}"
         numbers = (mean, interval, p, n, between, points(row["of_images"]))
-        table.add(row["network"] + data.marked(study.data), pair, row["attack"], *numbers, verdict)
+        table.add(row["panel"] + data.marked(study.data), pair, row["attack"], *numbers, verdict)
     return table.markdown()
 
 
 def _settings(study: Study) -> list[str]:
     return [
-        f"images: `{study.data}`{data.marked(study.data)}; eps = {study.eps:g}",
+        f"images: `{study.data}`{data.marked(study.data)}; eps = {', '.join(f'{eps:.3g}' for eps in study.radii)}",
         *(f"{label}: `{network}`" for label, network in study.networks.items()),
         f"activations: {', '.join(f'`{a}`' for a in study.activations)}",
         *(f"{name}: {_variant(variant)}" for name, variant in study.variants.items()),
         f"seeds: {', '.join(map(str, study.seeds))}, of weights, order and noise",
-        f"training: {', '.join(f'{k} = {v}' for k, v in study.training.items())}",
+        f"training: {_pairs(study.training)}",
+        *(f"{label}: {_pairs(method)}" for label, method in study.methods.items()),
         _rates(study),
         *(f"{label}: `{attack}`" for label, attack in study.attacks.items()),
     ]
@@ -108,12 +116,18 @@ def _rates(study: Study) -> str:
         for network, by_activation in study.tuned.items()
         for name, rates in by_activation.items()
     ]
-    which = "rates chosen for each activation [on held-out images](tuning/README.md)"
+    where = f"../{study.tuned_by}/tuning/README.md" if study.tuned_by else "tuning/README.md"
+    of = f" in the study {study.tuned_by}" if study.tuned_by else ""
+    which = f"rates chosen for each activation [on held-out images]({where}){of}"
     return "\n".join([f"{which}{', and those above' if COMMON in study.rates else ''}:", *shown])
 
 
+def _pairs(settings: dict[str, Any]) -> str:
+    return ", ".join(f"{name} = {value}" for name, value in settings.items())
+
+
 def _variant(variant: dict[str, Any]) -> str:
-    changes = ", ".join(f"{name} = {value}" for name, value in variant.get("training", {}).items())
+    changes = _pairs(variant.get("training", {}))
     return f"`{variant['activation']}`" + (f" with {changes}" if changes else "")
 
 
@@ -122,6 +136,24 @@ def _accuracies(panel: str, activations: dict[str, Any], measures: list[str]) ->
     for name, entry in activations.items():
         table.add(name, *(spread(entry[m]["mean"], entry[m]["std"]) for m in measures))
     return table.markdown()
+
+
+def _over_radii(study: Study, summary: dict[str, Any]) -> Iterator[str]:
+    """Yield a table for each rate, network and method, with a column for each eps."""
+    for rate, panels in summary["rates"].items():
+        tables_of: dict[str, dict[str, dict[float, str]]] = {}
+        for panel in panels.values():
+            title = ", ".join(filter(None, (panel["network"], panel["method"])))
+            title += data.marked(study.data) + (f", {rate} rate" if len(summary["rates"]) > 1 else "")
+            for name, e in panel["activations"].items():
+                text = f"{points(e[CLEAN]['mean'])} / {spread(e[WORST]['mean'], e[WORST]['std'])}"
+                text += f" ({e['overfitted']} of {len(e['seeds'])})" if e["overfitted"] else ""
+                tables_of.setdefault(title, {}).setdefault(name, {})[panel["eps"]] = text
+        for title, activations in tables_of.items():
+            table = Table(title, *(f"ε = {eps:.3g}" for eps in study.radii))
+            for name, cells in activations.items():
+                table.add(name, *(cells.get(eps, "") for eps in study.radii))
+            yield table.markdown()
 
 
 def _differences(panel: str, activations: dict[str, Any]) -> str:
@@ -137,11 +169,14 @@ def _findings(study: Study, summary: dict[str, Any], results: dict[str, dict[str
     if list(summary["rates"]) == [COMMON]:
         found.append("All of this is said of one learning rate: at another the order may be another.")
     if few := [len(e["seeds"]) for _, entries in _panels(study, summary) for e in entries.values()]:
-        seeds = f"{min(few)} to {max(few)} seeds"
+        seeds = f"{min(few)} to {max(few)} seeds" if min(few) < max(few) else f"{min(few)} seeds"
         found.append(f"{seeds}: a true difference smaller than its interval is wide goes unseen.")
     first = summary["measures"][1]
+    said: dict[str, list[str]] = {}
     for panel, entries in _panels(study, summary):
-        found.append(f"{panel}: {_clear_differences(entries, summary['baseline'])}")
+        said.setdefault(_clear_differences(entries, summary["baseline"]), []).append(panel)
+    found += [f"{'; '.join(panels)}: {sentence}" for sentence, panels in said.items()]
+    for panel, entries in _panels(study, summary):
         gaps = {name: e[first]["mean"] - e[WORST]["mean"] for name, e in entries.items()}
         widest = max(gaps, key=gaps.__getitem__)
         if (gap := gaps.pop(widest)) > 0:  # there are other attacks

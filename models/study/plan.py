@@ -1,6 +1,7 @@
 """What a study is: a grid of runs, each with a name, and its settings."""
 
 import argparse
+import itertools
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
@@ -23,10 +24,27 @@ Rates = dict[str, float]
 
 
 @dataclass(frozen=True)
+class Panel:
+    """What runs have in common that are compared with each other.
+
+    Args:
+        network, method: their labels in the study; no method where the study has one for all.
+        eps: radius of training and attacks.
+        label, name: for readers and for files.
+    """
+
+    network: str
+    method: str | None
+    eps: float
+    label: str
+    name: str
+
+
+@dataclass(frozen=True)
 class Run:
     """One network of the grid."""
 
-    network: str  # its label in the study
+    panel: Panel
     activation: str
     seed: int
     settings: Settings
@@ -36,7 +54,7 @@ class Run:
     def name(self) -> str:
         """Of its files."""
         rate = () if self.rate == COMMON else (self.rate,)
-        return "-".join((self.network, self.activation, *rate, str(self.seed))).replace("/", "_")
+        return "-".join((self.panel.name, self.activation, *rate, str(self.seed))).replace("/", "_")
 
 
 @dataclass(frozen=True)
@@ -72,14 +90,17 @@ class Study:
         seeds: of weights, order and noise.
         training: settings common to all runs, see `models.training.Recipe`.
         attacks: by label, names with options; robust accuracy is reported under each.
-        eps: of the attacks.
+        eps: radius of training and attacks; or several, each of which is run.
         images: test images attacked; or by attack, the largest number being that of clean accuracy.
         variants: by name, an activation and the settings of its training that differ from the common ones, as
             {"activation": "kaf", "training": {"slope_limit": 1.0}}.
         comparisons: pairs of activations that are the study's questions, named before its runs.
         tuning: how each activation's rates are chosen, for a study with "tuned" among its rates.
         rates: "tuned" for runs at each activation's own rates, "common" for runs at the rates of `training`.
+        tuned_by: the study whose tuned rates these are, for a study with "tuned" among its rates and no tuning.
         tuned: by network and activation, the rates that `python -m models tune` has chosen.
+        methods: by label, the settings of each training method, such as {"method": "free:m=4", "epochs": 3}; or none,
+            and `training` says the method.
         part: of the image set on which accuracy is measured, "test" or "validation".
     """
 
@@ -91,14 +112,31 @@ class Study:
     seeds: tuple[int, ...]
     training: dict[str, Any]
     attacks: dict[str, str]
-    eps: float
+    eps: float | tuple[float, ...]
     images: int | dict[str, int]
     variants: dict[str, dict[str, Any]] = field(default_factory=dict)
     comparisons: tuple[tuple[str, str], ...] = ()
     tuning: Tuning | None = None
     rates: tuple[str, ...] = (COMMON,)
+    tuned_by: str = ""
     tuned: dict[str, dict[str, Rates]] = field(default_factory=dict)
+    methods: dict[str, dict[str, Any]] = field(default_factory=dict)
     part: str = "test"
+
+    @property
+    def radii(self) -> tuple[float, ...]:
+        """Every eps."""
+        return self.eps if isinstance(self.eps, tuple) else (self.eps,)
+
+    def panels(self) -> list[Panel]:
+        """Return each network with each method and radius."""
+        panels = []
+        for network, method, eps in itertools.product(self.networks, self.methods or (None,), self.radii):
+            parts = [network, *([method] if method is not None else [])]
+            several = len(self.radii) > 1
+            label, name = ([*parts, text] if several else parts for text in (f"ε = {eps:.3g}", f"eps{eps:.3g}"))
+            panels.append(Panel(network, method, eps, ", ".join(label), "-".join(name)))
+        return panels
 
     def runs(self) -> list[Run]:
         """Return all runs, seeds outermost: a study that is stopped early has compared everything once."""
@@ -112,11 +150,11 @@ class Study:
         Where an activation's own rates are the common ones, its run at these is among both.
         """
         return [
-            Run(label, activation, seed, self._settings(network, activation, seed, rates), name)
+            Run(panel, activation, seed, self._settings(panel, activation, seed, rates), name)
             for seed in seeds or self.seeds
             for activation in self.activations
-            for label, network in self.networks.items()
-            for name, rates in self._rates(label, activation, rate)
+            for panel in self.panels()
+            for name, rates in self._rates(panel.network, activation, rate)
         ]
 
     def with_tuned(self, tuned: dict[str, dict[str, Rates]]) -> "Study":
@@ -133,7 +171,8 @@ class Study:
     def tuning_runs(self) -> "Study":
         """Return the study that tries the rates."""
         if self.tuning is None:
-            raise ValueError(f"study {self.name} says nothing of tuning")
+            by = f"; its rates are those of {self.tuned_by}" if self.tuned_by else ""
+            raise ValueError(f"study {self.name} says nothing of tuning{by}")
         how = self.tuning
         attacks = {HELD_OUT: how.attack}
         return replace(
@@ -177,10 +216,11 @@ class Study:
                 for lr in self.tuning.lr:
                     yield f"lr{lr:g}" + (f"x{factor:g}" if learns else ""), {"lr": lr, "activation_lr": factor}
 
-    def _settings(self, network: str, activation: str, seed: int, rates: Rates) -> Settings:
+    def _settings(self, panel: Panel, activation: str, seed: int, rates: Rates) -> Settings:
         variant = self._variant(activation)
-        training = {**self.training, **variant.get("training", {}), **rates}
-        common = {"data": self.data, "network": network, "seed": seed}
+        method = self.methods[panel.method] if panel.method is not None else {}
+        training = {**self.training, **method, **variant.get("training", {}), **rates, "eps": panel.eps}
+        common = {"data": self.data, "network": self.networks[panel.network], "seed": seed}
         return Settings.from_dict({**common, "activation": variant["activation"], "training": training})
 
 
@@ -204,8 +244,8 @@ def load(name: str) -> Study:
         raise ValueError(f"unknown study {name!r}, there are {', '.join(names())}{near(name, names())}")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-        content["eps"] = radius(str(content["eps"]))
-        content["training"] = {**content["training"], "eps": content["eps"]}
+        eps = content["eps"]
+        content["eps"] = [radius(str(e)) for e in eps] if isinstance(eps, list) else radius(str(eps))
         if "tuning" in content:
             content["tuning"] = Tuning(**_tuples(content["tuning"]))
         study = Study(path.stem, **_tuples(content))
@@ -218,8 +258,11 @@ def load(name: str) -> Study:
         for name, variant in study.variants.items():
             if unknown := sorted(set(variant) - {"activation", "training"}):
                 raise ValueError(f"variant {name} may have activation and training, and has {', '.join(unknown)} too")
-        for attack in study.attacks.values():
-            ATTACKS.create(attack, study.eps)
+        for method, settings in study.methods.items():
+            if rates := sorted({"lr", "activation_lr", "eps"} & set(settings)):
+                raise ValueError(f"method {method} may not set {', '.join(rates)}, which a study sets by itself")
+        for attack, eps in itertools.product(study.attacks.values(), study.radii):
+            ATTACKS.create(attack, eps)
         if isinstance(study.images, dict) and set(study.images) != set(study.attacks):
             raise ValueError(f"images must be a number, or one for each of {', '.join(study.attacks)}")
         for pair in study.comparisons:
@@ -240,11 +283,13 @@ def _tuples(values: dict[str, Any]) -> dict[str, Any]:
 def _check_rates(study: Study) -> None:
     if not study.rates or not set(study.rates) <= {COMMON, TUNED}:
         raise ValueError(f"rates must be {COMMON}, {TUNED} or both, got {', '.join(map(str, study.rates)) or 'none'}")
-    if TUNED in study.rates and study.tuning is None:
-        raise ValueError(f"a study at {TUNED} rates must say how they are chosen: tuning")
+    if TUNED in study.rates and (study.tuning is None) == (not study.tuned_by):
+        raise ValueError(f"a study at {TUNED} rates must say how they are chosen, by tuning or tuned_by")
     if study.tuning is None:
         return
     if both := set(study.tuning.seeds) & set(study.seeds):
         raise ValueError(f"rates are chosen on seeds of their own, and {', '.join(map(str, both))} are the study's too")
-    ATTACKS.create(study.tuning.attack, study.eps)
+    if study.methods or len(study.radii) > 1:
+        raise ValueError("rates are tuned for one method and one eps; name another study's with tuned_by")
+    ATTACKS.create(study.tuning.attack, *study.radii)
     study.tuning_runs().runs()

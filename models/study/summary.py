@@ -7,18 +7,21 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from models.study.plan import Study
+from models.study.plan import Panel, Run, Study
 from models.study.statistics import Difference, difference, estimate, holm
 
 CLEAN, WORST = "clean", "worst"
+OVERFITTED = 0.2
+"""By which accuracy under PGD, on held-out images, is lower after the last epoch than after the best one: catastrophic
+overfitting (Wong et al. 2020)."""
 Seeds = dict[int, dict[str, str]]
 """What is wrong under each measure, "0" and "1" for each image, by seed."""
 
 
 def summarise(study: Study, results: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Return accuracies by rate, network, activation and attack, differences to the first activation, and comparisons.
+    """Return accuracies by rate, panel, activation and attack, differences to the first activation, and comparisons.
 
-    "worst" counts an image as robust where no attack breaks it. Runs not done yet are left out, and networks without
+    "worst" counts an image as robust where no attack breaks it. Runs not done yet are left out, and panels without
     any, and runs that failed; a difference takes the seeds that both activations have.
 
     Args:
@@ -27,8 +30,8 @@ def summarise(study: Study, results: dict[str, dict[str, Any]]) -> dict[str, Any
     """
     failed = {name: result["error"] for name, result in results.items() if "error" in result}
     results = {name: result for name, result in results.items() if name not in failed}
-    found = {rate: _networks(study, results, rate) for rate in study.rates}
-    shown = {a for networks in found.values() for n in networks.values() for a in n["activations"]}
+    found = {rate: _panels(study, results, rate) for rate in study.rates}
+    shown = {a for panels in found.values() for panel in panels.values() for a in panel["activations"]}
     return {
         "runs": len(results),
         "failed": failed,
@@ -37,7 +40,7 @@ def summarise(study: Study, results: dict[str, dict[str, Any]]) -> dict[str, Any
         "images": {m: study.count(m if m in study.attacks else None) for m in (CLEAN, *study.attacks)},
         "baseline": study.activations[0],
         "measures": [CLEAN, *study.attacks, WORST],
-        "rates": {rate: networks for rate, networks in found.items() if networks},
+        "rates": {rate: panels for rate, panels in found.items() if panels},
         "comparisons": _comparisons(study, results),
     }
 
@@ -56,20 +59,41 @@ def accuracies(result: dict[str, Any]) -> dict[str, float]:
     return {name: mask.count("0") / len(mask) for name, mask in masks(result).items()}
 
 
-def _networks(study: Study, results: dict[str, Any], rate: str) -> dict[str, Any]:
-    networks = {}
-    for network in study.networks:
-        by_activation = {a: _by_seed(study, results, network, a, rate) for a in study.activations}
+def _panels(study: Study, results: dict[str, Any], rate: str) -> dict[str, Any]:
+    panels = {}
+    for panel in study.panels():
+        by_activation = {a: _by_seed(study, results, panel, a, rate) for a in study.activations}
         present = {a: seeds for a, seeds in by_activation.items() if seeds}
         if present:
             baseline = present.get(study.activations[0], {})
-            networks[network] = {"activations": {a: _activation(seeds, baseline) for a, seeds in present.items()}}
-    return networks
+            panels[panel.label] = {
+                "network": panel.network,
+                "method": panel.method,
+                "eps": panel.eps,
+                "activations": {
+                    a: {**_activation(seeds, baseline), "overfitted": _overfitted(study, results, panel, a, rate)}
+                    for a, seeds in present.items()
+                },
+            }
+    return panels
 
 
-def _by_seed(study: Study, results: dict[str, Any], network: str, activation: str, rate: str) -> Seeds:
-    runs = [run for run in study.at(rate) if (run.network, run.activation) == (network, activation)]
-    return {run.seed: masks(results[run.name]) for run in runs if run.name in results}
+def _runs(study: Study, results: dict[str, Any], panel: Panel, activation: str, rate: str) -> list[Run]:
+    runs = study.at(rate)
+    return [r for r in runs if (r.panel, r.activation) == (panel, activation) and r.name in results]
+
+
+def _by_seed(study: Study, results: dict[str, Any], panel: Panel, activation: str, rate: str) -> Seeds:
+    return {run.seed: masks(results[run.name]) for run in _runs(study, results, panel, activation, rate)}
+
+
+def _overfitted(study: Study, results: dict[str, Any], panel: Panel, activation: str, rate: str) -> int:
+    """Count the runs that overfitted their own attack: accuracy under PGD on held-out images fell by OVERFITTED."""
+    watched = [
+        [epoch["robust"] for epoch in results[run.name].get("history", ()) if epoch.get("robust") is not None]
+        for run in _runs(study, results, panel, activation, rate)
+    ]
+    return sum(bool(robust) and max(robust) - robust[-1] > OVERFITTED for robust in watched)
 
 
 def _activation(seeds: Seeds, baseline: Seeds) -> dict[str, Any]:
@@ -99,14 +123,14 @@ def _numbers(apart: Difference) -> dict[str, Any]:
 
 
 def _comparisons(study: Study, results: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return those that the study names, for each network and attack, at the first of its rates; Holm's correction."""
+    """Return those that the study names, for each panel and attack, at the first of its rates; Holm's correction."""
     found = []
-    for network in study.networks:
+    for panel in study.panels():
         for first, second in study.comparisons:
-            one, other = (_by_seed(study, results, network, a, study.rates[0]) for a in (first, second))
+            one, other = (_by_seed(study, results, panel, a, study.rates[0]) for a in (first, second))
             for attack in study.attacks:
                 if (apart := _difference(one, other, attack)) is not None:
-                    found.append(({"network": network, "pair": [first, second], "attack": attack}, apart))
+                    found.append(({"panel": panel.label, "pair": [first, second], "attack": attack}, apart))
     corrected = holm([apart for _, apart in found])
     return [
         {**names, **_numbers(apart), "corrected": None if c is None else asdict(c)}

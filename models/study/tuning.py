@@ -21,7 +21,7 @@ def tried(study: Study, results: dict[str, dict[str, Any]]) -> dict[str, dict[st
             continue
         training = run.settings.training
         rates = {"lr": training.lr, "activation_lr": training.activation_lr}
-        of_activation = found.setdefault(run.network, {}).setdefault(run.activation, {})
+        of_activation = found.setdefault(run.panel.network, {}).setdefault(run.activation, {})
         entry = of_activation.setdefault(run.rate, {**rates, "values": [], "failed": 0, "collapsed": 0})
         result = results[run.name]
         mask = result["found"][HELD_OUT] if "error" not in result else "1"
@@ -44,7 +44,7 @@ def mean(entry: dict[str, Any]) -> float:
 
 def chosen(study: Study, results: dict[str, dict[str, Any]]) -> dict[str, dict[str, Rates]]:
     """Return by network and activation the best rates, of those whose runs are all done."""
-    left = {(run.network, run.activation) for run in study.runs() if run.name not in results}
+    left = {(run.panel.network, run.activation) for run in study.runs() if run.name not in results}
     rates: dict[str, dict[str, Rates]] = {}
     for network, activations in tried(study, results).items():
         for activation, entries in activations.items():

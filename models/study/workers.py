@@ -187,7 +187,7 @@ def _evaluate(study: Study, run: Run, trainer: Trainer, folder: Path) -> dict[st
 
     def outcome(label: str, attack: str) -> Outcome:
         say(run, label)
-        return kept.get(Job(label, ATTACKS.create(attack, study.eps), study.count(label), seed=0))
+        return kept.get(Job(label, ATTACKS.create(attack, run.panel.eps), study.count(label), seed=0))
 
     outcomes = {label: outcome(label, attack) for label, attack in study.attacks.items()}
     return {
@@ -206,4 +206,4 @@ def part(study: Study, seed: int) -> Source:
 def settings(study: Study, run: Run) -> dict[str, Any]:
     """Return everything that decides a run's result."""
     where = {} if study.part == "test" else {"part": study.part}
-    return {**run.settings.as_dict(), "attacks": study.attacks, "eps": study.eps, "images": study.images, **where}
+    return {**run.settings.as_dict(), "attacks": study.attacks, "eps": run.panel.eps, "images": study.images, **where}

@@ -2,6 +2,7 @@ import io
 import json
 import os
 import signal
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -15,8 +16,10 @@ from models.demo import LABELS, Demo, Settings
 from models.evaluation import Accuracy
 from models.figures import accuracy, cost
 from models.reports import demo_report
+from models.study import plan
 from models.training import Trainer
 
+ROOT = Path(__file__).parents[2]
 TINY = "--epochs 2 --width 2 --train 40 --test 20 --batch-size 16 --pgd-steps 2 --no-compile".split()  # noqa: SIM905
 
 
@@ -41,7 +44,7 @@ def test_writes_everything(finished: Path) -> None:
     content = metrics(finished)
     assert content["settings"] == {
         "seed": 0, "epochs": 2, "width": 2, "train": 40, "test": 20,
-        "batch_size": 16, "lr": 0.2, "eps": 0.2, "pgd_steps": 2,
+        "batch_size": 16, "lr": None, "eps": 0.2, "pgd_steps": 2,
     }  # fmt: skip
     assert content["environments"][0]["torch"] == torch.__version__
     assert content["command"].startswith("python -m models demo --out")
@@ -111,6 +114,32 @@ def test_interrupted_evaluation_does_not_train_again(tmp_path: Path, monkeypatch
     monkeypatch.setattr(Trainer, "_step", lambda self, *batch: (steps.append(self), step(self, *batch))[1])
     Demo(tmp_path, settings, restart=False, compiled=False, command="").run()
     assert len(steps) == 2  # SiLU and KAF, one batch each
+
+
+def test_rates_are_those_that_were_chosen(finished: Path) -> None:
+    chosen = json.loads((ROOT / "results/demo/tuned.json").read_text())["resnet20"]
+    assert chosen == demo.RATES
+    assert metrics(finished)["rates"] == chosen
+    for name, rates in chosen.items():
+        saved = json.loads((finished / name / "run.json").read_text())["settings"]["training"]
+        assert {n: saved[n] for n in rates} == rates
+
+
+def test_rates_were_chosen_for_the_demo() -> None:
+    """All but the number of images held out is the same."""
+    study = plan.load("demo").with_tuned({"resnet20": demo.RATES})
+    tuned = {run.activation: run.settings for run in study.at(plan.TUNED, Settings.seed)}
+    assert tuned.keys() == LABELS.keys()
+    for name, settings in tuned.items():
+        assert replace(settings, data="") == replace(Settings().of(name), data="")
+        images = settings.data.replace("validation=500", f"validation={Settings().held_out}")
+        assert sorted(images.split(",")) == sorted(Settings().of(name).data.split(","))
+
+
+def test_one_rate_for_all() -> None:
+    for name in LABELS:
+        training = Settings(lr=0.3).of(name).training
+        assert (training.lr, training.activation_lr) == (0.3, 1.0)
 
 
 def test_other_settings_are_refused(finished: Path, capsys: pytest.CaptureFixture[str]) -> None:

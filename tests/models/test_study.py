@@ -388,10 +388,8 @@ def test_a_wrong_study_says_what_is_wrong(
 def test_unknown_study_names_those_there_are(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit, match="2"):
         main(["study", "mnist5"])
-    assert (
-        "unknown study 'mnist5', there are lipschitz, mnist5k, tuned5k; did you mean mnist5k?"
-        in capsys.readouterr().err
-    )
+    there = f"there are {', '.join(plan.names())}; did you mean mnist5k"
+    assert f"unknown study 'mnist5', {there}" in " ".join(capsys.readouterr().err.split())
 
 
 @pytest.mark.parametrize("name", plan.names())
@@ -414,7 +412,7 @@ TUNED = {
 
 
 def tuned_study(**changes: Any) -> Study:
-    values = {**TUNED, **changes}
+    values = {**TUNED, "eps": 0.2, **changes}
     return study(
         **{
             **values,
@@ -524,5 +522,99 @@ def test_a_wrong_tuning_says_what_is_wrong(tmp_path: Path, changes: dict[str, An
 
 
 def test_a_study_at_tuned_rates_says_how_they_are_chosen(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="must say how they are chosen: tuning"):
-        plan.load(str(write(tmp_path, rates=["tuned"])))
+    for neither_or_both in ({}, {**TUNED, "tuned_by": "tuned5k"}):
+        with pytest.raises(ValueError, match="must say how they are chosen, by tuning or tuned_by"):
+            plan.load(str(write(tmp_path, **{**neither_or_both, "rates": ["tuned"]})))
+
+
+METHODS = {
+    **TINY,
+    "methods": {"PGD-2": {"method": "pgd:steps=2"}, "free": {"method": "free:m=2", "epochs": 1}},
+    "eps": [0.1, "51/255"],
+    "attacks": {"PGD": "pgd-3"},
+    "seeds": [0],
+    "training": {"epochs": 2, "batch_size": 40, "lr": 0.05, "watch_steps": 0},
+}
+
+
+def test_methods_and_radii_make_runs(tmp_path: Path) -> None:
+    found = plan.load(str(write(tmp_path, **METHODS)))
+    assert [panel.label for panel in found.panels()] == [
+        "light, PGD-2, ε = 0.1", "light, PGD-2, ε = 0.2", "light, free, ε = 0.1", "light, free, ε = 0.2",
+    ]  # fmt: skip
+    runs = {run.name: run for run in found.runs()}
+    assert len(runs) == 8
+    free = runs["light-free-eps0.2-kaf-0"]
+    training = free.settings.training
+    assert (training.method, training.epochs, training.eps) == ("free:m=2", 1, 0.2)
+    assert workers.settings(found, free)["eps"] == 0.2
+    pgd = runs["light-PGD-2-eps0.1-relu-0"].settings.training
+    assert (pgd.method, pgd.epochs, pgd.eps) == ("pgd:steps=2", 2, 0.1)
+
+
+def test_a_study_over_eps_is_done_and_shown(tmp_path: Path) -> None:
+    """Each run is trained and attacked at its own eps, and has its cell in the table of its method."""
+    out = tmp_path / "results"
+    file = write(tmp_path, **METHODS)
+    assert main(["study", str(file), "--out", str(out), "--runs", str(tmp_path / "runs"), "--jobs", "1"]) == 0
+    for run in plan.load(str(file)).runs():
+        settings = json.loads((tmp_path / "runs" / run.name / "run.json").read_text())["settings"]
+        assert settings["training"]["eps"] == run.panel.eps
+        assert json.loads((out / f"runs/{run.name}.json").read_text())["settings"]["eps"] == run.panel.eps
+    written = (out / "README.md").read_text()
+    for method in METHODS["methods"]:
+        assert f"| light, {method} | ε = 0.1 | ε = 0.2 |" in written
+    assert matplotlib.image.imread(out / "radii.png")[..., :3].std() > 0.05
+    assert sorted(p.name for p in out.glob("*.png")) == ["radii.png"]
+
+
+def test_runs_that_overfitted_are_counted() -> None:
+    """Of two seeds of one activation the one whose accuracy on held-out images fell by more than 20 points."""
+    overfitting = study(attacks={"PGD": "pgd-3"}, eps=(0.1, 0.2))
+    done = {}
+    for run in overfitting.runs():
+        fell = run.name == "light-eps0.2-kaf-1"
+        history = [{"robust": None}, {"robust": 0.7}, {"robust": 0.49 if fell else 0.5}]
+        done[run.name] = {**result("0000", PGD="0011"), "history": history}
+    summary = summarise(overfitting, done)
+    panels = summary["rates"]["common"]
+    assert [panels["light, ε = 0.2"]["activations"][a]["overfitted"] for a in ("relu", "kaf")] == [0, 1]
+    assert [panels["light, ε = 0.1"]["activations"][a]["overfitted"] for a in ("relu", "kaf")] == [0, 0]
+    environment = dict.fromkeys(("processor", "torch", "kafops", "commit"), "")
+    written = page.markdown(overfitting, summary, {n: {**r, "environment": environment} for n, r in done.items()}, "")
+    assert "| kaf | 100.0 / 50.0 ± 0.0 | 100.0 / 50.0 ± 0.0 (1 of 2) |" in written
+
+
+def test_rates_of_another_study_are_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
+    monkeypatch.chdir(tmp_path)
+    file = write(tmp_path, rates=["tuned"], tuned_by="other", seeds=[0])
+    options = ["--out", "elsewhere", "--runs", "runs", "--plan"]
+    with pytest.raises(SystemExit, match="2"):
+        main(["study", str(file), *options])
+    assert "python -m models tune other" in " ".join(capsys.readouterr().err.split())
+    with pytest.raises(SystemExit, match="2"):
+        main(["tune", str(file)])
+    assert "study tiny says nothing of tuning; its rates are those of other" in capsys.readouterr().err
+    rates = {"relu": {"lr": 0.4, "activation_lr": 1.0}, "kaf": {"lr": 0.2, "activation_lr": 0.1}}
+    (tmp_path / "results/other").mkdir(parents=True)
+    (tmp_path / "results/other/tuned.json").write_text(json.dumps({"light": rates}))
+    assert main(["study", str(file), *options]) == 0
+    assert "light-kaf-tuned-0" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"methods": {"fast": {"method": "fast", "lr": 0.4}}}, "method fast may not set lr, which a study sets"),
+        ({"methods": {"fast": {"method": "fats"}}}, "unknown method 'fats'"),
+        ({"eps": [0.1, 2]}, r"wanted a value in \[0, 1\]"),
+        ({"eps": [0.1, 0.1]}, "must not repeat"),
+        (
+            {**TUNED, "eps": [0.1, 0.2]},
+            "rates are tuned for one method and one eps; name another study's with tuned_by",
+        ),
+    ],
+)
+def test_wrong_methods_and_radii_say_what_is_wrong(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        plan.load(str(write(tmp_path, **{**TINY, **changes})))
