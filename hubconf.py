@@ -58,6 +58,7 @@ dependencies = ["torch"]
 
 _FORMATS = {
     "mnist": _images.MNIST,
+    "fashion": _images.FASHION,
     "digits": _images.DIGITS,
     "cifar10": _images.CIFAR10,
     "cifar100": _images.CIFAR100,

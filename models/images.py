@@ -19,6 +19,7 @@ class ImageFormat:
 
 
 MNIST = ImageFormat(1, 28, 10, (0.1307,), (0.3081,))
+FASHION = ImageFormat(1, 28, 10, (0.2860,), (0.3530,))
 DIGITS = ImageFormat(1, 8, 10, (0.3053,), (0.3760,))
 CIFAR10 = ImageFormat(3, 32, 10, (0.4914, 0.4822, 0.4465), (0.2471, 0.2435, 0.2616))
 CIFAR100 = ImageFormat(3, 32, 100, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762))

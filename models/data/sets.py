@@ -20,7 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from models import images as formats
-from models.data import cifar, folders, mnist, pictures, places, shards, svhn
+from models.data import cifar, folders, idx, mnist, pictures, places, shards, svhn
 from models.data.augmentation import CropAndFlip
 from models.data.cuts import Cut, Sizes, check, cut_official, cut_pool
 from models.data.fake import FakeImages
@@ -39,6 +39,7 @@ Part = tuple[Tensor, Tensor]  # images [N, C, H, W] and labels [N]
 _FAKE = {
     "mnist5k": formats.MNIST,
     "mnist": formats.MNIST,
+    "fashion": formats.FASHION,
     "digits": formats.DIGITS,
     "cifar10": formats.CIFAR10,
     "cifar100": formats.CIFAR100,
@@ -88,6 +89,41 @@ def make_digits(
     cut = cut_pool("digits", labels, Sizes(train, test, validation, split))
     part = (images, labels)
     return _in_memory("digits", formats.DIGITS, part, part, cut, seed, _crop("digits", pad))
+
+
+def _register_idx(name: str, images: ImageFormat, folders: tuple[str, ...], where: str) -> None:
+    @DATA.register(name)
+    def make_idx(
+        seed: int,
+        root: Path | None,
+        *,
+        train: int | None = None,
+        test: int | None = None,
+        validation: int = 500,
+        split: int = 0,
+        pad: int = 0,
+        flip: bool = False,
+    ) -> DataSet:
+        """60,000 training and 10,000 test images of 28 x 28 grey pixels, in memory."""
+        how = f"{where}. The folder holds {', '.join(idx.FILES)}, each as it is or as .gz"
+        parts = idx.read(places.find(name, root, folders, how))
+        return _official(name, images, parts, Sizes(train, test, validation, split), seed, _crop(name, pad, flip))
+
+
+_register_idx(
+    "mnist",
+    formats.MNIST,
+    ("MNIST/raw", "mnist"),
+    "The official files are at https://ossci-datasets.s3.amazonaws.com/mnist, and `torchvision.datasets.MNIST(FOLDER, "
+    "download=True)` gets them",
+)
+_register_idx(
+    "fashion",
+    formats.FASHION,
+    ("FashionMNIST/raw", "fashion-mnist"),
+    "The official files are at https://github.com/zalandoresearch/fashion-mnist, `torchvision.datasets.FashionMNIST("
+    "FOLDER, download=True)` gets them, and Debian's package dataset-fashion-mnist has them in /usr/share/datasets",
+)
 
 
 def _register_cifar(layout: cifar.Layout, images: ImageFormat) -> None:

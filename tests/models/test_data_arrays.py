@@ -1,5 +1,6 @@
-"""Sets in files that are read into memory: CIFAR and SVHN."""
+"""Sets in files that are read into memory: MNIST, Fashion-MNIST, CIFAR and SVHN."""
 
+import gzip
 import itertools
 import os
 import pickle
@@ -79,7 +80,38 @@ def svhn(tmp_path: Path) -> Path:
     return tmp_path
 
 
+def write_idx(folder: Path, compressed: bool) -> None:
+    folder.mkdir(parents=True)
+    for part, count in (("train", 70), ("t10k", 30)):
+        pixels, labels = grey(count, count), bytes(i % 10 for i in range(count))
+        files = {
+            f"{part}-images-idx3-ubyte": struct.pack(">4B3I", 0, 0, 8, 3, count, 28, 28) + pixels.tobytes(),
+            f"{part}-labels-idx1-ubyte": struct.pack(">4BI", 0, 0, 8, 1, count) + labels,
+        }
+        for name, content in files.items():
+            path = folder / (f"{name}.gz" if compressed else name)
+            path.write_bytes(gzip.compress(content) if compressed else content)
+
+
+def grey(count: int, seed: int) -> np.ndarray:
+    return pictures(count, seed)[:, :1, :28, :28]
+
+
+@pytest.fixture
+def mnist(tmp_path: Path) -> Path:
+    write_idx(tmp_path / "MNIST/raw", compressed=False)
+    return tmp_path / "MNIST/raw"
+
+
+@pytest.fixture
+def fashion(tmp_path: Path) -> Path:
+    write_idx(tmp_path / "fashion-mnist", compressed=True)
+    return tmp_path / "fashion-mnist"
+
+
 TEXTS = {
+    "mnist": "mnist:validation=20",
+    "fashion": "fashion:validation=20",
     "cifar10": "cifar10:validation=20",
     "cifar100": "cifar100:validation=100",
     "svhn": "svhn:validation=20",
@@ -160,6 +192,49 @@ def test_svhn_is_not_mirrored_and_has_zeros(svhn: Path) -> None:
     assert by_image(np.rint(x.numpy() * 255), y.tolist()) == by_image(pictures(30, 30), labels)
 
 
+@pytest.mark.parametrize("name", ["mnist", "fashion"])
+def test_idx_files_are_read_compressed_or_not(name: str, request: pytest.FixtureRequest, tmp_path: Path) -> None:
+    request.getfixturevalue(name)
+    data = load(f"{name}:validation=20", 0, tmp_path)
+    assert (len(data.train), len(data.validation), len(data.test)) == (50, 20, 30)
+    x, y = data.test.tensors()
+    assert by_image(np.rint(x.numpy() * 255), y.tolist()) == by_image(grey(30, 30), [i % 10 for i in range(30)])
+    assert data.train.augmentation is None
+
+
+def cut(content: bytes) -> bytes:
+    return content[:-5]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (cut, r"t10k-images-idx3-ubyte must hold 30 x 28 x 28 bytes, got 23515: it is damaged"),
+        (lambda content: content[:9], "must be an IDX file of bytes in 3 dimensions, and begins with 00000803"),
+        (lambda content: b"\0\0\r\3" + content[4:], "and begins with 00000d03"),
+        (lambda content: content[:8] + struct.pack(">2I", 56, 14) + content[16:], "28 x 28 pixels, got 56 x 14"),
+        (lambda content: struct.pack(">4B3I", 0, 0, 8, 3, 29, 28, 28) + content[16:-784], "got 30 for 29"),
+        (None, "there is no t10k-images-idx3-ubyte or t10k-images-idx3-ubyte.gz"),
+    ],
+)
+def test_other_idx_files_are_explained(change, message: str, mnist: Path, tmp_path: Path) -> None:
+    path = mnist / "t10k-images-idx3-ubyte"
+    if change is None:
+        path.unlink()
+    else:
+        path.write_bytes(change(path.read_bytes()))
+    with pytest.raises(DataError, match=message):
+        load("mnist:validation=20", 0, tmp_path)
+
+
+@pytest.mark.parametrize("damage", [cut, lambda content: content[:40] + b"?" * 20 + content[60:], lambda _: b"none"])
+def test_damaged_archives_are_named(damage, fashion: Path, tmp_path: Path) -> None:
+    path = fashion / "train-images-idx3-ubyte.gz"
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(DataError, match=r"train-images-idx3-ubyte\.gz cannot be read: "):
+        load("fashion:validation=20", 0, tmp_path)
+
+
 def test_smaller_parts_are_stratified(cifar10: Path, tmp_path: Path) -> None:
     data = load("cifar10:train=60,validation=20,test=10", 0, tmp_path)
     assert [s.tensors()[1].bincount().tolist() for s in (data.train, data.validation, data.test)] == [
@@ -196,7 +271,7 @@ def test_places_are_looked_in_in_order(cifar10: Path, tmp_path: Path, monkeypatc
         load("cifar10", 0, tmp_path / "empty")  # what is asked for explicitly is not looked for elsewhere
 
 
-@pytest.mark.parametrize("name", ["cifar10", "cifar100", "svhn", "imagenet"])
+@pytest.mark.parametrize("name", ["mnist", "fashion", "cifar10", "cifar100", "svhn", "imagenet"])
 def test_missing_files_are_explained(name: str) -> None:
     with pytest.raises(DataError, match=rf"{name} was not found.*https?://.*torchvision.datasets.*FOLDER.*KAFOPS_DATA"):
         load(name, 0)
