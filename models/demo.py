@@ -33,7 +33,7 @@ KAF = "kaf_isometric"
 RATES: dict[str, dict[str, float]] = {
     "relu": {"lr": 0.8, "activation_lr": 1.0},
     "silu": {"lr": 0.8, "activation_lr": 1.0},
-    KAF: {"lr": 0.8, "activation_lr": 0.4},
+    KAF: {"lr": 0.8, "activation_lr": 0.1},
 }
 """Each network's learning rates: robust on held-out images in `python -m models tune demo`, see results/demo/tuning."""
 _RESULT = "result.json"

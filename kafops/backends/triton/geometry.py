@@ -12,7 +12,7 @@ class Tiling:
 
     Attributes:
         threads: of a program; a multiple of 64, the width of a warp on some GPUs.
-        elements: of a tile, for each thread; in runs at least one access of 16 bytes.
+        elements: of a tile, for each thread, and half as many of float64; in runs at least one access of 16 bytes.
         tiles: of a program, at most: as many terms a thread adds up, one after the other, in float32.
         programs: no more than these while a program has less than `tiles`: about as many as run at once.
     """
@@ -96,7 +96,8 @@ def geometry(operator: str, architecture: str, B: int, C: int, L: int, itemsize:
     runs_from = 100 if architecture == "interpreted" else RUNS_FROM
     runs, M = C == 1 or runs_from <= L, C * L
     full = max(16 // itemsize, 1)  # elements of one access
-    tile = t.threads * (max(t.elements, full) if runs else t.elements)
+    elements = max(1, t.elements * 4 // max(4, itemsize))
+    tile = t.threads * (max(elements, full) if runs else elements)
     if runs:
         W = align = math.gcd(L, full) if aligned else 1
         units, gap, rows = L // align, (C - 1) * (L // align), B * (L // align)
