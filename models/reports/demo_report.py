@@ -47,7 +47,7 @@ def accuracies(metrics: dict[str, Any], labels: dict[str, str]) -> Table:
         found = (*interval(result["clean"]), *interval(result["robust"]))
         seconds = sum(metrics["timings"][name]["epoch_seconds"])
         rates = metrics["rates"][name]
-        own = f", × {rates['activation_lr']:g} for curves" if rates["activation_lr"] != 1 else ""
+        own = f", curves {rates['lr'] * rates['activation_lr']:.2g}" if rates["activation_lr"] != 1 else ""
         table.add(labels[name], f"{result['parameters']:,}", f"{rates['lr']:g}{own}", *found, f"{seconds:.0f} s")
     return table
 
