@@ -139,10 +139,11 @@ class Study:
         return panels
 
     def runs(self) -> list[Run]:
-        """Return all runs, seeds outermost: a study that is stopped early has compared everything once."""
-        return list(
-            {run.name: run for seed in self.seeds for rate in self.rates for run in self.at(rate, seed)}.values()
-        )
+        """Return all runs, at the first of the rates first, at which comparisons are made, and one seed after another.
+
+        So a study that is stopped early has compared everything once.
+        """
+        return list({run.name: run for rate in self.rates for run in self.at(rate)}.values())
 
     def at(self, rate: str, *seeds: int) -> list[Run]:
         """Return the runs at one of the study's rates, of all seeds unless some are given.
