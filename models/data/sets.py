@@ -91,7 +91,7 @@ def make_digits(
     return _in_memory("digits", formats.DIGITS, part, part, cut, seed, _crop("digits", pad))
 
 
-def _register_idx(name: str, images: ImageFormat, folders: tuple[str, ...], where: str) -> None:
+def _register_idx(name: str, images: ImageFormat, found_as: tuple[str, ...], where: str) -> None:
     @DATA.register(name)
     def make_idx(
         seed: int,
@@ -106,7 +106,7 @@ def _register_idx(name: str, images: ImageFormat, folders: tuple[str, ...], wher
     ) -> DataSet:
         """60,000 training and 10,000 test images of 28 x 28 grey pixels, in memory."""
         how = f"{where}. The folder holds {', '.join(idx.FILES)}, each as it is or as .gz"
-        parts = idx.read(places.find(name, root, folders, how))
+        parts = idx.read(places.find(name, root, found_as, how))
         return _official(name, images, parts, Sizes(train, test, validation, split), seed, _crop(name, pad, flip))
 
 

@@ -62,11 +62,9 @@ def report(study: Study, done: dict[str, dict[str, Any]], results: Path, command
     if not done:
         return
     shown = [(run, done[run.name]) for run in study.runs() if run.name in done]
-    files.write_bytes(
-        results / "training.png", figures.training([(r.panel.network, r.activation, x) for r, x in shown])
-    )
+    files.write_bytes(results / "training.png", figures.training([(r.panel.label, r.activation, x) for r, x in shown]))
     layers = []
-    if whole := [(r.panel.network, r.activation, x["layers"]) for r, x in shown if "layers" in x]:
+    if whole := [(r.panel.label, r.activation, x["layers"]) for r, x in shown if "layers" in x]:
         files.write_bytes(results / "layers.png", figures.layers(whole))
         about = f"Of seed {study.seeds[0]}, {_LAYERS}"
         layers = ["## Layer by layer", "![norms layer by layer](layers.png)", about]
@@ -81,11 +79,11 @@ def report(study: Study, done: dict[str, dict[str, Any]], results: Path, command
         *ratios,
         "failed",
     )
-    for network, activation in itertools.product(study.networks, study.activations):
-        same = {r.seed: x for r, x in shown if (r.panel.network, r.activation) == (network, activation)}
-        base = {r.seed: x for r, x in shown if (r.panel.network, r.activation) == (network, first)}
+    for panel, activation in itertools.product(study.panels(), study.activations):
+        same = {r.seed: x for r, x in shown if (r.panel, r.activation) == (panel, activation)}
+        base = {r.seed: x for r, x in shown if (r.panel, r.activation) == (panel, first)}
         if same:
-            table.add(network, activation, *_row(same, base if activation != first else {}))
+            table.add(panel.label, activation, *_row(same, base if activation != first else {}))
     settings = [
         *(f"{label}: `{network}`" for label, network in study.networks.items()),
         f"images: `{study.data}`; {study.count()} test images",
