@@ -81,7 +81,7 @@ def _comparisons(study: Study, rows: list[dict[str, Any]]) -> str:
     table = Table(*heads)
     for row in rows:
         corrected, mean = row["corrected"], points(row["mean"], "+.1f")
-        n = f"{row['seeds']} seeds × {row['images']} images"
+        n = f"{row['seeds']} {'seed' if row['seeds'] == 1 else 'seeds'} × {row['images']} images"
         between = "" if row["between_seeds"] is None else points(row["between_seeds"])
         interval, p, verdict = "", "", "one seed: nothing can be said"
         if corrected is not None:
