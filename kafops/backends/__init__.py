@@ -82,7 +82,7 @@ def explain(x: Tensor | torch.device | str) -> str:
 
     Example:
         >>> kafops.backends.explain("cpu")
-        'cpu: compiled kernels, instruction set avx2'
+        'cpu: compiled kernels, instruction set ...'
     """
     device_type = (x.device if isinstance(x, Tensor) else torch.device(x)).type
     chosen = _demanded(device_type)
