@@ -7,6 +7,7 @@ statistics are the mean over processes.
 
 import atexit
 import os
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,6 +20,8 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from models.support.errors import UserError
+
+_SECONDS_TO_DROP = 0.5
 
 
 class ProcessError(UserError):
@@ -141,6 +144,12 @@ def like(value: Any, pattern: Any) -> Any:
 
 
 def _leave() -> None:
-    """End the group's threads before Python ends: one that still runs then can abort the process."""
+    """End the group before Python ends.
+
+    gloo's threads drop the last collective's tensors, for which they need Python's lock, some time after it is done.
+    One that asks for the lock when Python has ended aborts the process, and nothing tells when they are done (torch
+    2.14; destroying the group ends them only where no network refers to it any more). So they are given time.
+    """
     if dist.is_initialized():
+        time.sleep(_SECONDS_TO_DROP)
         dist.destroy_process_group()

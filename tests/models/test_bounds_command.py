@@ -289,7 +289,7 @@ def test_what_cannot_be_bounded_is_named(
 
 def test_a_study_can_vary_the_training() -> None:
     study = plan.load("lipschitz")
-    first = {run.activation: run.settings for run in study.runs() if run.seed == 0 and run.network == "vgg"}
+    first = {run.activation: run.settings for run in study.runs() if run.seed == 0 and run.panel.network == "vgg"}
     assert first["kaf_elu"].training.slope_limit is None
     limited = first["kaf_limit1"]
     assert (limited.activation, limited.training.slope_limit, limited.training.slope_penalty) == ("kaf_elu", 1, 0)

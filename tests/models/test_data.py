@@ -344,7 +344,7 @@ def test_options_that_ask_for_what_there_is_not(text: str, message: str) -> None
 
 
 @pytest.mark.parametrize(
-    ("text", "message"), [("mnist", "did you mean mnist5k"), ("digits:tests=4", "did you mean test")]
+    ("text", "message"), [("mnist5", "did you mean mnist5k"), ("digits:tests=4", "did you mean test")]
 )
 def test_unknown_sets_and_options(text: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):

@@ -101,7 +101,7 @@ def test_missing_images_say_where_they_were_looked_for(
         (["--activation", "kwta:ration=0.1"], "activation 'kwta' has no option 'ration'.*did you mean ratio"),
         (["--network", "resnet21"], "unknown network 'resnet21'.*did you mean .*resnet20"),
         (["--method", "ngfsm"], "unknown method 'ngfsm'.*did you mean nfgsm"),
-        (["--data", "mnist"], "unknown data set 'mnist'.*did you mean mnist5k"),
+        (["--data", "mnist5"], "unknown data set 'mnist5'.*did you mean mnist5k"),
         (["--recipe", "mnist"], "unknown recipe 'mnist'.*did you mean mnist5k"),
         (["--eps", "8/25/5"], "wanted a number such as 0.2 or a fraction such as 51/255, got '8/25/5'"),
         (["--eps", "-0.1"], r"wanted a value in \[0, 1\]"),
