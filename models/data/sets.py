@@ -11,6 +11,7 @@ ones. Options that many have:
     workers: processes that decode images, at most one for each core; 0 decodes in the training process.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -91,9 +92,19 @@ def make_digits(
     return _in_memory("digits", formats.DIGITS, part, part, cut, seed, _crop("digits", pad))
 
 
-def _register_idx(name: str, images: ImageFormat, found_as: tuple[str, ...], where: str) -> None:
+def _register(
+    name: str,
+    images: ImageFormat,
+    read: Callable[[Path], tuple[Part, Part]],
+    found_as: tuple[str, ...],
+    how: str,
+    usual_pad: int = 0,
+    usual_flip: bool = False,
+) -> None:
+    """Register a set of official training and test images that fit into memory; how: to get its files, in words."""
+
     @DATA.register(name)
-    def make_idx(
+    def make(
         seed: int,
         root: Path | None,
         *,
@@ -101,13 +112,29 @@ def _register_idx(name: str, images: ImageFormat, found_as: tuple[str, ...], whe
         test: int | None = None,
         validation: int = 500,
         split: int = 0,
-        pad: int = 0,
-        flip: bool = False,
+        pad: int = usual_pad,
+        flip: bool = usual_flip,
     ) -> DataSet:
-        """60,000 training and 10,000 test images of 28 x 28 grey pixels, in memory."""
-        how = f"{where}. The folder holds {', '.join(idx.FILES)}, each as it is or as .gz"
-        parts = idx.read(places.find(name, root, found_as, how))
+        parts = read(places.find(name, root, found_as, how))
         return _official(name, images, parts, Sizes(train, test, validation, split), seed, _crop(name, pad, flip))
+
+
+def _register_idx(name: str, images: ImageFormat, found_as: tuple[str, ...], where: str) -> None:
+    """60,000 training and 10,000 test images of 28 x 28 grey pixels."""
+    how = f"{where}. The folder holds {', '.join(idx.FILES)}, each as it is or as .gz"
+    _register(name, images, idx.read, found_as, how)
+
+
+def _register_cifar(layout: cifar.Layout, images: ImageFormat) -> None:
+    """50,000 training and 10,000 test images of 32 x 32 pixels (Krizhevsky 2009)."""
+    name = layout.name
+    how = (
+        "The official files are at https://www.cs.toronto.edu/~kriz/cifar.html, and `torchvision.datasets."
+        f"{name.upper()}(FOLDER, download=True)` gets them: FOLDER/{layout.folder} then holds "
+        f"{', '.join(layout.train + layout.test)}. An .npz file holds x_train, y_train, x_test, y_test"
+    )
+    found_as = (layout.folder, f"{name}.npz")
+    _register(name, images, lambda path: cifar.read(path, layout), found_as, how, usual_pad=4, usual_flip=True)
 
 
 _register_idx(
@@ -124,34 +151,6 @@ _register_idx(
     "The official files are at https://github.com/zalandoresearch/fashion-mnist, `torchvision.datasets.FashionMNIST("
     "FOLDER, download=True)` gets them, and Debian's package dataset-fashion-mnist has them in /usr/share/datasets",
 )
-
-
-def _register_cifar(layout: cifar.Layout, images: ImageFormat) -> None:
-    name = layout.name
-
-    @DATA.register(name)
-    def make_cifar(
-        seed: int,
-        root: Path | None,
-        *,
-        train: int | None = None,
-        test: int | None = None,
-        validation: int = 500,
-        split: int = 0,
-        pad: int = 4,
-        flip: bool = True,
-    ) -> DataSet:
-        """50,000 training and 10,000 test images of 32 x 32 pixels (Krizhevsky 2009), in memory."""
-        how = (
-            "The official files are at https://www.cs.toronto.edu/~kriz/cifar.html, and `torchvision.datasets."
-            f"{name.upper()}(FOLDER, download=True)` gets them: FOLDER/{layout.folder} then holds "
-            f"{', '.join(layout.train + layout.test)}. An .npz file holds x_train, y_train, x_test, y_test"
-        )
-        path = places.find(name, root, (layout.folder, f"{name}.npz"), how)
-        parts = cifar.read(path, layout)
-        return _official(name, images, parts, Sizes(train, test, validation, split), seed, _crop(name, pad, flip))
-
-
 _register_cifar(cifar.CIFAR10, formats.CIFAR10)
 _register_cifar(cifar.CIFAR100, formats.CIFAR100)
 

@@ -60,9 +60,9 @@ def accuracies(result: dict[str, Any]) -> dict[str, float]:
 
 
 def _panels(study: Study, results: dict[str, Any], rate: str) -> dict[str, Any]:
-    panels = {}
+    panels, runs = {}, study.at(rate)
     for panel in study.panels():
-        by_activation = {a: _by_seed(study, results, panel, a, rate) for a in study.activations}
+        by_activation = {a: _by_seed(runs, results, panel, a) for a in study.activations}
         present = {a: seeds for a, seeds in by_activation.items() if seeds}
         if present:
             baseline = present.get(study.activations[0], {})
@@ -71,27 +71,26 @@ def _panels(study: Study, results: dict[str, Any], rate: str) -> dict[str, Any]:
                 "method": panel.method,
                 "eps": panel.eps,
                 "activations": {
-                    a: {**_activation(seeds, baseline), "overfitted": _overfitted(study, results, panel, a, rate)}
+                    a: {**_activation(seeds, baseline), "overfitted": _overfitted(runs, results, panel, a)}
                     for a, seeds in present.items()
                 },
             }
     return panels
 
 
-def _runs(study: Study, results: dict[str, Any], panel: Panel, activation: str, rate: str) -> list[Run]:
-    runs = study.at(rate)
+def _done(runs: list[Run], results: dict[str, Any], panel: Panel, activation: str) -> list[Run]:
     return [r for r in runs if (r.panel, r.activation) == (panel, activation) and r.name in results]
 
 
-def _by_seed(study: Study, results: dict[str, Any], panel: Panel, activation: str, rate: str) -> Seeds:
-    return {run.seed: masks(results[run.name]) for run in _runs(study, results, panel, activation, rate)}
+def _by_seed(runs: list[Run], results: dict[str, Any], panel: Panel, activation: str) -> Seeds:
+    return {run.seed: masks(results[run.name]) for run in _done(runs, results, panel, activation)}
 
 
-def _overfitted(study: Study, results: dict[str, Any], panel: Panel, activation: str, rate: str) -> int:
+def _overfitted(runs: list[Run], results: dict[str, Any], panel: Panel, activation: str) -> int:
     """Count the runs that overfitted their own attack: accuracy under PGD on held-out images fell by OVERFITTED."""
     watched = [
         [epoch["robust"] for epoch in results[run.name].get("history", ()) if epoch.get("robust") is not None]
-        for run in _runs(study, results, panel, activation, rate)
+        for run in _done(runs, results, panel, activation)
     ]
     return sum(bool(robust) and max(robust) - robust[-1] > OVERFITTED for robust in watched)
 
@@ -124,10 +123,10 @@ def _numbers(apart: Difference) -> dict[str, Any]:
 
 def _comparisons(study: Study, results: dict[str, Any]) -> list[dict[str, Any]]:
     """Return those that the study names, for each panel and attack, at the first of its rates; Holm's correction."""
-    found = []
+    found, runs = [], study.at(study.rates[0])
     for panel in study.panels():
         for first, second in study.comparisons:
-            one, other = (_by_seed(study, results, panel, a, study.rates[0]) for a in (first, second))
+            one, other = (_by_seed(runs, results, panel, a) for a in (first, second))
             for attack in study.attacks:
                 if (apart := _difference(one, other, attack)) is not None:
                     found.append(({"panel": panel.label, "pair": [first, second], "attack": attack}, apart))
