@@ -80,7 +80,7 @@ def layers(results: list[tuple[str, str, dict[str, Any]]]) -> Figure:
     grid[1, 0].set_ylabel("size of the signal")
     handles = [style.handle(a, _look(activations, a)["color"]) for a in activations]
     handles += [style.handle(label, "black", ls=ls) for label, ls in (("start", ":"), ("end", "-"))]
-    style.legend(figure, handles, len(handles), handlelength=1.5)
+    style.legend(figure, handles, len(handles) if _columns(activations) == 4 else 3, handlelength=1.5)
     return figure
 
 
