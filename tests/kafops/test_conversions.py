@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from forms import assert_equal_to_rounding
+from processes import group
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
@@ -291,13 +291,8 @@ def examples(section):
 
 
 def worker(rank, directory):
-    dist.init_process_group("gloo", init_method=f"file://{directory}/store", rank=rank, world_size=2)
-    try:
-        torch.set_num_threads(1)
+    with group(rank, 2, directory):
         run_page(rank, directory)
-        dist.barrier()
-    finally:
-        dist.destroy_process_group()
 
 
 def run_page(rank, directory):

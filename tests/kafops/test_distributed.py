@@ -4,8 +4,8 @@ import faulthandler
 
 import pytest
 import torch
-import torch.distributed as dist
 from forms import assert_equal_to_rounding
+from processes import group
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -64,15 +64,10 @@ def make_data():
 
 def worker(rank, directory, wrappers):
     faulthandler.enable()
-    dist.init_process_group("gloo", init_method=f"file://{directory}/store", rank=rank, world_size=PROCESSES)
-    try:
-        torch.set_num_threads(1)
+    with group(rank, PROCESSES, directory):
         own = [t.chunk(PROCESSES)[rank] for t in make_data()]
         for wrap in wrappers:
             torch.save(train(wrap(make_net()), *own), f"{directory}/{wrap.__name__}-{rank}.pt")
-        dist.barrier()  # gloo may abort a process whose peer has left
-    finally:
-        dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")

@@ -4,8 +4,8 @@ from functools import partial
 
 import pytest
 import torch
-import torch.distributed as dist
 from forms import assert_equal_to_rounding
+from processes import group
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
@@ -136,9 +136,7 @@ CASES["compiled, by channels"] = partial(compiled, of_x=Shard(1), of_alpha=Shard
 
 
 def worker(rank, directory):
-    dist.init_process_group("gloo", init_method=f"file://{directory}/store", rank=rank, world_size=PROCESSES)
-    try:
-        torch.set_num_threads(1)
+    with group(rank, PROCESSES, directory):
         results = {}
         for name, case in CASES.items():
             try:
@@ -148,9 +146,6 @@ def worker(rank, directory):
             except Exception as error:  # told by the case's own test; all processes raise, or none
                 results[name] = repr(error)
         torch.save(results, f"{directory}/{rank}.pt")
-        dist.barrier()
-    finally:
-        dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")
