@@ -56,20 +56,21 @@ def _run(options: argparse.Namespace, command: str) -> int:
         study = plan.load(options.study)
         if TUNED in study.rates:
             results = options.out or Path("results") / study.name
-            study = study.with_tuned(_tuned(study, Path("results") / study.tuned_by if study.tuned_by else results))
+            where = Path("results") / study.tuned_by if study.tuned_by else results
+            made_by = study.tuned_by or options.study + (f" --out {options.out}" if options.out else "")
+            study = study.with_tuned(_tuned(where / "tuned.json", f"python -m models tune {made_by}"))
     except ValueError as error:
         options.refuse(str(error))
     return carry_out(study, options, command, report)
 
 
-def _tuned(study: Study, results: Path) -> dict[str, dict[str, Rates]]:
+def _tuned(path: Path, made_by: str) -> dict[str, dict[str, Rates]]:
     """Read what `python -m models tune` chose."""
-    path, of = results / "tuned.json", study.tuned_by or study.name
     found = files.read_json(path)
     if found is None:
-        raise ValueError(f"{path} is not there; choose the rates first: python -m models tune {of}")
+        raise ValueError(f"{path} is not there; choose the rates first: {made_by}")
     if not isinstance(found, dict):
-        raise ValueError(f"{path} has no rates by network and activation; python -m models tune {of} writes it")
+        raise ValueError(f"{path} has no rates by network and activation; {made_by} writes it")
     return found
 
 

@@ -4,7 +4,8 @@ Reported robustness is an upper bound: the attack may have missed what is there,
 gradient hides it (gradient masking). Each check compares what must hold of any attack that works. Attacks are compared
 image by image on the same images, so that the luck of the choice of images cancels out, and only images count that one
 of the two breaks and the other does not. A difference is noise unless a one-sided sign test over them has p < 1 %, and
-it is too small to matter up to 0.2 % of the images, the share at which AutoAttack warns of the same thing.
+it is too small to matter up to 0.2 % of the images, the share at which AutoAttack warns of the same thing. Each check
+says from how many images on it would have failed; where so many are not there, it is inconclusive.
 """
 
 import math
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from models.evaluation import Accuracy, Gradients, accuracy
 
-PASS, WARNING, FAIL = "pass", "warning", "fail"
+PASS, INCONCLUSIVE, WARNING, FAIL = "pass", "inconclusive", "warning", "fail"
 _SMALL, _LEVEL = 0.002, 0.01
 _GAP = 0.05  # of the images: what the most thorough attack may break beyond PGD
 _ZERO_IMAGES = 0.05  # with more images than that without a gradient, accuracy under gradient attacks means little
@@ -23,7 +24,7 @@ _ZERO_IMAGES = 0.05  # with more images than that without a gradient, accuracy u
 
 @dataclass(frozen=True)
 class Verdict:
-    """What a check came to: "pass", "warning" or "fail", and one sentence with the numbers."""
+    """What a check came to: "pass", "inconclusive", "warning" or "fail", and one sentence with the numbers."""
 
     check: str
     result: str
@@ -45,6 +46,7 @@ class Comparison:
     only_weaker: int
     only_stronger: int
     total: int
+    left: int  # that the stronger one does not break
 
     @property
     def excess(self) -> int:
@@ -54,7 +56,16 @@ class Comparison:
     @property
     def significant(self) -> bool:
         """Whether the excess is neither small nor noise."""
-        return self.excess > _SMALL * self.total and sign_test(self.only_weaker, self.only_stronger) < _LEVEL
+        return self._significant(self.only_weaker)
+
+    @property
+    def least(self) -> int | None:
+        """From how many images on that the weaker attack alone breaks this would be so; None: there are too few."""
+        return next((n for n in range(self.left + 1) if self._significant(n)), None)
+
+    def _significant(self, only_weaker: int) -> bool:
+        excess = only_weaker - self.only_stronger
+        return excess > _SMALL * self.total and sign_test(only_weaker, self.only_stronger) < _LEVEL
 
 
 def sign_test(more: int, fewer: int) -> float:
@@ -67,7 +78,8 @@ def compare(weaker: Tensor, stronger: Tensor) -> Comparison:
     """Compare what two attacks found, [N] bool each."""
     if weaker.shape != stronger.shape:
         raise ValueError(f"attacks on the same images are compared, got {len(weaker)} and {len(stronger)} images")
-    return Comparison(int((weaker & ~stronger).sum()), int((stronger & ~weaker).sum()), len(weaker))
+    only_weaker, only_stronger = int((weaker & ~stronger).sum()), int((stronger & ~weaker).sum())
+    return Comparison(only_weaker, only_stronger, len(weaker), int((~stronger).sum()))
 
 
 def never_beats(check: str, weaker: Attacked, stronger: Attacked) -> Verdict:
@@ -85,7 +97,7 @@ def never_beats(check: str, weaker: Attacked, stronger: Attacked) -> Verdict:
         return Verdict(check, FAIL, evidence)
     if found.only_weaker > max(1, _SMALL * found.total):
         return Verdict(check, WARNING, evidence + ": use both, or a stronger attack")
-    return Verdict(check, PASS, evidence)
+    return _unless_blind(check, evidence, found.least)
 
 
 def more_never_helps(check: str, curve: Sequence[Attacked]) -> Verdict:
@@ -105,11 +117,9 @@ def more_never_helps(check: str, curve: Sequence[Attacked]) -> Verdict:
             check, WARNING, f"accuracy rises from {_share(a.found)} with {a.name} to {_rise(b, found)}; perhaps noise"
         )
     first, last = curve[0], curve[-1]
-    return Verdict(
-        check,
-        PASS,
-        f"accuracy goes from {_share(first.found)} with {first.name} to {_share(last.found)} with {last.name}",
-    )
+    evidence = f"accuracy goes from {_share(first.found)} with {first.name} to {_share(last.found)} with {last.name}"
+    rises = [found.least - found.only_stronger for _, _, found in pairs if found.least is not None]
+    return _unless_blind(check, evidence, min(rises, default=None), "a rise of")
 
 
 def finds_little_more(check: str, usual: Attacked, thorough: Attacked) -> Verdict:
@@ -125,14 +135,13 @@ def finds_little_more(check: str, usual: Attacked, thorough: Attacked) -> Verdic
     def surely(count: int) -> bool:
         return Accuracy(count, found.total).interval[0] > _GAP
 
-    least = next(n for n in range(found.total + 1) if surely(n))
-    evidence = (
-        f"{thorough.name} breaks {beyond} of {found.total} images that {usual.name} leaves; "
-        f"the check would have failed from {least} on"
-    )
+    left = int((~usual.found).sum())
+    evidence = f"{thorough.name} breaks {beyond} of {found.total} images beyond those that {usual.name} does"
     if surely(beyond):
         return Verdict(check, FAIL, evidence)
-    return Verdict(check, WARNING if beyond > _GAP * found.total else PASS, evidence)
+    if beyond > _GAP * found.total:
+        return Verdict(check, WARNING, evidence)
+    return _unless_blind(check, evidence, next((n for n in range(left + 1) if surely(n)), None))
 
 
 def falls_to_chance(check: str, largest: Attacked, classes: int) -> Verdict:
@@ -144,7 +153,10 @@ def falls_to_chance(check: str, largest: Attacked, classes: int) -> Verdict:
     evidence = f"accuracy is {now.value:.1%} with {largest.name}, guessing gives {chance:.1%}"
     if now.interval[0] > chance:
         return Verdict(check, FAIL, evidence)
-    return Verdict(check, PASS if now.value <= chance else WARNING, evidence)
+    if now.value > chance:
+        return Verdict(check, WARNING, evidence)
+    right = (n for n in range(now.total + 1) if Accuracy(n, now.total).interval[0] > chance)
+    return _unless_blind(check, evidence, next(right, None))
 
 
 def has_gradients(check: str, gradients: Gradients) -> Verdict:
@@ -158,6 +170,8 @@ def has_gradients(check: str, gradients: Gradients) -> Verdict:
     )
     if gradients.bad or gradients.zero > _ZERO_IMAGES * gradients.total:
         return Verdict(check, FAIL, evidence)
+    if not gradients.total:
+        return Verdict(check, INCONCLUSIVE, evidence)
     return Verdict(check, WARNING if gradients.zero else PASS, evidence)
 
 
@@ -167,11 +181,18 @@ def masking(verdicts: Sequence[Verdict]) -> str:
         reasons = [verdict.evidence for verdict in verdicts if verdict.result == result]
         if reasons:
             return f"gradient masking: {word}, because {'; '.join(reasons)}"
-    return (
-        f"gradient masking: no sign of it in the {len(verdicts)} checks made"
-        if verdicts
-        else "gradient masking: not checked"
-    )
+    blind = sum(verdict.result == INCONCLUSIVE for verdict in verdicts)
+    if blind == len(verdicts):
+        return "gradient masking: not checked" + (f", too few images are left for {blind} checks" if blind else "")
+    unsaid = f"; {blind} more are inconclusive, as too few images are left" if blind else ""
+    return f"gradient masking: no sign of it in {len(verdicts) - blind} checks{unsaid}"
+
+
+def _unless_blind(check: str, evidence: str, least: int | None, what: str = "") -> Verdict:
+    """Pass a check that would have failed from so many images on; None: there are too few for it to fail."""
+    if least is None:
+        return Verdict(check, INCONCLUSIVE, f"{evidence}; too few images are left for the check to fail")
+    return Verdict(check, PASS, f"{evidence}; it would have failed from {f'{what} ' if what else ''}{least} images on")
 
 
 def _share(found: Tensor) -> str:

@@ -30,6 +30,8 @@ _START = (0, (3, 2))
 def strip(evolutions: Sequence["Evolution"], epochs: Sequence[int], layers: int, uses: Sequence["Use"] = ()) -> Figure:
     """Draw each channel's curve at up to 12 epochs, over the share of its inputs near each point of its dictionary.
 
+    Titles say what share of the inputs lies outside the dictionary, where no density is drawn.
+
     Args:
         evolutions: the layers, a row for each.
         epochs: of their curves, in order.
@@ -43,7 +45,9 @@ def strip(evolutions: Sequence["Evolution"], epochs: Sequence[int], layers: int,
     for evolution, row in zip(evolutions, rows, strict=True):
         for place, axes in enumerate(row):
             if evolution.name in inputs:
-                _inputs(axes, inputs[evolution.name], evolution.channels[place])
+                use, channel = inputs[evolution.name], evolution.channels[place]
+                _inputs(axes, use, channel)
+                axes.set_title(f"channel {channel}: {100 * use.outside[channel]:.2g} % outside", fontsize=8)
             for number in shown:
                 last = number == shown[-1]
                 colour = style.GREY if number == 0 else _COLOURS(scale(epochs[number]))

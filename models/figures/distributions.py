@@ -140,7 +140,7 @@ def against(points: Sequence[Point]) -> Figure:
             style.grid(axes, "both")
             axes.xaxis.set_major_locator(MaxNLocator(4))
             axes.set_xlabel(f"{side} move by, %")
-        row[0].set_ylabel("under the attack, %")
+        row[0].set_ylabel("accuracy under attack, %")
     for axes, kind in zip(grid[0], kinds, strict=True):
         axes.set_title(f"images: {kind}".replace(" in ", "\nin "), fontsize=8)
     handles = [style.handle(name, colour, "s", ms=6) for name, colour in colours.items()]

@@ -13,6 +13,7 @@ from models.figures.labels import Label
 Panels = list[tuple[Axes, dict[str, Any]]]
 """Axes with the activations that they show."""
 _BELOW = 0.28  # of a row, where dots of seeds are below its line
+_BEYOND = 0.3  # of what seeds span, by which an axis is longer where an interval then ends on it
 
 
 @style.drawn
@@ -42,7 +43,7 @@ def differences(summary: dict[str, Any], measure: str) -> Figure:
     """Draw each activation's paired difference to the baseline under one attack, with its 95 % interval.
 
     The interval is for the choice of seeds and of images both. Small dots are seeds; all of these are shown, and an
-    interval that goes on beyond them is cut off with an arrow.
+    interval that goes on far beyond them is cut off with an arrow.
     """
     baseline = summary["baseline"]
     names = [a for a in summary["activations"] if a != baseline]
@@ -58,6 +59,11 @@ def differences(summary: dict[str, Any], measure: str) -> Figure:
         axes.set_xlabel(f"difference to {baseline}, points")
     points = [100 * value for _, _, d, seeds, _ in shown for value in (d["mean"], *seeds)]
     low, high = min([*points, 0.0]), max([*points, 0.0])
+    ends = [100 * d[end] for _, _, d, _, _ in shown for end in ("low", "high") if d[end] is not None]
+    more = _BEYOND * (high - low)
+    low, high = (
+        f([end for end in (edge, *ends) if low - more <= end <= high + more]) for f, edge in ((min, low), (max, high))
+    )
     margin = 0.12 * max(high - low, 1.0)
     for axes, place, difference, seeds, colour in shown:
         _interval(axes, difference, place, colour, low - margin, high + margin)
@@ -77,9 +83,11 @@ def robust_against_clean(summary: dict[str, Any], measure: str) -> Figure:
         if (place := axes.get_subplotspec()) is not None and place.is_first_col():
             axes.set_ylabel("accuracy under attack, %")
         style.grid(axes, "both")
-        texts.append((axes, [_pair(axes, name, entry, measure) for name, entry in activations.items()]))
-    for axes, found in texts:
-        labels.place(axes, found)
+        seeds = [_seed_points(entry, measure) for entry in activations.values()]
+        dots = [(x, y, x, y) for points in seeds for x, y in zip(*points, strict=True)]
+        texts.append((axes, [_pair(axes, name, entry, measure) for name, entry in activations.items()], dots))
+    for axes, found, dots in texts:
+        labels.place(axes, found, dots)
     return figure
 
 
@@ -130,10 +138,15 @@ def _by_method(panels: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
 def _pair(axes: Axes, name: str, entry: dict[str, Any], measure: str) -> Label:
     x, y = (100 * entry[m]["mean"] for m in ("clean", measure))
     colour = _colour(name)
-    clean, robust = ([100 * value for value in entry[m]["values"]] for m in ("clean", measure))
-    axes.plot(clean, robust, ".", ms=3.5, color=colour, alpha=0.45)
+    axes.plot(*_seed_points(entry, measure), ".", ms=3.5, color=colour, alpha=0.45)
     axes.plot(x, y, "o", ms=5, color=colour)
     return Label(x, y, name, colour)
+
+
+def _seed_points(entry: dict[str, Any], measure: str) -> tuple[list[float], list[float]]:
+    """Return each seed's accuracy on clean images and under an attack, %."""
+    clean, robust = ([100 * value for value in entry[m]["values"]] for m in ("clean", measure))
+    return clean, robust
 
 
 def _seeds(entry: dict[str, Any], baseline: dict[str, Any], measure: str) -> list[float]:

@@ -7,13 +7,14 @@ from rich.table import Table as RichTable
 
 NONE = "–"
 _NUMERIC = (*"0123456789+-−±×∞[*", NONE)
-_STYLES = {"warning": "yellow", "fail": "red", "bold": "bold", "dim": "dim"}  # of looks in the terminal
+# Of looks in the terminal.
+_STYLES = {"inconclusive": "dim", "warning": "yellow", "fail": "red", "bold": "bold", "dim": "dim"}
 
 
 class Table:
     """Rows of plain text under heads; columns of numbers are aligned on the right.
 
-    A row may have a look: "bold", "dim", or of a verdict "pass", "warning" or "fail".
+    A row may have a look: "bold", "dim", or of a verdict "pass", "inconclusive", "warning" or "fail".
     """
 
     def __init__(self, *heads: str) -> None:

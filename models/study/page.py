@@ -32,6 +32,8 @@ def markdown(study: Study, summary: dict[str, Any], results: dict[str, dict[str,
     if len(study.radii) > 1:
         parts += ["## Accuracy", "![accuracy over eps](radii.png)", "*Under the worst attack; dots are seeds.*", looked]
         parts += [_OVERFITTED, *_over_radii(study, summary)]
+        if summary["overfitting"]:
+            parts += ["## Which runs overfitted, as was named beforehand", _overfitting(summary["overfitting"]), _PAIRS]
     else:
         parts += ["## Accuracy", "![accuracy of each activation](accuracies.png)", looked]
         parts += [_accuracies(*panel, summary["measures"]) for panel in _panels(study, summary)]
@@ -51,9 +53,10 @@ def head(title: str, about: str, command: str, extent: str) -> list[str]:
 _HOLM = (
     "Points of accuracy, of pairs with the same seeds (same starting weights and batches) and the same test images. "
     "The interval is for the choice of both, by the bootstrap that draws both anew (Owen 2007) and Student's t with "
-    "Welch and Satterthwaite's degrees of freedom; its level is that at which Holm's procedure tests the row: in "
-    "95 % of such tables no row claims a difference that is none. p is Holm's. *between seeds* is the standard "
-    "deviation of one seed's difference, *of images* the standard error through the choice of images alone."
+    "Welch and Satterthwaite's degrees of freedom; its level is that at which Holm's procedure tests the row, or that "
+    "at which it ended: in 95 % of such tables no row claims a difference that is none. p is Holm's. *between seeds* "
+    "is the standard deviation of one seed's difference, *of images* the standard error through the choice of images "
+    "alone."
 )
 _DIFFERENCES = (
     "Points of accuracy under the worst of all attacks, seed by seed (same starting weights, batches and test images), "
@@ -63,6 +66,11 @@ _DIFFERENCES = (
 _OVERFITTED = (
     "In a cell: clean, under the worst attack, and in how many runs training overfitted its own attack (accuracy under "
     f"PGD on held-out images fell by more than {points(OVERFITTED, '.0f')} points from its best epoch to its last)."
+)
+_PAIRS = (
+    "Runs of the same method, ε, rate and seed. p is of the exact sign test over the pairs of which one run overfitted "
+    "(McNemar's), by Holm's procedure over the rows. Runs of one seed at several ε share weights and batches, so that "
+    "pairs are not as independent as the test takes them to be."
 )
 
 
@@ -156,6 +164,14 @@ def _over_radii(study: Study, summary: dict[str, Any]) -> Iterator[str]:
             yield table.markdown()
 
 
+def _overfitting(rows: list[dict[str, Any]]) -> str:
+    table = Table("", "pairs", "both overfitted", "only the first", "only the second", "p")
+    for row in rows:
+        counts = (str(row[name]) for name in ("pairs", "both", "first", "second"))
+        table.add(" against ".join(row["pair"]), *counts, f"{row['holm']:.2g}")
+    return table.markdown()
+
+
 def _differences(panel: str, activations: dict[str, Any]) -> str:
     table = Table(panel, "clean", "worst attack")
     for name, entry in activations.items():
@@ -173,8 +189,8 @@ def _findings(study: Study, summary: dict[str, Any], results: dict[str, dict[str
         found.append(f"{seeds}: a true difference smaller than its interval is wide goes unseen.")
     first = summary["measures"][1]
     said: dict[str, list[str]] = {}
-    for panel, entries in _panels(study, summary):
-        said.setdefault(_clear_differences(entries, summary["baseline"]), []).append(panel)
+    for panel, entries in _panels(study, summary) if len(study.radii) == 1 else ():
+        said.setdefault(_clear_differences(study, entries, summary["baseline"]), []).append(panel)
     found += [f"{'; '.join(panels)}: {sentence}" for sentence, panels in said.items()]
     for panel, entries in _panels(study, summary):
         gaps = {name: e[first]["mean"] - e[WORST]["mean"] for name, e in entries.items()}
@@ -185,21 +201,27 @@ def _findings(study: Study, summary: dict[str, Any], results: dict[str, dict[str
                 f"{points(gap)} points; the others' are at most {points(max(gaps.values(), default=0.0))}."
             )
     if failed := summary["failed"]:
-        found.append(f"Failed, and left out: {'; '.join(f'{name} ({error})' for name, error in failed.items())}.")
+        names = "; ".join(f"{name} ({error})" for name, error in failed.items())
+        found.append(f"Failed, and counted as wrong on every image: {names}.")
     collapsed = [name for name, result in results.items() if result.get("collapsed")]
     rolled = "Training collapsed, and was rolled back to its best epoch, in"
     return [*found, f"{rolled} {len(collapsed)} runs{': ' if collapsed else ''}{', '.join(collapsed)}."]
 
 
-def _clear_differences(entries: dict[str, Any], baseline: str) -> str:
-    differences = {name: e[WORST]["difference"] for name, e in entries.items() if "difference" in e[WORST]}
+def _clear_differences(study: Study, entries: dict[str, Any], baseline: str) -> str:
+    """Say which of the differences that were not named beforehand exclude 0."""
+    named = {name for pair in study.comparisons if baseline in pair for name in pair}
+    others = {name: e for name, e in entries.items() if name not in named}
+    if not others:
+        return f"all differences to {baseline} were named beforehand."
+    differences = {name: e[WORST]["difference"] for name, e in others.items() if "difference" in e[WORST]}
     known = {name: d for name, d in differences.items() if d["low"] is not None}
     if not known:
         return f"one seed so far, so nothing can be said about differences to {baseline}."
     clear = [f"{name} ({signed(d)})" for name, d in known.items() if not d["low"] <= 0 <= d["high"]]
     if not clear:
-        return f"under the worst attack no activation differs from {baseline} beyond its interval."
-    return f"under the worst attack these differ from {baseline} beyond their intervals: {', '.join(clear)}."
+        return f"under the worst attack, uncorrected, none of the others' intervals excludes 0 ({', '.join(known)})."
+    return f"under the worst attack, uncorrected, the intervals of these exclude 0: {', '.join(clear)}."
 
 
 def _machine(results: dict[str, dict[str, Any]]) -> str:

@@ -89,7 +89,9 @@ def difference(right: NDArray[np.bool_], baseline: NDArray[np.bool_]) -> Differe
     The error is that of the bootstrap that draws seeds and images anew, both with replacement and at once: the networks
     that might have been trained and the images that might have been attacked. Its variance has a closed form (Owen
     2007, "The pigeonhole bootstrap"): that of the seeds' means over their number, that of the images' means over
-    theirs, and what is left over both. Variances are unbiased here, where a bootstrap's lack a part of n.
+    theirs (both unbiased here, where a bootstrap's lack a part of n), and what is left over both. It is larger than
+    the true one by up to twice the last, so an error is rather too large than too small; degrees of freedom are those
+    of the first two alone, which are fewer.
 
     Args:
         right, baseline: [seeds, images].
@@ -120,8 +122,9 @@ class Corrected:
 
     Args:
         p: Holm's, of all.
-        low, high: the interval at the level at which Holm's procedure tests this one.
-        found: whether it says that there is a difference.
+        low, high: the interval at the level at which Holm's procedure tests this one; from the first on that it does
+            not find, which ends it, at that one's.
+        found: whether it says that there is a difference: where the interval excludes 0.
     """
 
     p: float
@@ -139,7 +142,7 @@ def holm(differences: Sequence[Difference]) -> list[Corrected | None]:
     order = sorted(range(len(known)), key=lambda i: known[i].p or 0.0)
     results: dict[int, Corrected] = {}
     for rank, i in enumerate(order):
-        interval = known[i].interval(LEVEL / (len(known) - rank))
+        interval = known[i].interval(LEVEL / (len(known) - min(rank, int(found.sum()))))
         assert interval is not None  # it has a p
         results[id(known[i])] = Corrected(float(corrected[i]), *interval, bool(found[i]))
     return [results.get(id(d)) for d in differences]

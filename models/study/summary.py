@@ -6,9 +6,11 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from scipy.stats import binomtest
+from statsmodels.stats.multitest import multipletests
 
 from models.study.plan import Panel, Run, Study
-from models.study.statistics import Difference, difference, estimate, holm
+from models.study.statistics import LEVEL, Difference, difference, estimate, holm
 
 CLEAN, WORST = "clean", "worst"
 OVERFITTED = 0.2
@@ -22,14 +24,16 @@ def summarise(study: Study, results: dict[str, dict[str, Any]]) -> dict[str, Any
     """Return accuracies by rate, panel, activation and attack, differences to the first activation, and comparisons.
 
     "worst" counts an image as robust where no attack breaks it. Runs not done yet are left out, and panels without
-    any, and runs that failed; a difference takes the seeds that both activations have.
+    any. A run that failed is wrong on every image: left out, an activation would be judged by the seeds that suit it.
+    A difference takes the seeds that both activations have. With several eps the comparisons are of which runs
+    overfitted, else of what is right under each attack.
 
     Args:
         study: which runs there are to be.
         results: by run name, as `models.study.workers` writes them.
     """
     failed = {name: result["error"] for name, result in results.items() if "error" in result}
-    results = {name: result for name, result in results.items() if name not in failed}
+    results = {name: _failed(study) | result if name in failed else result for name, result in results.items()}
     found = {rate: _panels(study, results, rate) for rate in study.rates}
     shown = {a for panels in found.values() for panel in panels.values() for a in panel["activations"]}
     return {
@@ -41,8 +45,14 @@ def summarise(study: Study, results: dict[str, dict[str, Any]]) -> dict[str, Any
         "baseline": study.activations[0],
         "measures": [CLEAN, *study.attacks, WORST],
         "rates": {rate: panels for rate, panels in found.items() if panels},
-        "comparisons": _comparisons(study, results),
+        "comparisons": _comparisons(study, results) if len(study.radii) == 1 else [],
+        "overfitting": _overfitting(study, results) if len(study.radii) > 1 else [],
     }
+
+
+def _failed(study: Study) -> dict[str, Any]:
+    found = {attack: "1" * study.count(attack) for attack in study.attacks}
+    return {"wrong": "1" * study.count(None), "found": found}
 
 
 def masks(result: dict[str, Any]) -> dict[str, str]:
@@ -71,7 +81,10 @@ def _panels(study: Study, results: dict[str, Any], rate: str) -> dict[str, Any]:
                 "method": panel.method,
                 "eps": panel.eps,
                 "activations": {
-                    a: {**_activation(seeds, baseline), "overfitted": _overfitted(runs, results, panel, a)}
+                    a: {
+                        **_activation(seeds, baseline),
+                        "overfitted": sum(_overfitted(runs, results, panel, a).values()),
+                    }
                     for a, seeds in present.items()
                 },
             }
@@ -86,13 +99,35 @@ def _by_seed(runs: list[Run], results: dict[str, Any], panel: Panel, activation:
     return {run.seed: masks(results[run.name]) for run in _done(runs, results, panel, activation)}
 
 
-def _overfitted(runs: list[Run], results: dict[str, Any], panel: Panel, activation: str) -> int:
-    """Count the runs that overfitted their own attack: accuracy under PGD on held-out images fell by OVERFITTED."""
-    watched = [
-        [epoch["robust"] for epoch in results[run.name].get("history", ()) if epoch.get("robust") is not None]
-        for run in _done(runs, results, panel, activation)
-    ]
-    return sum(bool(robust) and max(robust) - robust[-1] > OVERFITTED for robust in watched)
+def _overfitted(runs: list[Run], results: dict[str, Any], panel: Panel, activation: str) -> dict[int, bool]:
+    """Return by seed whether a run overfitted its own attack: held-out accuracy under PGD fell by OVERFITTED."""
+    found = {}
+    for run in _done(runs, results, panel, activation):
+        history = results[run.name].get("history", ())
+        robust = [epoch["robust"] for epoch in history if epoch.get("robust") is not None]
+        found[run.seed] = bool(robust) and max(robust) - robust[-1] > OVERFITTED
+    return found
+
+
+def _overfitting(study: Study, results: dict[str, Any]) -> list[dict[str, Any]]:
+    """Compare, of the pairs that the study names, which runs overfitted: same rate, network, method, eps and seed.
+
+    Only pairs count of which one did: the exact sign test (McNemar's), Holm's correction over the study's pairs.
+    """
+    rows = []
+    for pair in study.comparisons:
+        counts = {(False, False): 0, (True, False): 0, (False, True): 0, (True, True): 0}
+        for rate in study.rates:
+            for panel in study.panels():
+                one, other = (_overfitted(study.at(rate), results, panel, a) for a in pair)
+                for seed in one.keys() & other.keys():
+                    counts[one[seed], other[seed]] += 1
+        first, second = counts[True, False], counts[False, True]
+        p = float(binomtest(first, first + second).pvalue) if first + second else 1.0
+        numbers = {"pairs": sum(counts.values()), "both": counts[True, True], "first": first, "second": second}
+        rows.append({"pair": list(pair), **numbers, "p": p})
+    corrected = multipletests([row["p"] for row in rows], LEVEL, "holm")[1] if rows else []
+    return [{**row, "holm": float(p)} for row, p in zip(rows, corrected, strict=True)]
 
 
 def _activation(seeds: Seeds, baseline: Seeds) -> dict[str, Any]:

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from models.evaluation import Gradients, sanity
-from models.evaluation.sanity import FAIL, PASS, WARNING, Attacked, Comparison, Verdict
+from models.evaluation.sanity import FAIL, INCONCLUSIVE, PASS, WARNING, Attacked, Comparison, Verdict
 
 
 def broken(*images: int, of: int = 200) -> torch.Tensor:
@@ -23,24 +23,40 @@ def attacked(name: str, start: int, end: int, of: int = 200) -> Attacked:
             5,
             200,
             PASS,
-            "would have failed from 17 on",
+            "would have failed from 17 images on",
         ),  # Wilson's interval of 17 begins at 5.4 %, of 16 at 4.98
         (10, 200, PASS, ""),
         (11, 200, WARNING, ""),
         (34, 200, FAIL, ""),  # 73.5 % under PGD, 56.5 % under AutoAttack
         (60, 200, FAIL, ""),  # 47 and 17 %
-        (1, 1, FAIL, "would have failed from 1 on"),
+        (1, 1, FAIL, ""),
     ],
 )
 def test_a_thorough_attack_that_finds_much_more(beyond: int, of: int, result: str, least: str) -> None:
     usual, thorough = attacked("PGD", 0, 0, of), attacked("AutoAttack", 0, beyond, of)
     verdict = sanity.finds_little_more("gap", usual, thorough)
     assert verdict.result == result
-    assert f"AutoAttack breaks {beyond} of {of} images that PGD leaves; " in verdict.evidence
+    assert f"AutoAttack breaks {beyond} of {of} images beyond those that PGD does" in verdict.evidence
     assert verdict.evidence.endswith(least)
     # What PGD alone breaks is of no account: it is no sign that PGD failed.
     both = attacked("AutoAttack and not all of PGD", 0, beyond // 2, of)
-    assert sanity.finds_little_more("gap", thorough, both).result == PASS
+    assert sanity.finds_little_more("gap", thorough, both).result == (PASS if of > 1 else INCONCLUSIVE)
+
+
+def test_a_check_that_could_not_fail_is_inconclusive() -> None:
+    """7 images that only one attack breaks are the fewest that are no noise, and 17 of 200 the fewest beyond 5 %."""
+    for left, result in ((7, PASS), (6, INCONCLUSIVE), (0, INCONCLUSIVE)):
+        stronger = attacked("PGD", 0, 200 - left)
+        assert sanity.never_beats("check", stronger, stronger).result == result
+        assert sanity.more_never_helps("steps", [stronger, stronger]).result == result
+    assert sanity.never_beats("check", attacked("FGSM", 0, 193), attacked("PGD", 0, 193)).evidence == (
+        "FGSM alone breaks 0 of 200 images, PGD alone 0; it would have failed from 7 images on"
+    )
+    for left, result in ((17, PASS), (16, INCONCLUSIVE)):
+        usual = attacked("PGD", 0, 200 - left)
+        assert sanity.finds_little_more("gap", usual, usual).result == result
+    assert sanity.falls_to_chance("ε", attacked("PGD", 0, 3, 3), classes=2).result == INCONCLUSIVE
+    assert sanity.falls_to_chance("ε", attacked("PGD", 0, 4, 4), classes=2).result == PASS
 
 
 @pytest.mark.parametrize(
@@ -53,7 +69,7 @@ def test_sign_test_by_hand(more: int, fewer: int, p: float) -> None:
 
 def test_comparisons_count_images_that_one_attack_breaks_alone() -> None:
     found = sanity.compare(broken(0, 1, 2, 3), broken(2, 3, 4))
-    assert found == Comparison(only_weaker=2, only_stronger=1, total=200)
+    assert found == Comparison(only_weaker=2, only_stronger=1, total=200, left=197)
     assert found.excess == 1
     with pytest.raises(ValueError, match="attacks on the same images are compared, got 200 and 100 images"):
         sanity.compare(broken(1), broken(1, of=100))
@@ -62,13 +78,13 @@ def test_comparisons_count_images_that_one_attack_breaks_alone() -> None:
 @pytest.mark.parametrize(
     ("found", "significant"),
     [
-        (Comparison(6, 0, 200), False),  # p = 1/64
-        (Comparison(7, 0, 200), True),  # p = 1/128
-        (Comparison(9, 1, 200), False),  # p = 11/1024
-        (Comparison(40, 10, 200), True),
-        (Comparison(10, 40, 200), False),
-        (Comparison(19, 0, 10_000), False),  # not noise, but below 0.2 %
-        (Comparison(21, 0, 10_000), True),
+        (Comparison(6, 0, 200, left=0), False),  # p = 1/64
+        (Comparison(7, 0, 200, left=0), True),  # p = 1/128
+        (Comparison(9, 1, 200, left=0), False),  # p = 11/1024
+        (Comparison(40, 10, 200, left=0), True),
+        (Comparison(10, 40, 200, left=0), False),
+        (Comparison(19, 0, 10_000, left=0), False),  # not noise, but below 0.2 %
+        (Comparison(21, 0, 10_000, left=0), True),
     ],
 )
 def test_a_difference_must_be_neither_noise_nor_small(found: Comparison, significant: bool) -> None:
@@ -104,7 +120,8 @@ def test_a_weaker_attack_that_is_ahead_by_luck_does_not_fail() -> None:
 def test_more_steps_must_not_help() -> None:
     falling = [attacked("PGD-1", 0, 20), attacked("PGD-10", 0, 60), attacked("PGD-50", 0, 61)]
     verdict = sanity.more_never_helps("steps", falling)
-    assert verdict == Verdict("steps", PASS, "accuracy goes from 90.0% with PGD-1 to 69.5% with PGD-50")
+    assert verdict.result == PASS
+    assert verdict.evidence.startswith("accuracy goes from 90.0% with PGD-1 to 69.5% with PGD-50; it would have failed")
     wavering = [*falling, attacked("PGD-100", 0, 59)]
     assert sanity.more_never_helps("steps", wavering).result == WARNING
     assert sanity.more_never_helps("steps", [*falling, attacked("PGD-100", 0, 60)]).result == PASS
@@ -130,7 +147,7 @@ def test_a_curve_has_two_points() -> None:
 def test_any_image_within_reach_leaves_chance(left: int, result: str) -> None:
     verdict = sanity.falls_to_chance("ε", attacked("PGD at ε = 1", left, 200), classes=10)
     assert verdict.result == result
-    assert verdict.evidence == f"accuracy is {left / 200:.1%} with PGD at ε = 1, guessing gives 10.0%"
+    assert verdict.evidence.startswith(f"accuracy is {left / 200:.1%} with PGD at ε = 1, guessing gives 10.0%")
 
 
 @pytest.mark.parametrize(
@@ -141,7 +158,7 @@ def test_any_image_within_reach_leaves_chance(left: int, result: str) -> None:
         (Gradients(100, 5, 0, 0.3), WARNING),
         (Gradients(100, 6, 0, 0.3), FAIL),
         (Gradients(100, 0, 1, 0.3), FAIL),
-        (Gradients(0, 0, 0, 0.0), PASS),
+        (Gradients(0, 0, 0, 0.0), INCONCLUSIVE),
     ],
 )
 def test_gradients_must_be_there(gradients: Gradients, result: str) -> None:
@@ -154,5 +171,9 @@ def test_masking_is_named() -> None:
     good, doubt, bad = Verdict("a", PASS, "A"), Verdict("b", WARNING, "B"), Verdict("c", FAIL, "C")
     assert sanity.masking([good, doubt, bad, bad]) == "gradient masking: likely, because C; C"
     assert sanity.masking([good, doubt]) == "gradient masking: possible, because B"
-    assert sanity.masking([good]) == "gradient masking: no sign of it in the 1 checks made"
+    blind = Verdict("d", INCONCLUSIVE, "D")
+    assert sanity.masking([good, good]) == "gradient masking: no sign of it in 2 checks"
+    unsaid = "; 1 more are inconclusive, as too few images are left"
+    assert sanity.masking([good, blind]) == "gradient masking: no sign of it in 1 checks" + unsaid
+    assert sanity.masking([blind]) == "gradient masking: not checked, too few images are left for 1 checks"
     assert sanity.masking([]) == "gradient masking: not checked"

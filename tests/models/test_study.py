@@ -131,6 +131,9 @@ def test_holm_corrects_by_hand() -> None:
     assert [c.found for c in (first, second, third)] == [True, False, False]
     assert first.low > 0  # at the level 0.05 / 3
     assert third.low < 0  # at 0.05 / 2
+    # Holm's procedure ends at 0.029 of two: 0.036 would pass at 0.05, and its interval must not say so.
+    ended = holm([of(0.029), of(0.036)])
+    assert [(c.found, c.low > 0) for c in ended] == [(False, False)] * 2
     assert holm([]) == []
 
 
@@ -266,14 +269,18 @@ def test_a_run_that_fails_is_reported_and_the_others_go_on(
     assert "2 of 2 runs are done, nothing is left" in capsys.readouterr().out
 
 
-def test_failed_runs_are_left_out_and_named() -> None:
-    results = {"light-relu-0": result("00", PGD="10", FGSM="00"), "light-kaf-0": {"error": "the loss became nan"}}
-    found = summarise(study(), results)
-    assert (found["runs"], found["activations"], found["failed"]) == (
-        1,
-        ["relu"],
-        {"light-kaf-0": "the loss became nan"},
-    )
+def test_failed_runs_are_wrong_on_every_image_and_named() -> None:
+    """Left out, an activation whose training fails would be judged by the seeds at which it does not."""
+    good = result("0" * 10, PGD="1" + "0" * 9, FGSM="0" * 10)
+    results = {f"light-{a}-{seed}": good for a in ("relu", "kaf") for seed in (0, 1)}
+    found = summarise(study(), {**results, "light-kaf-1": {"error": "the loss became nan"}})
+    assert (found["runs"], found["failed"]) == (4, {"light-kaf-1": "the loss became nan"})
+    kaf = found["rates"]["common"]["light"]["activations"]["kaf"]
+    assert kaf["seeds"] == [0, 1]
+    assert {m: kaf[m]["values"] for m in found["measures"]} == {
+        "clean": [1, 0], "PGD": [0.9, 0], "FGSM": [1, 0], "worst": [0.9, 0],
+    }  # fmt: skip
+    assert kaf["PGD"]["difference"]["mean"] == pytest.approx(-0.45)
 
 
 def test_a_figure_pairs_the_seeds_that_both_have() -> None:
@@ -486,7 +493,7 @@ def test_rates_are_tuned_and_used(
     options = ["--out", str(out), "--runs", str(tmp_path / "runs"), "--jobs", "1"]
     with pytest.raises(SystemExit, match="2"):
         main(["study", str(file), *options])
-    assert "choose the rates first: python -m models tune tiny" in " ".join(capsys.readouterr().err.split())
+    assert f"choose the rates first: python -m models tune {file} --out" in " ".join(capsys.readouterr().err.split())
     assert main(["tune", str(file), *options]) == 0
     rates = json.loads((out / "tuned.json").read_text())["light"]
     assert rates["kaf_frozen"]["activation_lr"] == 0
@@ -570,7 +577,7 @@ def test_a_study_over_eps_is_done_and_shown(tmp_path: Path) -> None:
 
 def test_runs_that_overfitted_are_counted() -> None:
     """Of two seeds of one activation the one whose accuracy on held-out images fell by more than 20 points."""
-    overfitting = study(attacks={"PGD": "pgd-3"}, eps=(0.1, 0.2))
+    overfitting = study(attacks={"PGD": "pgd-3"}, eps=(0.1, 0.2), comparisons=(("kaf", "relu"),))
     done = {}
     for run in overfitting.runs():
         fell = run.name == "light-eps0.2-kaf-1"
@@ -583,6 +590,24 @@ def test_runs_that_overfitted_are_counted() -> None:
     environment = dict.fromkeys(("processor", "torch", "kafops", "commit"), "")
     written = page.markdown(overfitting, summary, {n: {**r, "environment": environment} for n, r in done.items()}, "")
     assert "| kaf | 100.0 / 50.0 ± 0.0 | 100.0 / 50.0 ± 0.0 (1 of 2) |" in written
+    assert "| kaf against relu | 4 | 0 | 1 | 0 | 1 |" in written
+
+
+def test_which_runs_overfitted_is_compared_in_pairs() -> None:
+    """Of 8 pairs 1 overfits in both and 6 in the second alone: p = 2/64, times two comparisons."""
+    pairs = (("kaf", "relu"), ("silu", "kaf"))
+    radii = tuple(0.1 * n for n in range(1, 5))
+    overfitting = study(attacks={"PGD": "pgd-3"}, eps=radii, activations=["relu", "kaf", "silu"], comparisons=pairs)
+    done = {}
+    for place, run in enumerate(run for run in overfitting.runs() if run.activation == "relu"):
+        for name in ("relu", "kaf", "silu"):
+            fell = place < 7 if name == "relu" else place == 0 and name == "kaf"
+            history = [{"robust": 0.7}, {"robust": 0.1 if fell else 0.7}]
+            done[run.name.replace("relu", name)] = {**result("0000", PGD="0011"), "history": history}
+    first, second = summarise(overfitting, done)["overfitting"]
+    names = ("pair", "pairs", "both", "first", "second", "p", "holm")
+    assert first == dict(zip(names, (["kaf", "relu"], 8, 1, 0, 6, 2 / 64, 4 / 64), strict=True))
+    assert second == dict(zip(names, (["silu", "kaf"], 8, 0, 0, 1, 1, 1), strict=True))
 
 
 def test_rates_of_another_study_are_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys) -> None:
