@@ -164,7 +164,7 @@ class KAF(nn.Module):
         self.dictionary = empty(self.dictionary_size) if learn_dictionary else None
         # A lazy gamma is None, not an UninitializedBuffer, which torch cannot deepcopy.
         self.register_buffer("gamma", None if lazy or learn_gamma else self.alpha.new_empty(self.num_parameters))
-        self.register_buffer("curve", self._curve().to(device))
+        self.register_buffer("curve", self._curve().to(self.alpha.device))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

@@ -131,7 +131,8 @@ def _orders(operator: Operator, a: dict[str, Any]) -> list[tuple[int, int]]:
     each = {Needs.X: (n + 1, m), Needs.ALPHA: (n, m), Needs.GAMMA: (n, m + 1), Needs.DICTIONARY: (n + 1, m)}
     if operator is OPERATORS["kaf_double_backward"]:
         return []
-    return [order for bit, order in each.items() if a["needs"] & bit]
+    needs = a["needs"] & ~(Needs.DICTIONARY if a["dictionary"] is None else 0)
+    return [(n, m), *(order for bit, order in each.items() if needs & bit)]
 
 
 def _fake(operator: Operator) -> Callable[..., Any]:
@@ -147,7 +148,7 @@ def _fake(operator: Operator) -> Callable[..., Any]:
         for name, flag in zip(operator.outputs, operator.flags, strict=True):
             t = a[name]
             if t is None or not a["needs"] & flag:
-                gradients.append(x.new_empty(0))
+                gradients.append((x if t is None else t).new_empty(0))
             elif name in OF_X:
                 gradients.append(torch.empty_like(x))  # also of grad: in the layout of x, which the loops run over
             else:

@@ -50,8 +50,8 @@ def kaf_backward(
     terms = _Terms(x, alpha, gamma, dictionary, boundary, kappa)
     weight = grad.to(terms.x.dtype)
     dx = terms.like_x(weight * _curve(terms, alpha, base, n + 1, m)) if needs & 1 else x.new_empty(0)
-    dalpha = _like(terms.moments(weight, n, m), alpha) if needs & 2 else x.new_empty(0)
-    dgamma, ddictionary = x.new_empty(0), x.new_empty(0)
+    dalpha = _like(terms.moments(weight, n, m), alpha) if needs & 2 else alpha.new_empty(0)
+    dgamma, ddictionary = gamma.new_empty(0), (x if dictionary is None else dictionary).new_empty(0)
     if needs & 4:
         dgamma = _like((alpha.double() * terms.moments(weight, n, m + 1)).sum(1), gamma)
     if needs & 8 and dictionary is not None:

@@ -277,7 +277,11 @@ class _Splitter:
         for site in sites:
             for use in site.uses if site.redirected else ():
                 moves[use.holder][use.index] = site.spots[0][1]
-        return {holder: self._traces[holder].subclass(children) for holder, children in moves.items()}  # type: ignore[union-attr]
+        traces: dict[nn.Module, Traced] = {holder: self._traces[holder] for holder in moves}  # type: ignore[misc]
+        for name, frozen in sorted({(type(h).__name__, ", ".join(sorted(t.frozen))) for h, t in traces.items()}):
+            if frozen:
+                self.remarks.append(f"{name}: its new forward has taken over {frozen}; a later change has no effect")
+        return {holder: trace.subclass(moves[holder]) for holder, trace in traces.items()}
 
 
 def _traced(

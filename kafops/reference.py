@@ -53,10 +53,10 @@ def kaf_free(
     if shared:
         alpha, gamma, dictionary = alpha[0], gamma[0], dictionary[0]
     z = _arithmetic(x, x).clamp(-_FAR, _FAR).unsqueeze(-1)  # [N, C, *, 1]
+    z = torch.where(x.isnan().unsqueeze(-1), _arithmetic(x, x).unsqueeze(-1), z)  # whose derivative is NaN too
     if kernel == "gaussian":
         values = torch.exp(-gamma * (z - dictionary) ** 2)  # [N, C, *, D]
     else:
-        z = torch.where(x.isnan().unsqueeze(-1), x.unsqueeze(-1), z)  # whose derivative is NaN too
         values = kernels.value(kernel, gamma.sqrt() * (z - dictionary))
         values = torch.where(x.isinf().unsqueeze(-1), 0, values)  # slow tails have not ended where z is clamped
     curve = (alpha * values).sum(-1)

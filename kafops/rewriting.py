@@ -8,6 +8,8 @@ import importlib
 import inspect
 import itertools
 import linecache
+import random
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import CodeType, ModuleType
@@ -21,6 +23,7 @@ from kafops.sites import Place, Targets
 __all__ = ["ByWidth", "Traced", "Untraceable"]
 
 _CONSTANTS = (type(None), bool, int, float, str)
+_WITHOUT_SETTINGS = (Tensor, torch.dtype, torch.device, torch.layout, torch.memory_format)
 _OF_EVERY_MODULE = vars(nn.Module()).keys() | vars(nn.Module).keys()
 
 
@@ -36,6 +39,10 @@ class Traced:
         owners: the modules that are activations, with their places; calls of others are left alone.
         targets: tell the functions that are.
 
+    Attributes:
+        activations: what it calls, in order: places, or names of functions.
+        frozen: names of what it reads that can be changed later without an error, and without an effect.
+
     Raises:
         Untraceable: the forward cannot be traced, or a trace would not say all of what it does.
     """
@@ -47,11 +54,12 @@ class Traced:
             raise Untraceable("its class derives from one that was generated")
         self._module, self._owners, self._targets = module, owners, targets
         self._fixed: dict[str, Any] = {}  # the settings that it reads
+        self.frozen: set[str] = set()
         self._graphs = []
         for training in (False, True):
             for m in module.modules():
                 m.training = training
-            with _watched(module, self._fixed):
+            with _watched(module, self._fixed, self.frozen):
                 self._graphs.append(_trace(module))
         self._calls = [self._activations(graph) for graph in self._graphs]
         self.activations = [self._name(node) for node in self._calls[0]]
@@ -106,6 +114,8 @@ class ByWidth(nn.ModuleDict):
 class _Tracer(fx.Tracer):
     """Takes every child as a leaf, and refuses blocks under another mode, which a graph does not record."""
 
+    proxy_buffer_attributes = True  # what is done to a buffer is done in the graph, not while it is traced
+
     def __init__(self) -> None:
         super().__init__()
         self._mode = _mode()
@@ -120,32 +130,58 @@ class _Tracer(fx.Tracer):
 
 
 @contextmanager
-def _watched(module: nn.Module, read: dict[str, Any]) -> Iterator[None]:
-    """Note the settings that a forward reads, and refuse one that changes its module: a graph would not."""
-    kind: Any = type(module)
+def _watched(module: nn.Module, read: dict[str, Any], frozen: set[str]) -> Iterator[None]:
+    """Note the settings that a forward reads, and refuse one that changes modules: a graph would not.
+
+    Args:
+        module: whose forward runs in the block.
+        read: takes its settings, which can be guarded.
+        frozen: takes the names of what else it reads: settings of its children, and what can be changed in place.
+    """
+    prefixes = {m: f"{name}." if name else "" for name, m in module.named_modules()}
+    set_attribute = nn.Module.__setattr__
 
     def get(self: nn.Module, name: str) -> Any:
-        value = kind.__getattribute__(self, name)
-        if isinstance(value, _CONSTANTS) and not name.startswith("__") and name not in _OF_EVERY_MODULE:
+        value = object.__getattribute__(self, name)
+        if self not in prefixes or name.startswith("__") or name in _OF_EVERY_MODULE:
+            return value
+        if self is module and _is_constant(value):
             read[name] = value
+        elif name in vars(self) and not isinstance(value, _WITHOUT_SETTINGS) and not callable(value):
+            frozen.add(prefixes[self] + name)
         return value
 
     def refuse(self: nn.Module, name: str, value: Any) -> None:
+        if self not in prefixes:
+            return set_attribute(self, name, value)
         made = name.startswith("_tensor_constant")  # by torch.fx
-        raise Untraceable("it makes a tensor of numbers" if made else f"it sets {name}")
+        raise Untraceable("it makes a tensor of numbers" if made else f"it sets {prefixes[self]}{name}")
 
-    module.__class__ = type(kind)(kind.__name__, (kind,), {"__getattribute__": get, "__setattr__": refuse})
+    # For all modules, as torch.fx does while it traces: a forward that asks for type() must find what it knows.
+    nn.Module.__getattribute__, nn.Module.__setattr__ = get, refuse  # type: ignore[method-assign, assignment]
     try:
         yield
     finally:
-        object.__setattr__(module, "__class__", kind)
+        del nn.Module.__getattribute__
+        nn.Module.__setattr__ = set_attribute  # type: ignore[method-assign]
+
+
+def _is_constant(value: Any) -> bool:
+    return isinstance(value, _CONSTANTS) or (isinstance(value, tuple) and all(_is_constant(v) for v in value))
 
 
 def _mode() -> tuple[bool, bool, bool]:
     return torch.is_grad_enabled(), torch.is_autocast_enabled("cpu"), torch.is_autocast_enabled("cuda")
 
 
+def _random() -> tuple[Any, ...]:
+    """Return how often generators were asked, as far as Python and torch on the CPU tell."""
+    numpy = sys.modules.get("numpy")
+    return torch.get_rng_state().tolist(), random.getstate(), numpy and repr(numpy.random.get_state())
+
+
 def _trace(module: nn.Module) -> fx.Graph:
+    before = _random()
     parameters = inspect.signature(module.forward).parameters.values()
     defaults = {p.name: p.default for p in parameters if isinstance(p.default, _CONSTANTS)}
     try:
@@ -155,6 +191,8 @@ def _trace(module: nn.Module) -> fx.Graph:
         raise
     except Exception as e:
         raise Untraceable(f"torch.fx cannot trace it ({type(e).__name__}: {str(e).partition(chr(10))[0]})") from e
+    if _random() != before:
+        raise Untraceable("it draws random numbers in Python, which a graph would keep as they fell")
     if _operations(graph) != _operations(by_default):
         raise Untraceable(f"what it does depends on whether {', '.join(defaults)} are given")
     return graph

@@ -202,7 +202,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad, const Te
   if (need_dictionary) a.check_order(n + 1, m, "the gradient of dictionary");
   const Tensor dx = empty_like_x(x, need_x);
   const Tensor dalpha = empty_gradient(alpha, need_alpha), dgamma = empty_gradient(gamma, need_gamma);
-  const Tensor ddictionary = need_dictionary ? empty_gradient(*dictionary, true) : empty_like_x(x, false);
+  const Tensor ddictionary = dictionary ? empty_gradient(*dictionary, need_dictionary) : empty_like_x(x, false);
 
   if (a.elements == 0) {
     for (const Tensor* gradient : {&dalpha, &dgamma, &ddictionary}) write_zero(*gradient);
@@ -268,7 +268,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> double_backward(
   const bool need_sums = need_alpha || need_gamma || need_dictionary;
   const Tensor dgrad = empty_like_x(x, need_grad), dx = empty_like_x(x, need_x);
   const Tensor dalpha = empty_gradient(alpha, need_alpha), dgamma = empty_gradient(gamma, need_gamma);
-  const Tensor ddictionary = need_dictionary ? empty_gradient(*dictionary, true) : empty_like_x(x, false);
+  const Tensor ddictionary = dictionary ? empty_gradient(*dictionary, need_dictionary) : empty_like_x(x, false);
   if (a.elements == 0) {
     for (const Tensor* gradient : {&dalpha, &dgamma, &ddictionary}) write_zero(*gradient);
     return {dgrad, dx, dalpha, dgamma, ddictionary};

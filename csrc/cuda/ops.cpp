@@ -43,7 +43,9 @@ std::string shape_of(const Tensor& t) {
 }
 
 void check_device(const Tensor& t, const char* name, const Tensor& x) {
-  STD_TORCH_CHECK(on_device(t) && t.get_device_index() == x.get_device_index(), name, " must be on the device of x");
+  STD_TORCH_CHECK(on_device(t) && t.get_device_index() == x.get_device_index(), name, " must be on the device of x, cuda:",
+                  x.get_device_index(), ", got one on ",
+                  on_device(t) ? "cuda:" + std::to_string(t.get_device_index()) : "no CUDA device");
 }
 
 Parameter parameter(const Tensor& t, const char* name, int64_t dim, int64_t rows, int64_t columns, const Tensor& x) {
@@ -104,17 +106,22 @@ struct Arguments {
     STD_TORCH_CHECK(gamma.dim() == 1, "gamma must be [C or 1], got ", shape_of(gamma));
     const int64_t d = alpha.size(1);
     STD_TORCH_CHECK(d < (1 << 30), "alpha has too many columns, ", d);
-    for (const Tensor* p : {&alpha, &gamma, dictionary ? &*dictionary : nullptr})
-      if (p && p->dim() > 0 && p->size(0) != 1) {
-        STD_TORCH_CHECK(x.dim() >= 2 && p->size(0) == x.size(1), "a parameter has ", p->size(0),
-                        " rows, but x, ", shape_of(x), ", has another number of channels");
-        channels = p->size(0);
-      }
+    fit("alpha", alpha);
+    fit("gamma", gamma);
+    if (dictionary) fit("dictionary", *dictionary);
     call.alpha = parameter(alpha, "alpha", 2, alpha.size(0), d, x);
     call.gamma = parameter(gamma, "gamma", 1, gamma.size(0), 1, x);
     if (dictionary) call.dictionary = parameter(*dictionary, "dictionary", 2, dictionary->size(0), d, x);
     call.size = static_cast<int>(d);
     call.boundary = boundary;
+  }
+
+  void fit(const char* name, const Tensor& p) {
+    if (p.dim() == 0 || p.size(0) == 1) return;
+    STD_TORCH_CHECK(x.dim() >= 2 && p.size(0) == x.size(1), name,
+                    " must have one row per channel of x (dimension 1) or a single row, got ", name, " ", shape_of(p),
+                    " for x ", shape_of(x));
+    channels = p.size(0);
   }
 
   // What the curve is, and which of its gradients are needed; 0 is the curve itself.
@@ -333,7 +340,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> backward(const Tensor& grad, const Te
   const Guard guard(x);
   Tensor dx = new_like(x, needs & kNeedX), dalpha = a.gradient(a.call.dalpha, alpha, needs & kNeedAlpha),
          dgamma = a.gradient(a.call.dgamma, gamma, needs & kNeedGamma),
-         ddictionary = a.gradient(a.call.ddictionary, dictionary ? *dictionary : alpha, need_dictionary);
+         ddictionary = a.gradient(a.call.ddictionary, dictionary ? *dictionary : x, need_dictionary);
   if (x.numel() == 0 || (a.call.slots == 0 && !(needs & kNeedX))) return {dx, dalpha, dgamma, ddictionary};
   const Tensor layout = needs & kNeedX ? dx : a.layout();
   a.call.x = a.data(x, "x", layout);
@@ -361,7 +368,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> double_backward(
   Tensor dgrad = new_like(x, needs & kNeedGrad), dx = new_like(x, needs & kNeedX),
          dalpha = a.gradient(a.call.dalpha, alpha, needs & kNeedAlpha),
          dgamma = a.gradient(a.call.dgamma, gamma, needs & kNeedGamma),
-         ddictionary = a.gradient(a.call.ddictionary, dictionary ? *dictionary : alpha, need_dictionary);
+         ddictionary = a.gradient(a.call.ddictionary, dictionary ? *dictionary : x, need_dictionary);
   const auto read = [&](const std::optional<Tensor>& v, const Tensor& like, const char* name) {
     if (!v) return Parameter{};
     return parameter(*v, name, like.dim(), like.size(0), like.dim() == 2 ? like.size(1) : 1, x);

@@ -29,7 +29,8 @@ def arguments(**changed):
 @pytest.mark.parametrize(
     ("wrong", "says"),
     [
-        ({"alpha": torch.ones(7, 5)}, r"a parameter has 7 rows, but x, \[4, 3\], has another number of channels"),
+        ({"alpha": torch.ones(7, 5)}, r"alpha must have one row per channel .*, got alpha \[7, 5\] for x \[4, 3\]"),
+        ({"gamma": torch.ones(2)}, r"gamma must have one row per channel .*, got gamma \[2\] for x \[4, 3\]"),
         ({"alpha": torch.ones(5)}, r"alpha must be \[C or 1, D\] with D > 0, got \[5\]"),
         ({"gamma": torch.ones(3, 1)}, r"gamma must be \[C or 1\], got \[3, 1\]"),
         ({"dictionary": torch.ones(3, 4)}, r"dictionary must be \[3, 5\], got \[3, 4\]"),

@@ -2,11 +2,13 @@
 
 import copy
 import pickle
+import random
 import traceback
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -270,6 +272,33 @@ class Counting(Block):
         return F.relu(self.conv1(x))
 
 
+class CountingInAChild(Block):
+    def forward(self, x: Tensor) -> Tensor:
+        self.conv1.calls = 1  # type: ignore[assignment]
+        return F.relu(self.conv1(x))
+
+
+class Random(Block):
+    """Mixes two branches by chance in training, as shake-shake does."""
+
+    def draw(self) -> float:
+        return torch.rand(1).item()
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv1(x)
+        return F.relu(x * self.draw() if self.training else x)
+
+
+class RandomOfPython(Random):
+    def draw(self) -> float:
+        return random.random()
+
+
+class RandomOfNumPy(Random):
+    def draw(self) -> float:
+        return float(np.random.random())
+
+
 @pytest.mark.parametrize(
     ("kind", "reason"),
     [
@@ -278,6 +307,10 @@ class Counting(Block):
         (WithoutGradients, "it sets a mode, such as no_grad"),
         (OtherInTraining, "other activations in training than in evaluation"),
         (Counting, "it sets calls"),
+        (CountingInAChild, "it sets conv1.calls"),
+        (Random, "it draws random numbers in Python"),
+        (RandomOfPython, "it draws random numbers in Python"),
+        (RandomOfNumPy, "it draws random numbers in Python"),
         (ConstantTensor, "it makes a tensor of numbers"),
     ],
 )
@@ -316,6 +349,56 @@ def test_settings_that_are_read_are_fixed() -> None:
     with pytest.raises(AttributeError, match="twice of this Switched stays False: its forward was generated with that"):
         model.twice = True
     assert copy.deepcopy(model).other
+
+
+def test_tuples_are_fixed_and_what_is_not_is_said() -> None:
+    class Config:
+        scale = 2.0
+
+    class Set(Block):
+        def __init__(self) -> None:
+            super().__init__()
+            self.size, self.scales, self.config = (2, 2), [1.0], Config()
+            self.drop = nn.Dropout(0.25)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = F.avg_pool2d(self.conv1(x), self.size) * self.scales[0] * self.config.scale
+            return F.relu(F.dropout(x, self.drop.p, self.training))
+
+    model = Set()
+    report = same(model, example_input=images(), skip="relu")
+    assert "Set: its new forward has taken over config, drop.p, scales; a later change has no effect" in str(report)
+    with pytest.raises(AttributeError, match=r"size of this Set stays \(2, 2\)"):
+        model.size = (3, 3)
+    assert not [r for r in same(Block(), example_input=images()).remarks if "taken over" in r]
+
+
+def test_buffers_are_worked_with_at_every_call() -> None:
+    class Normed(Block):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("calls", torch.zeros(()))
+            self.register_buffer("mean", torch.randn(4))
+            self.register_buffer("scale", torch.ones(()))
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.calls.add_(1)
+            x = self.conv1(x)
+            if self.training:
+                self.mean.lerp_(x.detach().mean((0, 2, 3)), 0.1)
+            return F.relu(x - self.mean[:, None, None]) * self.scale.item()
+
+    torch.manual_seed(0)
+    before, x = Normed(), images()
+    after = copy.deepcopy(before)
+    same(after, example_input=images(), skip="relu")
+    for scale in (1.0, 7.0):
+        for model in (before, after):
+            model.scale.fill_(scale)
+        torch.testing.assert_close(after(x), before(x))
+    torch.testing.assert_close(after.eval()(x), before.eval()(x))
+    assert (before.calls, after.calls) == (3, 3)
+    torch.testing.assert_close(after.mean, before.mean)
 
 
 # ------------------------------------------------------------------------------------------ in place, and what reads on

@@ -5,7 +5,7 @@ import torch
 from cases import LAYOUTS
 from forms import BOUNDARY, assert_equal_to_rounding, forms, make_arguments, reference
 
-from kafops import ops
+from kafops import kernels, ops, plain
 from kafops.ops import Needs
 
 X_AND_PARAMETERS = Needs.X + Needs.ALPHA + Needs.GAMMA + Needs.DICTIONARY
@@ -90,3 +90,26 @@ def test_gradients_not_asked_for_are_empty(free):
         got = ops.kaf_backward(torch.ones_like(x), *arguments, BOUNDARY, needs)
         for i, (g, w) in enumerate(zip(got, whole, strict=True)):
             assert torch.equal(g, w) if needs & (1 << i) else g.shape == (0,)
+
+
+@forms
+@pytest.mark.parametrize("needs", range(16))
+def test_dtypes_and_orders_of_what_is_not_asked_for(free, needs):
+    """As the kernels have them: a parameter's own dtype, and orders checked of what is computed alone."""
+    x, *parameters = make_arguments(free, requires_grad=False)
+    arguments = (x, *(p.float() for p in parameters), None)[:4]
+    torch.library.opcheck(ops.kaf_backward, (torch.ones_like(x), *arguments, BOUNDARY, needs))
+    for backward in (ops.kaf_backward, plain.kaf_backward):
+        got = backward(torch.ones_like(x), *arguments, BOUNDARY, needs)
+        assert [g.dtype for g in got] == [(x if t is None else t).dtype for t in arguments]
+    meta = [None if t is None else t.to("meta") for t in (torch.ones_like(x), *arguments)]
+    kappa = kernels.KERNELS["matern32"].code
+    for order in ((12, 0), (13, 0), (0, 6), (0, 7), (1, 0), (2, 0), (4, 0)):
+        for code in (0, kappa):
+            failed = []
+            for a in ([torch.ones_like(x), *arguments], meta):
+                try:
+                    ops.kaf_backward(*a, BOUNDARY, needs, code, 0, *order)
+                except RuntimeError:
+                    failed.append(a is meta)
+            assert failed in ([], [False, True]), (order, code)

@@ -251,7 +251,7 @@ class _Call:
         wanted = ((Needs.ALPHA, self.alpha), (Needs.GAMMA, self.gamma), (Needs.DICTIONARY, self.dictionary))
         if self.partial is None:
             for need, p in wanted:
-                yield self.x.new_empty(0) if p is None or not self.needs & need else p.new_zeros(p.shape)
+                yield self.none_of(p) if p is None or not self.needs & need else p.new_zeros(p.shape)
             return
         alone = [p for need, p in wanted if self.needs & need and p is not None]
         dtype = alone[0].dtype if len(alone) == 1 and alone[0].shape[0] == self.C else torch.float64
@@ -260,12 +260,16 @@ class _Call:
         slots: dict[int, slice | int] = {Needs.ALPHA: slice(0, D), Needs.GAMMA: -1, Needs.DICTIONARY: points}
         for need, p in wanted:
             if p is None or not self.needs & need:
-                yield self.x.new_empty(0)
+                yield self.none_of(p)
             elif dtype != torch.float64:
                 yield total.view(p.shape)
             else:
                 of_p = total[:, slots[need]]
                 yield torch.empty_like(p).copy_(of_p if p.shape[0] == self.C else of_p.sum(0, keepdim=True))
+
+    def none_of(self, p: Tensor | None) -> Tensor:
+        """Return the gradient that is not wanted: of the parameter's dtype, as that would be."""
+        return (self.x if p is None else p).new_empty(0)
 
 
 def _in_layout(t: Tensor, strides: tuple[int, ...]) -> Tensor:
