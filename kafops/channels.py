@@ -19,7 +19,8 @@ _SPATIAL_DIMS = {
     F.conv_transpose2d: 2,
     F.conv_transpose3d: 3,
 }
-_LAST = {F.linear, F.bilinear, F.embedding, torch.addmm, Tensor.addmm}
+_LAST = {F.linear, F.bilinear, F.embedding, torch.addmm, Tensor.addmm, F.multi_head_attention_forward}
+_LAST |= {torch.lstm, torch.gru, torch.rnn_tanh, torch.rnn_relu}
 _SECOND = {F.batch_norm, F.group_norm, F.instance_norm}
 _LAST_DIMS_NORMS = {F.layer_norm, F.rms_norm}
 

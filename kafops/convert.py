@@ -112,7 +112,7 @@ def replace_activations(
         fit: passed on with base="same": fits, rather than keeps, what is no base.
 
     Returns:
-        A list of `Replacement`, one for each new module; `print` shows it as a table.
+        A list of `Replacement`, one for each new module; `print` shows it as a table. Its `model` is the model given.
 
     Raises:
         TypeError: an argument has the wrong type, or the factory returns no module or has no parameter `base`.
@@ -134,7 +134,8 @@ def replace_activations(
     wanted = _checked_targets(targets)
     factory = _checked_factory(factory, base, fit)
     _check_model(model, wanted)
-    skip = {skip} if isinstance(skip, str) else set(skip)
+    skip = _checked_skip(skip)
+    _check_channel_dim(channel_dim)
     skipped = _skipped(model, skip)
     places = _find_places(model, wanted, skipped)
     if example_input is None:
@@ -142,7 +143,7 @@ def replace_activations(
     else:
         findings = sites_by_example.find_uses(model, places, wanted, skipped, example_input)
     if not findings.uses and not places:
-        raise ValueError(_nothing_found(model, wanted))
+        raise ValueError(_nothing_found(model, wanted, bool(skip)))
     _check_reached(places, findings, example_input is not None)
     plan = make_plan(model, places, wanted, findings.uses, skip, channel_dim)
     replacements = [_make_replacement(factory, site) for site in plan.sites]
@@ -160,7 +161,7 @@ def replace_activations(
     remarks = plan.remarks
     if findings.not_run_in_training:
         remarks.append(f"not looked at in training mode, in which the example fails: {findings.not_run_in_training}")
-    return ReplacementReport(replacements, left, moved, remarks, outside)
+    return ReplacementReport(replacements, left, moved, remarks, outside, model)
 
 
 # ------------------------------------------------------------------------------------------------------ the arguments
@@ -172,6 +173,27 @@ def _checked_targets(targets: Any) -> Targets:
         if not isinstance(t, str) and not (isinstance(t, type) and issubclass(t, nn.Module)):
             raise TypeError(f"targets must be module classes such as nn.ReLU, or their qualified names, got {t!r}")
     return Targets(kinds)
+
+
+def _checked_skip(skip: Any) -> set[str]:
+    names = [skip] if isinstance(skip, str) else list(skip) if isinstance(skip, Iterable) else [skip]
+    if not all(isinstance(name, str) for name in names):
+        raise TypeError(f"skip must be a qualified name, such as 'head', or several of them, got {skip!r}")
+    return set(names)
+
+
+def _check_channel_dim(channel_dim: Any) -> None:
+    def whole(value: Any) -> bool:
+        return isinstance(value, int) and not isinstance(value, bool)
+
+    of_sites = isinstance(channel_dim, Mapping)
+    if channel_dim is None or whole(channel_dim):
+        return
+    if not of_sites or not all(isinstance(name, str) and whole(dim) for name, dim in channel_dim.items()):
+        raise TypeError(
+            "channel_dim must be an integer, a mapping from names of sites to integers, such as {'head.act': -1}, or "
+            f"None, got {channel_dim!r}"
+        )
 
 
 def _checked_factory(factory: Any, base: str | None, fit: bool) -> Callable[..., nn.Module]:
@@ -254,7 +276,9 @@ def _find_places(model: nn.Module, targets: Targets, skipped: set[nn.Module]) ->
     return [Place(p, child, tuple(names), p._modules[child]) for (p, child), names in found.items()]  # type: ignore[arg-type]
 
 
-def _nothing_found(model: nn.Module, targets: Targets) -> str:
+def _nothing_found(model: nn.Module, targets: Targets, skips: bool) -> str:
+    if skips and any(targets.match(m) for m in model.modules()):
+        return f"skip leaves no activation of this {type(model).__name__} to replace"
     seen = Counter(qualified_name(type(m)) for m in model.modules() if _looks_like_an_activation(m))
     there = "; it has " + ", ".join(f"{n} {kind}" for kind, n in seen.items()) if seen else ""
     return (

@@ -75,7 +75,7 @@ def decompositions(dtype: torch.dtype = torch.float64) -> dict[Any, Callable[...
         ValueError: dtype is neither.
 
     Example:
-        >>> program = torch.export.export(model, (x,)).run_decompositions(kafops.decompositions())
+        >>> program = torch.export.export(model, (images,)).run_decompositions(kafops.decompositions())
     """
     if dtype not in (torch.float32, torch.float64):
         raise ValueError(f"dtype must be torch.float32 or torch.float64, got {dtype}")

@@ -73,7 +73,11 @@ class KAF(nn.Module):
         Parameter `alpha` [C, D]; `gamma` [C], a buffer, or where learned the parameter `log_gamma` [C]; parameter
         `dictionary` [C, D] where learned. Absent ones are None; `bandwidths()` and `points()` serve both cases. Buffer
         `curve` [3], float64, says what curves these are: the boundary and the codes of kernel and base. Loading into a
-        layer of others raises; `kafops.load_state_dict` takes the boundary over. States of version 0.1 load, too.
+        layer of others raises; `kafops.load_state_dict` takes the boundary over. States of version 0.1 load, too. Of an
+        `old` that is no base a state knows that there is one, not which: build the layer with the same.
+
+    As of PReLU's weight, the optimizer should not decay curves, which pulls them to 0, nor orthogonalise them as Muon
+    does: `kafops.param_groups` puts them into groups of their own.
 
     `.half()`, `.bfloat16()` and the like leave the layer's state in float32, because coefficients in half precision
     cost 1e-2 in the output. After `.to_empty()` call `reset_parameters()`, which restores gamma and curve too.

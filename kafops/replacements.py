@@ -69,6 +69,7 @@ class ReplacementReport(list[Replacement]):
         remarks: what else there is to know, a sentence each.
         outside: share of the inputs on the example that each new KAF layer gets from outside its dictionary, by name;
             empty without an example. `kafops.calibrate` puts dictionaries where the inputs are.
+        model: the model that was changed: that given, for it is changed in place always.
     """
 
     def __init__(
@@ -78,12 +79,14 @@ class ReplacementReport(list[Replacement]):
         moved: Moved | None = None,
         remarks: Iterable[str] = (),
         outside: Mapping[str, float] | None = None,
+        model: nn.Module | None = None,
     ) -> None:
         super().__init__(replacements)
         self.left = list(left)
         self.moved = moved
         self.remarks = list(remarks)
         self.outside = dict(outside or {})
+        self.model = model
 
     def __str__(self) -> str:
         header: tuple[str, ...] = ("site", "old → new", "channels", "rank", "uses")

@@ -49,7 +49,8 @@ def function_of(old: Any) -> Function:
 
     Raises:
         TypeError: old is none of these.
-        ValueError: it has parameters or buffers, which would neither train, move nor be saved.
+        ValueError: it has parameters or buffers, which would neither train, move nor be saved; or what it makes of a
+            number depends on others.
     """
     if isinstance(checked(old, "base"), type):
         old = old()
@@ -59,7 +60,27 @@ def function_of(old: Any) -> Function:
         old = copy.deepcopy(old)
         if getattr(old, "inplace", False) is True:
             old.inplace = False
+    _check_elementwise(old)
     return old
+
+
+def _check_elementwise(old: Any) -> None:
+    x = torch.linspace(-2, 3, 12, device="cpu", dtype=torch.float32).view(3, 4)
+    training = getattr(old, "training", False)
+    if isinstance(old, nn.Module):
+        old.eval()  # some draw random numbers in training
+    try:
+        with torch.no_grad(), torch.device("cpu"):
+            whole, part = old(x.clone()), old(x[:2, 1:3].clone())
+    except Exception:  # whatever a function of the user's raises; where it is called it does so again
+        return
+    finally:
+        if isinstance(old, nn.Module):
+            old.train(training)
+    same_shape = isinstance(whole, Tensor) and whole.shape == x.shape
+    if not same_shape or not torch.allclose(whole[:2, 1:3], part, rtol=1e-4, atol=1e-5, equal_nan=True):
+        does = "depends on other elements" if same_shape else "has another shape"
+        raise ValueError(f"old must be applied to each element by itself, and what {name_of(old)} returns {does}")
 
 
 @cache

@@ -35,7 +35,8 @@ def watch(model: nn.Module, inputs: Any = None, figure: bool = False) -> dict[st
         TypeError, ValueError, ImportError: as `kafops.plot`.
 
     Example:
-        Lightning, in a LightningModule; Trainer, in a TrainerCallback; TensorBoard; Weights & Biases:
+        Lightning, in a LightningModule; Trainer, in a TrainerCallback that was given it as an attribute (no callback
+        has it of itself); TensorBoard; Weights & Biases:
 
         >>> def on_train_epoch_end(self):
         ...     self.log_dict(kafops.watch(self, self.example))

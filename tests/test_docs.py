@@ -8,6 +8,8 @@ from pathlib import Path
 
 import pytest
 
+import kafops
+
 ROOT = Path(__file__).parent.parent
 DOCS = ROOT / "docs"
 
@@ -40,3 +42,8 @@ def test_the_figures_are_drawn(tmp_path):
     drawn = {path.name for path in (tmp_path / "figures").iterdir()}
     assert drawn == {path.name for path in (DOCS / "figures").iterdir()}
     assert all(f"figures/{name}" in (DOCS / "mathematics.md").read_text() for name in drawn)
+
+
+def test_every_public_name_is_on_the_page_of_the_api():
+    page = (ROOT / "docs/api.md").read_text(encoding="utf-8")
+    assert not [name for name in kafops.__all__ if f"kafops.{name}" not in page]

@@ -510,6 +510,34 @@ def test_ambiguous_channels_are_refused_by_name() -> None:
         shapes(channel_dim=3)
 
 
+@pytest.mark.parametrize("wrong", ["1", [1], 1.0, True, {"relu": "1"}, {1: 1}])
+def test_channel_dim_is_an_integer_or_a_mapping(wrong: Any) -> None:
+    with pytest.raises(TypeError, match="channel_dim must be an integer, a mapping from names of sites to integers"):
+        kafops.replace_activations(Scaled(), kafops.KAF, example_input=torch.randn(2, 4, 5), channel_dim=wrong)
+
+
+@pytest.mark.parametrize("batch_first", [True, False])
+@pytest.mark.parametrize("kind", ["attention", "lstm", "gru", "rnn"])
+def test_attention_and_recurrent_layers_have_channels_last(kind: str, batch_first: bool) -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            kinds = {"lstm": nn.LSTM, "gru": nn.GRU, "rnn": nn.RNN}
+            layer = nn.MultiheadAttention(8, 2) if kind == "attention" else kinds[kind](8, 6)
+            layer.batch_first = batch_first
+            self.layer, self.act = layer, nn.GELU()
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.layer(x, x, x) if kind == "attention" else self.layer(x)
+            return self.act(y[0])
+
+    before, x = Net().eval(), torch.randn(2, 5, 8)
+    after = copy.deepcopy(before)
+    (r,) = same(after, example_input=x)
+    assert (r.channels, r.channel_dim) == (8 if kind == "attention" else 6, -1)
+    torch.testing.assert_close(after(x), before(x))
+
+
 def test_a_shared_curve_needs_no_channel_dimension() -> None:
     model = Scaled()
     report = kafops.replace_activations(model, lambda channels: kafops.KAF(1), example_input=torch.randn(2, 4, 5))
@@ -661,6 +689,11 @@ def test_skip() -> None:
     assert names(same(model(), example_input=images(), skip={"0.elu"})) == [("0.relu", 4), ("0.relu_2", 6), ("2", 5)]
     with pytest.raises(ValueError, match=r"skip must name a module or site, got 0\.gelu; the sites are"):
         same(model(), example_input=images(), skip="0.gelu")
+    for wrong in (None, 5, [1]):
+        with pytest.raises(TypeError, match=r"skip must be a qualified name, .*, got"):
+            same(model(), example_input=images(), skip=wrong)
+    with pytest.raises(ValueError, match="skip leaves no activation of this Sequential to replace"):
+        same(nn.Sequential(nn.Conv2d(3, 4, 1), nn.ReLU()), example_input=images(), skip="1")
 
 
 def test_a_model_that_fails_afterwards_is_as_before() -> None:

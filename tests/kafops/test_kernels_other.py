@@ -14,7 +14,7 @@ from forms import assert_equal_to_rounding, forms, make_arguments
 from other_kernels import F32, F64, KERNELS, KNOT, curve, defined, of_kernels
 
 import kafops
-from kafops import backends, kernels, plain
+from kafops import backends, bases, kernels, plain
 
 ROOT = Path(__file__).parents[2]
 
@@ -416,3 +416,13 @@ def test_where_there_are_no_kernels_a_warning_says_so(monkeypatch):
     on_meta = kafops.kaf(x.to("meta"), alpha.to("meta"), gamma.to("meta"), 1.0, kernel="matern32")
     assert on_meta.device.type == "meta"
     assert on_meta.shape == x.shape
+
+
+@pytest.mark.parametrize("kernel", kernels.KERNELS)
+@pytest.mark.parametrize("base", [None, *bases.BASES])
+def test_the_reference_has_gradients_of_nan_that_are_nan(kernel, base):
+    x = torch.tensor([math.nan, 1.0, math.inf], requires_grad=True)
+    alpha = torch.ones(1, 5)
+    y = kafops.reference.kaf(x, alpha, torch.ones(1), kernel=kernel, base=base)
+    (dx,) = torch.autograd.grad(y.sum(), x)
+    assert y.isnan().tolist() == dx.isnan().tolist() == [True, False, False]

@@ -140,3 +140,22 @@ def test_compiles_in_one_graph(old: Any) -> None:
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
     torch.testing.assert_close(compiled(x), layer(x))
     torch.export.export(layer, (x,))
+
+
+@pytest.mark.parametrize(
+    ("old", "does"),
+    [
+        (nn.GLU(), "has another shape"),
+        (nn.Softmax(1), "depends on other elements"),
+        (lambda x: x - x.mean(), "depends on other elements"),
+        (lambda x: None, "has another shape"),
+    ],
+)
+def test_what_is_no_function_of_each_element_is_refused(old, does):
+    with pytest.raises(ValueError, match=f"old must be applied to each element by itself, and what .* returns {does}"):
+        kafops.KAF(4, base="same", old=old)
+
+
+def test_random_activations_are_kept():
+    layer = kafops.KAF(4, base="same", old=nn.RReLU())
+    assert layer.old.training
