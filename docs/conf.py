@@ -10,9 +10,11 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 import latex2mathml.converter  # noqa: E402
+import torch  # noqa: E402
 from docutils import nodes  # noqa: E402
 
 import kafops  # noqa: E402
+from kafops import checks  # noqa: E402
 from kafops.backends.record import Backend  # noqa: E402
 
 project = "kafops"
@@ -76,9 +78,41 @@ def _row(backend: Backend) -> str:
     return f"| {backend.title} (`{backend.name}`) | {devices} | {kernels} | {operators} | {here} |"
 
 
+def kernels() -> str:
+    """Return the table of kernels: how often each may be differentiated, and which backends have it themselves."""
+    backends = kafops.backends.ORDER
+    rows = [
+        f"| kernel κ | derivatives | {' | '.join(f'`{b.name}`' for b in backends)} |",
+        "|---" * (len(backends) + 2) + "|",
+    ]
+    for name, kernel in kafops.kernels.KERNELS.items():
+        smooth = kernel.smoothness >= kafops.kernels.HIGHEST
+        orders = f"n + 2m ≤ {kafops.kernels.HIGHEST}" if smooth else f"n + m ≤ {kernel.smoothness}"
+        of = ["fused" if b.operators and name in b.kernels else "in plain PyTorch" for b in backends]
+        rows.append(f"| `{name}` | {orders} | {' | '.join(of)} |")
+    return "\n".join(rows)
+
+
+def dtypes(of_x: bool) -> str:
+    """Return the dtypes that x may have, or the parameters beside an x of float32: those that are not refused."""
+    floating = (d for d in vars(torch).values() if isinstance(d, torch.dtype) and d.is_floating_point)
+    return ", ".join(f"`{d}`".replace("torch.", "") for d in dict.fromkeys(floating) if _taken(d, of_x))
+
+
+def _taken(dtype: torch.dtype, of_x: bool) -> bool:
+    x, p = (dtype, torch.float32) if of_x else (torch.float32, dtype)
+    try:
+        checks.arguments(*(torch.empty(1, 1, dtype=d) for d in (x, p)), torch.empty(1, dtype=p), None)
+    except TypeError:
+        return False
+    return True
+
+
 myst_substitutions: dict[str, Any] = {
     "backends": supported(),
-    "kernels": ", ".join(f"`{name}`" for name in kafops.kernels.KERNELS),
+    "kernels": kernels(),
+    "of_x": dtypes(of_x=True),
+    "of_parameters": dtypes(of_x=False),
     "bases": ", ".join(f"`{name}`" for name in kafops.bases.BASES),
 }
 
