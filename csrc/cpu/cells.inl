@@ -396,10 +396,12 @@ inline bool columns_fit(const Plan& p) {
 }
 
 // Whether channel c's tables are columns, [kPoints][kPermuteCells], to be looked up by permutes, or rows,
-// [cells][kPoints].
+// [cells][kPoints]. Where channels are innermost, permutes go by squares: for half precision, which lanes would have to
+// unpack into buffers, and while few tables leave room in the first cache and no sums want lanes.
 template <class T> bool permuted(const Plan& p, int64_t c) {
   return kPermutes && std::is_same_v<T, float> && p.bases[p.shared_basis ? 0 : c].cells.count == kPermuteCells &&
-         (p.shared_basis || !columns_fit(p));
+         (!columns_fit(p) || (p.shared_basis && (p.x.type != Type::f32 ||
+                                                 p.channels <= (p.sums_count ? kFloats : kColumns))));
 }
 
 template <class T> void make_tables_of(Plan& p, Windows& own, int64_t begin, int64_t end) {
