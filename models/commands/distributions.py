@@ -22,15 +22,16 @@ from models.support import arguments, checkpoints, files, terminal
 from models.support.arguments import Commands
 from models.support.interrupts import AFTER_THIS, Interrupted, StopRequest
 
+_LINES = 8  # networks whose distances along the depth can still be told apart in one figure
 _ABOUT = """
 Attacks the networks of runs and compares their activations on clean and on adversarial images, of each layer and
 channel, the inputs of the activations and their outputs. Writes to RUN/distributions: distributions.json (relative L2
 distances of the pairs, Wasserstein-1 distances of the distributions), distributions.png (densities of the inputs of
 some channels, with the learned curves over them), outputs.png (of the outputs) and layers.png (distances over depth).
 
-Of several runs, distributions.json and layers.png in OUT show all; of three or more, against.png and Spearman's rank
-correlation say whether the networks that move images less are the more robust, on all images and on those that the
-attack did not break.
+Of several runs, distributions.json and (of up to eight) layers.png in OUT show all; of three or more, against.png and
+Spearman's rank correlation say whether the networks that move images less are the more robust, on all images and on
+those that the attack did not break.
 
 Ctrl-C stops at any time and loses at most the batch under way: the same command goes on where it stopped.
 """
@@ -70,7 +71,8 @@ def _run(options: argparse.Namespace, command: str) -> int:
         ranks = _ranks(runs)
         summary = {"format": _Look.FORMAT, "command": command, "runs": runs, "ranks": ranks}
         files.write_result(options.out / "distributions.json", summary)
-        files.write_bytes(options.out / "layers.png", figures.depth(networks))
+        if len(networks) <= _LINES:
+            files.write_bytes(options.out / "layers.png", figures.depth(networks))
         files.write_bytes(options.out / "against.png", figures.against(_points(runs)))
     console.print(_distances(networks).terminal())
     if len(networks) > 1:
@@ -187,7 +189,8 @@ def _summaries(labels: list[str], folders: list[Path], results: list[dict[str, A
             "run": label,
             "folder": str(folder),
             "activation": result["settings"]["activation"],
-            "lr": completed(dict(result["settings"]))["training"]["lr"],
+            "lr": training["lr"],
+            "frozen": training["activation_lr"] == 0,
             "seed": result["settings"]["seed"],
             "identity": result["identity"],
             "accuracy": dict(zip(("clean", "attacked"), images[number].accuracies, strict=True)),
@@ -202,6 +205,7 @@ def _summaries(labels: list[str], folders: list[Path], results: list[dict[str, A
             ],
         }
         for number, (label, folder, result) in enumerate(zip(labels, folders, results, strict=True))
+        for training in [completed(dict(result["settings"]))["training"]]
     ]
 
 
@@ -243,4 +247,7 @@ def _correlations(ranks: list[dict[str, Any]]) -> Table:
 
 
 def _points(runs: list[dict[str, Any]]) -> list[figures.Point]:
-    return [figures.Point(r["activation"], r["lr"], r["accuracy"]["attacked"], r["moved"]) for r in runs]
+    names = [r["activation"] + (", frozen" if r["frozen"] else "") for r in runs]
+    return [
+        figures.Point(name, r["lr"], r["accuracy"]["attacked"], r["moved"]) for name, r in zip(names, runs, strict=True)
+    ]

@@ -125,8 +125,8 @@ def against(points: Sequence[Point]) -> Figure:
     colours = {name: style.PALETTE[number % len(style.PALETTE)] for number, name in enumerate(activations)}
     marks = {rate: style.MARKS[number % len(style.MARKS)] for number, rate in enumerate(rates)}
     kinds = list(points[0].moved)
-    moved = [value for point in points for of_sides in point.moved.values() for value in of_sides.values()]
-    right = 108 * max((value for value in moved if value), default=1.0)
+    moved = [value for point in points for of_sides in point.moved.values() for value in of_sides.values() if value]
+    across, up = _around(moved or [0.0, 1.0]), _around([point.robust for point in points])
     figure = style.figure(height=4.8 + 0.2 * (-(-(len(activations) + len(rates)) // 4)))
     grid = figure.subplots(len(_SIDES), len(kinds), sharex=True, sharey=True, squeeze=False)
     for row, side in zip(grid, _SIDES, strict=True):
@@ -135,8 +135,8 @@ def against(points: Sequence[Point]) -> Figure:
                 if (value := point.moved[kind][side]) is not None:
                     look = {"color": colours[point.activation], "mfc": "none", "mew": 1.3}
                     axes.plot(100 * value, 100 * point.robust, marks[point.lr], ms=5, **look)
-            axes.set_xlim(0, right)
-            axes.set_ylim(0, 100)
+            axes.set_xlim(*across)
+            axes.set_ylim(*up)
             style.grid(axes, "both")
             axes.xaxis.set_major_locator(MaxNLocator(4))
             axes.set_xlabel(f"{side} move by, %")
@@ -147,6 +147,13 @@ def against(points: Sequence[Point]) -> Figure:
     handles += [style.handle(f"learning rate {rate:g}", style.GREY, mark, mfc="none") for rate, mark in marks.items()]
     style.legend(figure, handles, 4, handletextpad=0.2)
     return figure
+
+
+def _around(shares: Sequence[float]) -> tuple[float, float]:
+    """Return the ends of an axis, in %, that show shares with some room, and no more of below 0."""
+    low, high = 100 * min(shares), 100 * max(shares)
+    room = 0.08 * max(high - low, 10.0)
+    return max(low - room, -room), high + room
 
 
 def _looks(networks: Sequence[Network]) -> list[dict[str, Any]]:
