@@ -115,10 +115,12 @@ def report(study: Study, done: dict[str, dict[str, Any]], results: Path, command
     if not summary["rates"]:
         return
     files.write_result(results / "summary.json", summary)
-    drawings = {"accuracies": figures.accuracies(summary)}
+    drawings = {}
     if len(study.radii) > 1:
-        drawings = {"radii": figures.over_radii(summary, WORST)}
-    elif len(summary["activations"]) > 1:
+        drawings["radii"] = figures.over_radii(summary, WORST)
+    else:
+        drawings["accuracies"] = figures.accuracies(summary)
+    if len(study.radii) == 1 and len(summary["activations"]) > 1:
         drawings["differences"] = figures.differences(summary, WORST)
         drawings["robust-clean"] = figures.robust_against_clean(summary, WORST)
     for name, png in drawings.items():

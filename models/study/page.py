@@ -64,8 +64,9 @@ _DIFFERENCES = (
     "interval goes on. These were not named beforehand and are not corrected: one in twenty excludes 0 by chance."
 )
 _OVERFITTED = (
-    "In a cell: clean, under the worst attack, and in how many runs training overfitted its own attack (accuracy under "
-    f"PGD on held-out images fell by more than {points(OVERFITTED, '.0f')} points from its best epoch to its last)."
+    "In a cell: clean, under the worst attack, and in how many runs training overfitted its own attack (in the last "
+    f"epoch accuracy under PGD, on held-out images, is more than {points(OVERFITTED, '.0f')} points below that under "
+    "it, on training images)."
 )
 _PAIRS = (
     "Runs of the same method, ε, rate and seed. p is of the exact sign test over the pairs of which one run overfitted "
