@@ -14,9 +14,9 @@ from models.study.statistics import LEVEL, Difference, difference, estimate, hol
 
 CLEAN, WORST = "clean", "worst"
 OVERFITTED = 0.4
-"""By which accuracy under PGD, on held-out images, is lower in the last epoch than that under the training's own attack,
-on training images: the network has learned to withstand its own attack and little else (catastrophic overfitting, Wong
-et al. 2020), whether it withstood PGD before or never did."""
+"""By which accuracy under PGD, on held-out images, is lower in the last epoch than that under the training's own
+attack, on training images: the network has learned to withstand its own attack and little else (catastrophic
+overfitting, Wong et al. 2020), whether it withstood PGD before or never did."""
 Seeds = dict[int, dict[str, str]]
 """What is wrong under each measure, "0" and "1" for each image, by seed."""
 
