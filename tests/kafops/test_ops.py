@@ -4,6 +4,7 @@ import pytest
 import torch
 from cases import LAYOUTS
 from forms import BOUNDARY, assert_equal_to_rounding, forms, make_arguments, reference
+from torch import library
 
 from kafops import kernels, ops, plain
 from kafops.ops import Needs
@@ -98,7 +99,7 @@ def test_dtypes_and_orders_of_what_is_not_asked_for(free, needs):
     """As the kernels have them: a parameter's own dtype, and orders checked of what is computed alone."""
     x, *parameters = make_arguments(free, requires_grad=False)
     arguments = (x, *(p.float() for p in parameters), None)[:4]
-    torch.library.opcheck(ops.kaf_backward, (torch.ones_like(x), *arguments, BOUNDARY, needs))
+    library.opcheck(ops.kaf_backward, (torch.ones_like(x), *arguments, BOUNDARY, needs))
     for backward in (ops.kaf_backward, plain.kaf_backward):
         got = backward(torch.ones_like(x), *arguments, BOUNDARY, needs)
         assert [g.dtype for g in got] == [(x if t is None else t).dtype for t in arguments]
