@@ -50,7 +50,7 @@ def function_of(old: Any) -> Function:
     Raises:
         TypeError: old is none of these.
         ValueError: it has parameters or buffers, which would neither train, move nor be saved; or what it makes of a
-            number depends on others.
+            number depends on others, or it fails on a small tensor on the CPU.
     """
     if isinstance(checked(old, "base"), type):
         old = old()
@@ -72,8 +72,11 @@ def _check_elementwise(old: Any) -> None:
     try:
         with torch.no_grad(), torch.device("cpu"):
             whole, part = old(x.clone()), old(x[:2, 1:3].clone())
-    except Exception:  # whatever a function of the user's raises; where it is called it does so again
-        return
+    except Exception as e:  # whatever a function of the user's raises
+        raise ValueError(
+            f"old must take a float32 tensor of any shape on the CPU, and {name_of(old)} fails on one of shape [3, 4]: "
+            f"{e}"
+        ) from e
     finally:
         if isinstance(old, nn.Module):
             old.train(training)

@@ -33,7 +33,11 @@ def markdown(study: Study, summary: dict[str, Any], results: dict[str, dict[str,
         parts += ["## Accuracy", "![accuracy over eps](radii.png)", "*Under the worst attack; dots are seeds.*", looked]
         parts += [_OVERFITTED, *_over_radii(study, summary)]
         if summary["overfitting"]:
-            parts += ["## Which runs overfitted, as was named beforehand", _overfitting(summary["overfitting"]), _PAIRS]
+            parts += [
+                "## Which runs overfitted, in the pairs named beforehand",
+                _overfitting(summary["overfitting"]),
+                _PAIRS,
+            ]
     else:
         parts += ["## Accuracy", "![accuracy of each activation](accuracies.png)", looked]
         parts += [_accuracies(*panel, summary["measures"]) for panel in _panels(study, summary)]

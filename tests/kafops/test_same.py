@@ -156,6 +156,12 @@ def test_what_is_no_function_of_each_element_is_refused(old, does):
         kafops.KAF(4, base="same", old=old)
 
 
+def test_a_function_that_fails_is_named():
+    with pytest.raises(ValueError, match=r"GLU fails on one of shape \[3, 4\]: ") as told:
+        kafops.KAF(4, base="same", old=nn.GLU(dim=5))
+    assert isinstance(told.value.__cause__, IndexError)
+
+
 def test_random_activations_are_kept():
     layer = kafops.KAF(4, base="same", old=nn.RReLU())
     assert layer.old.training
