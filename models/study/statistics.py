@@ -133,18 +133,22 @@ class Corrected:
     found: bool
 
 
+def holm_p(p: Sequence[float]) -> list[float]:
+    """Return p-values by Holm's correction, in the order of those given."""
+    return [float(corrected) for corrected in multipletests(p, LEVEL, "holm")[1]] if len(p) else []
+
+
 def holm(differences: Sequence[Difference]) -> list[Corrected | None]:
     """Correct for the number of comparisons; those of one seed have nothing to correct, and count for none."""
     known = [d for d in differences if d.p is not None]
-    if not known:
-        return [None] * len(differences)
-    found, corrected, *_ = multipletests([d.p for d in known], LEVEL, "holm")
+    corrected = holm_p([d.p for d in known if d.p is not None])
+    found = [p <= LEVEL for p in corrected]
     order = sorted(range(len(known)), key=lambda i: known[i].p or 0.0)
     results: dict[int, Corrected] = {}
     for rank, i in enumerate(order):
-        interval = known[i].interval(LEVEL / (len(known) - min(rank, int(found.sum()))))
+        interval = known[i].interval(LEVEL / (len(known) - min(rank, sum(found))))
         assert interval is not None  # it has a p
-        results[id(known[i])] = Corrected(float(corrected[i]), *interval, bool(found[i]))
+        results[id(known[i])] = Corrected(corrected[i], *interval, found[i])
     return [results.get(id(d)) for d in differences]
 
 

@@ -7,10 +7,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from scipy.stats import binomtest
-from statsmodels.stats.multitest import multipletests
 
 from models.study.plan import Panel, Run, Study
-from models.study.statistics import LEVEL, Difference, difference, estimate, holm
+from models.study.statistics import LEVEL, Difference, difference, estimate, holm, holm_p
 
 CLEAN, WORST = "clean", "worst"
 OVERFITTED = 0.4
@@ -127,8 +126,7 @@ def _overfitting(study: Study, results: dict[str, Any]) -> list[dict[str, Any]]:
         p = float(binomtest(first, first + second).pvalue) if first + second else 1.0
         numbers = {"pairs": sum(counts.values()), "both": counts[True, True], "first": first, "second": second}
         rows.append({"pair": list(pair), **numbers, "p": p})
-    corrected = multipletests([row["p"] for row in rows], LEVEL, "holm")[1] if rows else []
-    return [{**row, "holm": float(p)} for row, p in zip(rows, corrected, strict=True)]
+    return [{**row, "holm": p} for row, p in zip(rows, holm_p([row["p"] for row in rows]), strict=True)]
 
 
 def _activation(seeds: Seeds, baseline: Seeds) -> dict[str, Any]:

@@ -174,6 +174,16 @@ def test_fake_layers(make):
     kafops.KAF2d(6, base="same", old=nn.Mish)(torch.randn(1, 6, 2, 2))  # nothing fake was kept
 
 
+@pytest.mark.parametrize("base", [None, "silu"])
+def test_every_tensor_lies_on_the_layer_s_device(base):
+    with FakeTensorMode():
+        named = kafops.KAF(6, base=base, device="cuda")
+        with torch.device("cuda"):
+            by_default = kafops.KAF(6, base=base)
+    for layer in named, by_default:
+        assert {t.device.type for t in (*layer.parameters(), *layer.buffers())} == {"cuda"}
+
+
 def test_wrong_arguments_are_told_under_fake_tensors_and_on_meta():
     with FakeTensorMode(), pytest.raises(ValueError, match=r"gamma must be a positive finite number, .* got -1\.0"):
         kafops.KAF(6, gamma=-1.0)

@@ -21,7 +21,7 @@ from models.commands import tune
 from models.figures import study as study_figures
 from models.study import page, plan, tuning, workers
 from models.study.plan import Study, Tuning
-from models.study.statistics import Difference, difference, equivalence, estimate, holm, paired, rank
+from models.study.statistics import Difference, difference, equivalence, estimate, holm, holm_p, paired, rank
 from models.study.summary import accuracies, summarise
 from models.support import checkpoints
 
@@ -135,6 +135,8 @@ def test_holm_corrects_by_hand() -> None:
     ended = holm([of(0.029), of(0.036)])
     assert [(c.found, c.low > 0) for c in ended] == [(False, False)] * 2
     assert holm([]) == []
+    assert [round(p, 6) for p in holm_p([0.01, 0.04, 0.03])] == [0.03, 0.06, 0.06]
+    assert holm_p([]) == []
 
 
 def test_equality_is_claimed_within_a_margin_only() -> None:
