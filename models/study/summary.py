@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from scipy.stats import binomtest
 
 from models.study.plan import Panel, Run, Study
-from models.study.statistics import LEVEL, Difference, difference, estimate, holm, holm_p
+from models.study.statistics import Difference, difference, estimate, holm, holm_p
 
 CLEAN, WORST = "clean", "worst"
 OVERFITTED = 0.4
@@ -114,7 +114,7 @@ def _overfitting(study: Study, results: dict[str, Any]) -> list[dict[str, Any]]:
 
     Only pairs count of which one did: the exact sign test (McNemar's), Holm's correction over the study's pairs.
     """
-    rows = []
+    rows: list[dict[str, Any]] = []
     for pair in study.comparisons:
         counts = {(False, False): 0, (True, False): 0, (False, True): 0, (True, True): 0}
         for rate in study.rates:
