@@ -41,13 +41,13 @@ def strip(evolutions: Sequence["Evolution"], epochs: Sequence[int], layers: int,
     shown = _chosen(len(epochs), _LINES)
     scale = Normalize(epochs[0], max(epochs[-1], epochs[0] + 1))
     inputs = {use.name: use for use in uses if use.points}
-    figure, rows = _grid(evolutions, layers)
+    figure, rows = _grid(evolutions, layers, 1.2 if inputs else 1.05)
     for evolution, row in zip(evolutions, rows, strict=True):
         for place, axes in enumerate(row):
             if evolution.name in inputs:
                 use, channel = inputs[evolution.name], evolution.channels[place]
                 _inputs(axes, use, channel)
-                axes.set_title(f"channel {channel}: {100 * use.outside[channel]:.2g} % outside", fontsize=8)
+                axes.set_title(f"channel {channel}\n{100 * use.outside[channel]:.2g} % outside", fontsize=8)
             for number in shown:
                 last = number == shown[-1]
                 colour = style.GREY if number == 0 else _COLOURS(scale(epochs[number]))
@@ -107,8 +107,8 @@ def _chosen(count: int, most: int) -> list[int]:
     return np.linspace(0, count - 1, min(count, most)).round().astype(int).tolist()
 
 
-def _grid(evolutions: Sequence["Evolution"], layers: int) -> tuple[Figure, list[list[Axes]]]:
-    figure = style.figure(height=1.05 * len(evolutions) + 1.1)
+def _grid(evolutions: Sequence["Evolution"], layers: int, height: float = 1.05) -> tuple[Figure, list[list[Axes]]]:
+    figure = style.figure(height=height * len(evolutions) + 1.1)
     grid = figure.subplots(len(evolutions), _COLUMNS, sharex="row", sharey="row", squeeze=False)
     rows = []
     for evolution, row in zip(evolutions, grid, strict=True):

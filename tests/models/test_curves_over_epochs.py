@@ -9,6 +9,7 @@ from pathlib import Path
 import matplotlib.image
 import pytest
 import torch
+from matplotlib.text import Text
 from PIL import Image
 from torch import nn
 
@@ -17,7 +18,7 @@ from models.analysis.curves import DictionaryUse, Use, cell_edges, dense_size, e
 from models.cli import main
 from models.commands import curves as command
 from models.data import TensorSource
-from models.figures import curve_strip, dictionary_use
+from models.figures import curve_strip, dictionary_use, style
 from models.runs import session, trained
 from models.runs.settings import Settings
 from models.support import checkpoints
@@ -371,6 +372,18 @@ def test_figures_show_something(tmp_path: Path) -> None:
     movie = Image.open(io.BytesIO(curve_strip.animation(evolutions, [0, 5, 9], 2)))
     assert movie.format == "GIF"
     assert movie.n_frames == 3
+
+
+def test_titles_of_the_strip_keep_apart() -> None:
+    with style.context():
+        figure = curve_strip.strip.__wrapped__(evolution([network()] * 3, channels=4), [0, 5, 9], 2, [use_of()])
+        figure.draw_without_rendering()
+        titles = [text for text in figure.findobj(Text) if text.get_text().startswith("channel")]
+        boxes = [title.get_window_extent() for title in titles]
+    assert len(boxes) > 4
+    for box in boxes:
+        assert box.x1 <= figure.bbox.x1
+        assert box.count_overlaps(boxes) == 1  # itself
 
 
 # The command.
