@@ -47,3 +47,41 @@ def test_the_figures_are_drawn(tmp_path):
 def test_every_public_name_is_on_the_page_of_the_api():
     page = (ROOT / "docs/api.md").read_text(encoding="utf-8")
     assert not [name for name in kafops.__all__ if f"kafops.{name}" not in page]
+
+
+MACHINES = {"AVX2": "amd-epyc-avx2", "AVX-512": "amd-epyc-avx512"}
+MEASURED = re.compile(r"([\d.]+)×?(?: times faster)? \(([\d.]+) to ([\d.]+)\)")
+
+
+def quoted():
+    """Yield what tables with a column for each machine say: file, machine, the line, (median, 20th, 80th percentile)."""
+    for page in (ROOT / "README.md", *DOCS.glob("**/*.md")):
+        machines: list[str] = []
+        for line in page.read_text(encoding="utf-8").splitlines():
+            cells = [cell.strip() for cell in line.strip("|").split("|")]
+            if MACHINES.keys() <= set(cells):
+                machines = cells
+            elif not line.startswith("|"):
+                machines = []
+            for machine, cell in zip(machines, cells, strict=False):
+                if machine in MACHINES:
+                    for numbers in MEASURED.findall(cell):
+                        yield page.name, machine, line, numbers
+
+
+def decimals(number):
+    return len(number.partition(".")[2])
+
+
+def agree(said, measured):
+    """Whether two numbers are roundings of one."""
+    return abs(float(said) - float(measured)) <= 0.5 * (10.0 ** -decimals(said) + 10.0 ** -decimals(measured))
+
+
+def test_tables_by_machine_say_what_was_measured_there():
+    found = list(quoted())
+    assert {"README.md", "robustness.md"} <= {page for page, *_ in found}
+    for page, machine, line, said in found:
+        table = MEASURED.findall((ROOT / f"bench/results/{MACHINES[machine]}.md").read_text(encoding="utf-8"))
+        right = any(all(map(agree, said, measured)) for measured in table)
+        assert right, f"{page} says {said} of {machine}, which was not measured: {line}"
