@@ -54,7 +54,7 @@ MEASURED = re.compile(r"([\d.]+)×?(?: times faster)? \(([\d.]+) to ([\d.]+)\)")
 
 
 def quoted():
-    """Yield what tables with a column for each machine say: file, machine, the line, (median, 20th, 80th percentile)."""
+    """Yield what tables with a column for each machine say: file, machine, line, (median, 20th, 80th percentile)."""
     for page in (ROOT / "README.md", *DOCS.glob("**/*.md")):
         machines: list[str] = []
         for line in page.read_text(encoding="utf-8").splitlines():
