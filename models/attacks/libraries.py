@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from models.attacks.attack import Strongest
-from models.attacks.linf import frozen
+from models.attacks.linf import frozen, misclassified
 from models.attacks.wrappers import global_seed
 from models.support.errors import UserError
 
@@ -226,7 +226,7 @@ def _search(
 ) -> tuple[Tensor, Tensor]:
     adversarial = x.clone()
     with torch.no_grad():
-        found = model(x).argmax(1) != y
+        found = misclassified(model(x), y)
     todo = (~found).nonzero().squeeze(1)
     if len(todo) == 0:
         return adversarial, found
@@ -234,7 +234,7 @@ def _search(
         there = points(model, x[todo], y[todo], generator, seed).detach()
     adversarial[todo] = project(there, x[todo], radius, attack.norm)
     with torch.no_grad():
-        found[todo] = model(adversarial[todo]).argmax(1) != y[todo]
+        found[todo] = misclassified(model(adversarial[todo]), y[todo])
     return adversarial, found
 
 

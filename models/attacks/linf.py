@@ -148,7 +148,7 @@ def search(
     """
     adversarial = x.clone()
     with torch.no_grad():
-        found = model(x).argmax(1) != y
+        found = misclassified(model(x), y)
     with frozen(model):
         for _ in range(attack.restarts):
             todo = (~found).nonzero().squeeze(1)
@@ -168,7 +168,7 @@ def _settle(
     todo: Tensor, points: Tensor, moved: Tensor, logits: Tensor, y: Tensor, adversarial: Tensor, found: Tensor
 ) -> tuple[Tensor, Tensor]:
     """Record the points that the logits show to be misclassified; return the other images and where they moved to."""
-    wrong = logits.argmax(1) != y[todo]
+    wrong = misclassified(logits, y[todo])
     adversarial[todo[wrong]] = points[wrong]
     found[todo[wrong]] = True
     return todo[~wrong], moved[~wrong]
@@ -179,6 +179,11 @@ def random_start(x: Tensor, noise: float, generator: torch.Generator) -> Tensor:
     if noise == 0:
         return x.detach().clone()
     return (x + torch.empty_like(x).uniform_(-noise, noise, generator=generator)).clamp(0, 1)
+
+
+def misclassified(logits: Tensor, y: Tensor) -> Tensor:  # [N, classes], [N] -> [N] bool
+    """Say which labels are not what the logits say, as where they are not finite: NaN is the largest to argmax."""
+    return (logits.argmax(1) != y) | ~logits.isfinite().all(1)
 
 
 def margin(logits: Tensor, y: Tensor) -> Tensor:  # [N]

@@ -14,7 +14,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from models.attacks.linf import check_step, margin, random_start
+from models.attacks.linf import check_step, margin, misclassified, random_start
 
 DISTRIBUTIONS = ("gaussian", "rademacher")
 _DIRECTIONS = 64  # drawn at once
@@ -136,5 +136,5 @@ def _unbroken(model: nn.Module, points: Tensor, y: Tensor, adversarial: Tensor, 
     todo = (~found).nonzero().squeeze(1)
     if len(todo):
         adversarial[todo] = points[todo]
-        found[todo] = model(points[todo]).argmax(1) != y[todo]
+        found[todo] = misclassified(model(points[todo]), y[todo])
     return todo[~found[todo]]

@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from models.attacks.linf import LinfAttack, pgd, search
+from models.attacks.linf import LinfAttack, misclassified, pgd, search
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class MultiTargeted:
         adversarial = x.clone()
         with torch.no_grad():
             logits = model(x)
-        found = logits.argmax(1) != y
+        found = misclassified(logits, y)
         others = logits.scatter(1, y[:, None], -torch.inf).argsort(1, descending=True)  # the label comes last
         for target in others[:, : min(self.targets, logits.shape[1] - 1)].unbind(1):
             todo = (~found).nonzero().squeeze(1)

@@ -6,7 +6,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from models.attacks.linf import LinfAttack, perturb
+from models.attacks.linf import LinfAttack, misclassified, perturb
 
 
 @dataclass(frozen=True)
@@ -36,7 +36,7 @@ class Transfer:
         """Try the images of each restart on the model."""
         adversarial = x.clone()
         with torch.no_grad():
-            found = model(x).argmax(1) != y
+            found = misclassified(model(x), y)
         for _ in range(self.attack.restarts):
             todo = (~found).nonzero().squeeze(1)
             if len(todo) == 0:
@@ -44,7 +44,7 @@ class Transfer:
             points = perturb(self.source, x[todo], y[todo], self.attack, generator)
             adversarial[todo] = points
             with torch.no_grad():
-                found[todo] = model(points).argmax(1) != y[todo]
+                found[todo] = misclassified(model(points), y[todo])
         return adversarial, found
 
 

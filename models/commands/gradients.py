@@ -12,7 +12,7 @@ from models.activations import ACTIVATIONS
 from models.commands import study as studies
 from models.figures import gradients as figures
 from models.networks import NETWORKS
-from models.study import depth, plan
+from models.study import depth
 from models.study.depth import page
 from models.support import arguments, files, terminal
 from models.support.arguments import Commands
@@ -56,7 +56,9 @@ def _run(options: argparse.Namespace, command: str) -> int:
     torch.set_num_threads(options.threads)
     try:
         if options.train is not None:
-            return studies.carry_out(plan.load(options.train), options, command, page.report, depth.train)
+            return studies.carry_out(
+                studies.load(options.train, options.out), options, command, page.report, depth.train
+            )
         options.networks, options.activations = options.networks or _NETWORKS, options.activations or _ACTIVATIONS
         options.data, options.seeds = options.data or "mnist5k", options.seeds or 3
         for network, activation in itertools.product(options.networks, options.activations):

@@ -10,7 +10,7 @@ from typing import Any
 from models import data
 from models.figures import study as figures
 from models.study import page, plan, workers
-from models.study.plan import TUNED, Rates, Run, Study
+from models.study.plan import TUNED, Run, Study
 from models.study.summary import CLEAN, WORST, accuracies, summarise
 from models.study.workers import Do
 from models.support import arguments, files, terminal
@@ -19,8 +19,8 @@ from models.support.arguments import Commands
 _STUDY = """
 Trains and attacks every network, activation and seed of a study, and writes to the folder OUT: a result for each run,
 summary.json, figures and README.md. Ctrl-C stops at any time; the same command goes on with what is left, and runs
-whose results are there are not done again. Checkpoints are kept in RUNS. Runs that fail are reported and left out; to
-try one again remove its result. Studies are for processors, a run for each core.
+whose results are there are not done again. Checkpoints are kept in RUNS. Runs that fail are reported, and count as
+wrong on every image; to try one again remove its result. Studies are for processors, a run for each core.
 """
 
 Report = Callable[[Study, dict[str, dict[str, Any]], Path, str], None]
@@ -53,25 +53,42 @@ def add_options(parser: argparse.ArgumentParser, below: str = "") -> None:
 
 def _run(options: argparse.Namespace, command: str) -> int:
     try:
-        study = plan.load(options.study)
-        if TUNED in study.rates:
-            results = options.out or Path("results") / study.name
-            where = Path("results") / study.tuned_by if study.tuned_by else results
-            made_by = study.tuned_by or options.study + (f" --out {options.out}" if options.out else "")
-            study = study.with_tuned(_tuned(where / "tuned.json", f"python -m models tune {made_by}"))
+        study = load(options.study, options.out)
     except ValueError as error:
         options.refuse(str(error))
     return carry_out(study, options, command, report)
 
 
-def _tuned(path: Path, made_by: str) -> dict[str, dict[str, Rates]]:
-    """Read what `python -m models tune` chose."""
+def load(name: str, out: Path | None) -> Study:
+    """Read a study, and the rates that were chosen for it where it is at such.
+
+    Args:
+        name: of the study, or its file.
+        out: folder of the results, where it was given.
+
+    Raises:
+        ValueError: there is no such study, the file is none, or there are no rates for it.
+    """
+    study = plan.load(name)
+    if TUNED not in study.rates:
+        return study
+    where = Path("results") / study.tuned_by if study.tuned_by else out or Path("results") / study.name
+    made_by = study.tuned_by or name + (f" --out {out}" if out else "")
+    return _at_tuned_rates(study, where / "tuned.json", f"python -m models tune {made_by}")
+
+
+def _at_tuned_rates(study: Study, path: Path, made_by: str) -> Study:
+    """Return the study with what `python -m models tune` chose."""
     found = files.read_json(path)
     if found is None:
         raise ValueError(f"{path} is not there; choose the rates first: {made_by}")
-    if not isinstance(found, dict):
-        raise ValueError(f"{path} has no rates by network and activation; {made_by} writes it")
-    return found
+    if not isinstance(found, dict) or not all(isinstance(found.get(name), dict) for name in ("settings", "rates")):
+        raise ValueError(f"{path} has no rates and the settings they were chosen under; write it anew: {made_by}")
+    try:
+        study.check_tuning(found["settings"])
+    except ValueError as error:
+        raise ValueError(f"{path}: {error}; choose them anew: {made_by}") from error
+    return study.with_tuned(found["rates"])
 
 
 def carry_out(study: Study, options: argparse.Namespace, command: str, report: Report, do: Do | None = None) -> int:

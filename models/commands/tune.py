@@ -45,7 +45,7 @@ def _run(options: argparse.Namespace, command: str) -> int:
         found = tuning.tried(tries, done)
         if not found:
             return
-        files.write_json(out / "tuned.json", tuning.chosen(tries, done))
+        files.write_json(out / "tuned.json", {"settings": study.tuning_settings(), "rates": tuning.chosen(tries, done)})
         lines = {network: {a: _line(tries, r) for a, r in entries.items()} for network, entries in found.items()}
         files.write_bytes(results / "rates.png", figure.draw(lines, study.training["lr"]))
         files.write_text(results / "README.md", _page(tries, found, done, command))
@@ -64,8 +64,8 @@ def _page(tries: Study, found: dict[str, dict[str, Any]], done: dict[str, Any], 
     parts = [
         *head(f"Learning rates: {tries.name}", tries.about, command, f", from {len(done)} of {len(tries.runs())} runs"),
         f"Robust accuracy under `{tries.tuning.attack}` on {tries.count()} images held out of training "
-        f"(`{tries.data}`, eps = {tries.eps:g}); seeds {', '.join(map(str, tries.seeds))}, which the study itself does "
-        "not use. The best mean is chosen, and of equals the lowest rates.",
+        f"(`{tries.data}`, eps = {tries.radii[0]:g}); seeds {', '.join(map(str, tries.seeds))}, which the study itself "
+        "does not use. The best mean is chosen, and of equals the lowest rates.",
         "![robust accuracy over the learning rate](rates.png)",
         "*A line for each activation, at its best activation rate; dots are seeds, the band is the common rate.*",
     ]

@@ -1,6 +1,6 @@
 """A study's page: what was done, tables, figures, and what the numbers allow to say."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from models import data
@@ -44,7 +44,7 @@ def markdown(study: Study, summary: dict[str, Any], results: dict[str, dict[str,
         if len(summary["activations"]) > 1:
             parts += ["![robust against clean](robust-clean.png)", "Under the worst of all attacks; dots are seeds."]
         parts += [f"## Differences to {summary['baseline']}", "![differences](differences.png)", _DIFFERENCES]
-        parts += [_differences(*panel) for panel in _panels(study, summary)]
+        parts += [_differences(*panel, measures) for panel in _panels(study, summary)]
     parts += ["## What the numbers say", bullets(_findings(study, summary, results)), "## Machine", _machine(results)]
     return tables.markdown(parts)
 
@@ -57,36 +57,39 @@ def head(title: str, about: str, command: str, extent: str) -> list[str]:
 _HOLM = (
     "Points of accuracy, of pairs with the same seeds (same starting weights and batches) and the same test images. "
     "The interval is for the choice of both, by the bootstrap that draws both anew (Owen 2007) and Student's t with "
-    "Welch and Satterthwaite's degrees of freedom; its level is that at which Holm's procedure tests the row, or that "
-    "at which it ended: in 95 % of such tables no row claims a difference that is none. p is Holm's. *between seeds* "
-    "is the standard deviation of one seed's difference, *of images* the standard error through the choice of images "
-    "alone."
+    "Welch and Satterthwaite's degrees of freedom, with two or three seeds no more than theirs (which leaves wide "
+    "intervals); its level is that at which Holm's procedure tests the row, of all that are planned, or that at which "
+    "it ended: in 95 % of such tables no row claims a difference that is none. p is Holm's. *between seeds* is the "
+    "standard deviation of one seed's difference, *of images* the standard error through the choice of images alone."
 )
 _DIFFERENCES = (
     "Points of accuracy under the worst of all attacks, seed by seed (same starting weights, batches and test images), "
     "with the 95 % interval for the choice of seeds and images; small dots are seeds, and an arrow says that an "
-    "interval goes on. These were not named beforehand and are not corrected: one in twenty excludes 0 by chance."
+    "interval goes on. None of these is corrected, though those named beforehand are among them: one in twenty "
+    "excludes 0 by chance."
 )
 _OVERFITTED = (
     "In a cell: clean, under the worst attack, and in how many runs training overfitted its own attack (in the last "
     f"epoch accuracy under PGD, on held-out images, is more than {points(OVERFITTED, '.0f')} points below that under "
-    "it, on training images)."
+    "it, on training images). A network that withstands neither has not overfitted by this."
 )
 _PAIRS = (
     "Runs of the same method, ε, rate and seed. p is of the exact sign test over the pairs of which one run overfitted "
     "(McNemar's), by Holm's procedure over the rows. Runs of one seed at several ε share weights and batches, so that "
-    "pairs are not as independent as the test takes them to be."
+    "pairs are not as independent as the test takes them to be, and p is rather too small."
 )
 
 
 def _panels(study: Study, summary: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield each panel's label, with its rate where there are several, and its activations."""
+    return ((label, activations) for label, activations, _ in _panels_by_rate(study, summary))
+
+
+def _panels_by_rate(study: Study, summary: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any], str]]:
     for rate, panels in summary["rates"].items():
         for label, content in panels.items():
-            yield (
-                label + data.marked(study.data) + (f", {rate} rate" if len(summary["rates"]) > 1 else ""),
-                content["activations"],
-            )
+            of_rate = f", {rate} rate" if len(summary["rates"]) > 1 else ""
+            yield label + data.marked(study.data) + of_rate, content["activations"], rate
 
 
 def _comparisons(study: Study, rows: list[dict[str, Any]]) -> str:
@@ -160,7 +163,7 @@ def _over_radii(study: Study, summary: dict[str, Any]) -> Iterator[str]:
             title += data.marked(study.data) + (f", {rate} rate" if len(summary["rates"]) > 1 else "")
             for name, e in panel["activations"].items():
                 text = f"{points(e[CLEAN]['mean'])} / {spread(e[WORST]['mean'], e[WORST]['std'])}"
-                text += f" ({e['overfitted']} of {len(e['seeds'])})" if e["overfitted"] else ""
+                text += f" ({e['overfitted']} of {e['watched']})" if e["overfitted"] else ""
                 tables_of.setdefault(title, {}).setdefault(name, {})[panel["eps"]] = text
         for title, activations in tables_of.items():
             table = Table(title, *(f"ε = {eps:.3g}" for eps in study.radii))
@@ -172,13 +175,14 @@ def _over_radii(study: Study, summary: dict[str, Any]) -> Iterator[str]:
 def _overfitting(rows: list[dict[str, Any]]) -> str:
     table = Table("", "pairs", "both overfitted", "only the first", "only the second", "p")
     for row in rows:
-        counts = (str(row[name]) for name in ("pairs", "both", "first", "second"))
+        counts = [str(row[name]) for name in ("pairs", "both", "first", "second")]
+        counts[0] += f" ({row['unknown']} more failed or had no watch)" if row["unknown"] else ""
         table.add(" against ".join(row["pair"]), *counts, f"{row['holm']:.2g}")
     return table.markdown()
 
 
-def _differences(panel: str, activations: dict[str, Any]) -> str:
-    table = Table(panel, "clean", "worst attack")
+def _differences(panel: str, activations: dict[str, Any], images: dict[str, int]) -> str:
+    table = Table(panel, f"clean, {images[CLEAN]} images", f"worst attack, {min(images.values())} images")
     for name, entry in activations.items():
         if "difference" in entry[WORST]:
             table.add(name, *(signed(entry[m]["difference"]) for m in (CLEAN, WORST)))
@@ -194,16 +198,18 @@ def _findings(study: Study, summary: dict[str, Any], results: dict[str, dict[str
         found.append(f"{seeds}: a true difference smaller than its interval is wide goes unseen.")
     first = summary["measures"][1]
     said: dict[str, list[str]] = {}
-    for panel, entries in _panels(study, summary) if len(study.radii) == 1 else ():
-        said.setdefault(_clear_differences(study, entries, summary["baseline"]), []).append(panel)
+    for panel, entries, rate in _panels_by_rate(study, summary) if len(study.radii) == 1 else ():
+        named = study.comparisons if rate == study.rates[0] else ()  # at which they are compared
+        said.setdefault(_clear_differences(named, entries, summary["baseline"]), []).append(panel)
     found += [f"{'; '.join(panels)}: {sentence}" for sentence, panels in said.items()]
     for panel, entries in _panels(study, summary):
-        gaps = {name: e[first]["mean"] - e[WORST]["mean"] for name, e in entries.items()}
+        gaps = {name: e["gaps"].get(first, 0.0) for name, e in entries.items()}
         widest = max(gaps, key=gaps.__getitem__)
         if (gap := gaps.pop(widest)) > 0:  # there are other attacks
             found.append(
                 f"{panel}: the largest gap between {first} and the worst attack is {widest}'s, "
-                f"{points(gap)} points; the others' are at most {points(max(gaps.values(), default=0.0))}."
+                f"{points(gap)} points on the images that all attacks were made on; the others' are at most "
+                f"{points(max(gaps.values(), default=0.0))}."
             )
     if failed := summary["failed"]:
         names = "; ".join(f"{name} ({error})" for name, error in failed.items())
@@ -213,9 +219,9 @@ def _findings(study: Study, summary: dict[str, Any], results: dict[str, dict[str
     return [*found, f"{rolled} {len(collapsed)} runs{': ' if collapsed else ''}{', '.join(collapsed)}."]
 
 
-def _clear_differences(study: Study, entries: dict[str, Any], baseline: str) -> str:
-    """Say which of the differences that were not named beforehand exclude 0."""
-    named = {name for pair in study.comparisons if baseline in pair for name in pair}
+def _clear_differences(comparisons: Sequence[Sequence[str]], entries: dict[str, Any], baseline: str) -> str:
+    """Say which of the differences that are not among the comparisons exclude 0."""
+    named = {name for pair in comparisons if baseline in pair for name in pair}
     others = {name: e for name, e in entries.items() if name not in named}
     if not others:
         return f"all differences to {baseline} were named beforehand."

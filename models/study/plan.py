@@ -4,7 +4,7 @@ import argparse
 import itertools
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -179,6 +179,39 @@ class Study:
         return replace(
             self, seeds=how.seeds, attacks=attacks, images=how.images, rates=("tried",), tuned={}, part="validation"
         )
+
+    def tuning_settings(self) -> dict[str, Any]:
+        """Return all that decides which rates `python -m models tune` chooses, as JSON values, to be kept with them."""
+        tries = self.tuning_runs()
+        assert self.tuning is not None  # or there were none
+        names = ("data", "networks", "activations", "variants", "training", "eps")
+        values = {name: getattr(tries, name) for name in names} | asdict(self.tuning)
+        settings: dict[str, Any] = json.loads(json.dumps(values))
+        return settings
+
+    def check_tuning(self, settings: dict[str, Any]) -> None:
+        """Check that rates which were chosen under these settings are for this study.
+
+        Raises:
+            ValueError: they were chosen on other images, networks or activations, or with seeds of this study; or,
+                for rates of its own, otherwise than its file says now.
+        """
+        if not self.tuned_by:
+            now = self.tuning_settings()
+            if names := [name for name in now if settings.get(name) != now[name]]:
+                raise ValueError(f"rates were chosen when {', '.join(names)} was not what the study says now")
+            return
+        if (data := settings["data"]) != self.data:
+            raise ValueError(f"rates were chosen on {data}, on whose held-out images a study of {self.data} may test")
+        for label, network in self.networks.items():
+            if (theirs := settings["networks"].get(label, network)) != network:
+                raise ValueError(f"rates of {label} were chosen for {theirs}, and not {network}")
+        for activation in self.activations:
+            ours = self._variant(activation)
+            if (theirs := settings["variants"].get(activation, {"activation": activation})) != ours:
+                raise ValueError(f"rates of {activation} were chosen for {theirs}, and not {ours}")
+        if both := set(settings["seeds"]) & set(self.seeds):
+            raise ValueError(f"rates were chosen on seeds of the study: {', '.join(map(str, sorted(both)))}")
 
     def count(self, attack: str | None = None) -> int:
         """Return how many images an attack gets, or without one how many are looked at."""

@@ -15,6 +15,8 @@ LEVEL = 0.05
 MARGIN = 0.02
 """A difference in accuracy below which two networks count as equally accurate here."""
 _RESAMPLES = 9999
+_ENOUGH_SEEDS = 4  # for Welch and Satterthwaite's degrees of freedom: the tests simulate it
+_ENOUGH_RANKED = 8  # of what is compared, for a bootstrap of ranks
 
 
 @dataclass(frozen=True)
@@ -55,7 +57,8 @@ class Difference:
         between_seeds: the standard deviation of one seed's difference; None with one seed.
         of_images: the standard error through the choice of images, the networks kept.
         error: the standard error through both; None with one seed.
-        freedom: degrees of freedom that it is estimated with, by Welch and Satterthwaite's formula.
+        freedom: degrees of freedom that it is estimated with, by Welch and Satterthwaite's formula; with fewer than
+            four seeds no more than theirs.
     """
 
     mean: float
@@ -91,7 +94,9 @@ def difference(right: NDArray[np.bool_], baseline: NDArray[np.bool_]) -> Differe
     2007, "The pigeonhole bootstrap"): that of the seeds' means over their number, that of the images' means over
     theirs (both unbiased here, where a bootstrap's lack a part of n), and what is left over both. It is larger than
     the true one by up to twice the last, so an error is rather too large than too small; degrees of freedom are those
-    of the first two alone, which are fewer.
+    of the first two alone, which are fewer. With two or three seeds their spread is so uncertain that where it comes
+    out small by chance the formula finds dozens of degrees: it then rejects two to five times too often. There the
+    degrees are at most those of the seeds, with which it rejects far too seldom.
 
     Args:
         right, baseline: [seeds, images].
@@ -112,6 +117,8 @@ def difference(right: NDArray[np.bool_], baseline: NDArray[np.bool_]) -> Differe
     rest = float(np.square(gain - of_seed - of_image + mean).mean()) / (seeds * images)
     parts = through_seeds**2 / (seeds - 1) + through_images**2 / max(images - 1, 1)
     freedom = (through_seeds + through_images) ** 2 / parts if parts > 0 else seeds - 1.0
+    if seeds < _ENOUGH_SEEDS:
+        freedom = min(freedom, seeds - 1.0)
     error = math.sqrt(through_seeds + through_images + rest)
     return Difference(float(mean), seeds, images, math.sqrt(spread), math.sqrt(through_images), error, freedom)
 
@@ -138,15 +145,21 @@ def holm_p(p: Sequence[float]) -> list[float]:
     return [float(corrected) for corrected in multipletests(p, LEVEL, "holm")[1]] if len(p) else []
 
 
-def holm(differences: Sequence[Difference]) -> list[Corrected | None]:
-    """Correct for the number of comparisons; those of one seed have nothing to correct, and count for none."""
+def holm(differences: Sequence[Difference], planned: int = 0) -> list[Corrected | None]:
+    """Correct for the number of comparisons.
+
+    Args:
+        differences: those of one seed have no p, and nothing is said of them.
+        planned: how many there are to be, where more than have a p so far.
+    """
     known = [d for d in differences if d.p is not None]
-    corrected = holm_p([d.p for d in known if d.p is not None])
+    count = max(planned, len(known))
+    corrected = holm_p([d.p for d in known if d.p is not None] + [1.0] * (count - len(known)))[: len(known)]
     found = [p <= LEVEL for p in corrected]
     order = sorted(range(len(known)), key=lambda i: known[i].p or 0.0)
     results: dict[int, Corrected] = {}
     for rank, i in enumerate(order):
-        interval = known[i].interval(LEVEL / (len(known) - min(rank, sum(found))))
+        interval = known[i].interval(LEVEL / (count - min(rank, sum(found))))
         assert interval is not None  # it has a p
         results[id(known[i])] = Corrected(corrected[i], *interval, found[i])
     return [results.get(id(d)) for d in differences]
@@ -200,7 +213,8 @@ class Rank:
 
     Args:
         rho: the correlation; None where one of the two numbers is the same everywhere.
-        low, high: percentiles of the resamples that have a correlation; None where fewer than half have.
+        low, high: percentiles of the resamples that have a correlation; None where fewer than half have, or where
+            fewer than eight are compared: a perfect order of four has chance 1/12, and an interval of no width.
         count: of what is compared.
     """
 
@@ -217,6 +231,8 @@ def rank(x: Sequence[float], y: Sequence[float], seed: int = 0) -> Rank:
     if count < 3 or not np.isfinite(pairs).all():
         return Rank(None, None, None, count)
     rho = float(_spearman(pairs))
+    if count < _ENOUGH_RANKED:
+        return Rank(None if math.isnan(rho) else rho, None, None, count)
     drawn = np.random.default_rng(seed).integers(count, size=(_RESAMPLES, count))
     found = _spearman(pairs[:, drawn])
     found = found[~np.isnan(found)]

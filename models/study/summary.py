@@ -1,5 +1,8 @@
 """From the results of a study's runs to the numbers that its page and figures show."""
 
+import itertools
+import statistics
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Any
@@ -83,9 +86,11 @@ def _panels(study: Study, results: dict[str, Any], rate: str) -> dict[str, Any]:
                 "activations": {
                     a: {
                         **_activation(seeds, baseline),
-                        "overfitted": sum(_overfitted(runs, results, panel, a).values()),
+                        "overfitted": sum(overfitted.values()),
+                        "watched": len(overfitted),
                     }
                     for a, seeds in present.items()
+                    for overfitted in [_overfitted(runs, results, panel, a)]
                 },
             }
     return panels
@@ -99,33 +104,40 @@ def _by_seed(runs: list[Run], results: dict[str, Any], panel: Panel, activation:
     return {run.seed: masks(results[run.name]) for run in _done(runs, results, panel, activation)}
 
 
-def _overfitted(runs: list[Run], results: dict[str, Any], panel: Panel, activation: str) -> dict[int, bool]:
-    """Return by seed whether a run overfitted its own attack: see OVERFITTED."""
+def _overfitted(runs: list[Run], results: dict[str, Any], panel: Panel, activation: str) -> dict[str, bool]:
+    """Return by run whether it overfitted its own attack, see OVERFITTED; not of runs that failed or had no watch."""
     found = {}
     for run in _done(runs, results, panel, activation):
         last = (results[run.name].get("history") or [{}])[-1]
-        robust = last.get("robust")
-        found[run.seed] = robust is not None and last["accuracy"] - robust > OVERFITTED
+        if (robust := last.get("robust")) is not None:
+            found[run.name] = last["accuracy"] - robust > OVERFITTED
     return found
 
 
 def _overfitting(study: Study, results: dict[str, Any]) -> list[dict[str, Any]]:
     """Compare, of the pairs that the study names, which runs overfitted: same rate, network, method, eps and seed.
 
-    Only pairs count of which one did: the exact sign test (McNemar's), Holm's correction over the study's pairs.
+    Only pairs count of which one did: the exact sign test (McNemar's), Holm's correction over the study's pairs. A pair
+    of runs counts once, whatever its rate is called, and not at all where it is not known of both.
     """
     rows: list[dict[str, Any]] = []
     for pair in study.comparisons:
-        counts = {(False, False): 0, (True, False): 0, (False, True): 0, (True, True): 0}
-        for rate in study.rates:
-            for panel in study.panels():
-                one, other = (_overfitted(study.at(rate), results, panel, a) for a in pair)
-                for seed in one.keys() & other.keys():
-                    counts[one[seed], other[seed]] += 1
+        outcomes: dict[tuple[str, str], tuple[bool, bool]] = {}
+        unknown: set[tuple[str, str]] = set()
+        for rate, panel in itertools.product(study.rates, study.panels()):
+            runs = study.at(rate)
+            one, other = ({r.seed: r for r in _done(runs, results, panel, a)} for a in pair)
+            known = _overfitted(runs, results, panel, pair[0]) | _overfitted(runs, results, panel, pair[1])
+            for names in ((one[seed].name, other[seed].name) for seed in one.keys() & other.keys()):
+                if known.keys() >= set(names):
+                    outcomes[names] = (known[names[0]], known[names[1]])
+                else:
+                    unknown.add(names)
+        counts = Counter(outcomes.values())
         first, second = counts[True, False], counts[False, True]
         p = float(binomtest(first, first + second).pvalue) if first + second else 1.0
-        numbers = {"pairs": sum(counts.values()), "both": counts[True, True], "first": first, "second": second}
-        rows.append({"pair": list(pair), **numbers, "p": p})
+        numbers = {"pairs": len(outcomes), "both": counts[True, True], "first": first, "second": second}
+        rows.append({"pair": list(pair), **numbers, "unknown": len(unknown), "p": p})
     return [{**row, "holm": p} for row, p in zip(rows, holm_p([row["p"] for row in rows]), strict=True)]
 
 
@@ -134,16 +146,28 @@ def _activation(seeds: Seeds, baseline: Seeds) -> dict[str, Any]:
     for measure in next(iter(seeds.values())):
         values = [mask[measure].count("0") / len(mask[measure]) for mask in seeds.values()]
         entry[measure] = {"values": values, **asdict(estimate(values))}
-        if (apart := _difference(seeds, baseline, measure)) is not None and seeds is not baseline:
+        apart = compared(_of(seeds, measure), _of(baseline, measure))
+        if apart is not None and seeds is not baseline:
             entry[measure]["difference"] = _numbers(apart)
+    attacks = [measure for measure in next(iter(seeds.values())) if measure not in (CLEAN, WORST)]
+    entry["gaps"] = {attack: statistics.fmean(_gap(found, attack) for found in seeds.values()) for attack in attacks}
     return entry
 
 
-def _difference(seeds: Seeds, baseline: Seeds, measure: str) -> Difference | None:
-    both = [seed for seed in seeds if seed in baseline]
-    if not both:
-        return None
-    return difference(_right([seeds[s][measure] for s in both]), _right([baseline[s][measure] for s in both]))
+def _gap(found: dict[str, str], attack: str) -> float:
+    """Return by how much accuracy under the worst attack is lower, on the images that every attack was made on."""
+    count = len(found[WORST])
+    return (found[WORST].count("1") - found[attack][:count].count("1")) / count
+
+
+def _of(seeds: Seeds, measure: str) -> dict[int, str]:
+    return {seed: found[measure] for seed, found in seeds.items()}
+
+
+def compared(wrong: dict[int, str], baseline: dict[int, str]) -> Difference | None:
+    """Compare accuracies by what is wrong of the same images, "0" or "1" each, by seed; None if no seed is common."""
+    both = [seed for seed in wrong if seed in baseline]
+    return difference(_right([wrong[s] for s in both]), _right([baseline[s] for s in both])) if both else None
 
 
 def _right(wrong: Sequence[str]) -> NDArray[np.bool_]:
@@ -162,9 +186,10 @@ def _comparisons(study: Study, results: dict[str, Any]) -> list[dict[str, Any]]:
         for first, second in study.comparisons:
             one, other = (_by_seed(runs, results, panel, a) for a in (first, second))
             for attack in study.attacks:
-                if (apart := _difference(one, other, attack)) is not None:
+                if (apart := compared(_of(one, attack), _of(other, attack))) is not None:
                     found.append(({"panel": panel.label, "pair": [first, second], "attack": attack}, apart))
-    corrected = holm([apart for _, apart in found])
+    planned = len(study.panels()) * len(study.comparisons) * len(study.attacks)
+    corrected = holm([apart for _, apart in found], planned)
     return [
         {**names, **_numbers(apart), "corrected": None if c is None else asdict(c)}
         for (names, apart), c in zip(found, corrected, strict=True)

@@ -56,8 +56,9 @@ def read(results: Path, study: Study) -> dict[str, dict[str, Any]]:
         result = _read(path)
         if result is None:
             continue
-        theirs, wanted = completed(result["settings"]), settings(study, run)
-        names = [name for name in wanted if theirs.get(name) != wanted[name]]
+        # Both rounded as results are written, or eps = 8/255 would differ from itself.
+        theirs, wanted = (files.rounded(s) for s in (completed(result["settings"]), settings(study, run)))
+        names = [name for name in {**wanted, **theirs} if name not in wanted or theirs.get(name) != wanted[name]]
         if names:
             raise StudyError(
                 f"{path} was made with other settings: {', '.join(names)} differ; give another --out, or remove it"

@@ -37,6 +37,23 @@ class Linear(nn.Module):
         return torch.stack([torch.zeros_like(score), score], 1)
 
 
+class Breaks(nn.Module):
+    """Says 1 of every image, and nothing that is a number of one that was moved at all."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        moved = (x != 0.5).flatten(1).any(1)
+        logits = torch.tensor([0.0, 1.0]) + x.mean((1, 2, 3))[:, None] * torch.tensor([0.1, 0.0])
+        return torch.where(moved[:, None], torch.tensor([0.0, torch.nan]), logits)
+
+
+@pytest.mark.parametrize("name", ["pgd-3", "fgsm", "targeted:steps=2"])
+def test_where_logits_are_no_numbers_an_image_is_broken(name: str) -> None:
+    """NaN at the label is the largest to argmax."""
+    x, y = torch.full((2, 1, 2, 2), 0.5), torch.ones(2, dtype=torch.long)
+    _, found = ATTACKS.create(name, 0.1).search(Breaks(), x, y, generator())
+    assert found.all()
+
+
 class Threshold(nn.Module):
     """Class 1 where the only pixel is above 1/2; counts the images it is shown."""
 

@@ -117,7 +117,7 @@ def test_interrupted_evaluation_does_not_train_again(tmp_path: Path, monkeypatch
 
 
 def test_rates_are_those_that_were_chosen(finished: Path) -> None:
-    chosen = json.loads((ROOT / "results/demo/tuned.json").read_text())["resnet20"]
+    chosen = json.loads((ROOT / "results/demo/tuned.json").read_text())["rates"]["resnet20"]
     assert chosen == demo.RATES
     assert metrics(finished)["rates"] == chosen
     for name, rates in chosen.items():

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 from pathlib import Path
 
 import pytest
@@ -243,6 +244,21 @@ def test_a_run_that_fails_is_reported_with_the_norms_until_then(tmp_path: Path):
     result = depth.train(study, study.runs()[0], tmp_path / "results", tmp_path / "runs")
     assert "the loss became" in result["error"]
     assert result["gradients"][0]["epoch"] == 0
+
+
+def test_a_run_that_fails_is_wrong_on_every_image_and_images_are_drawn_too():
+    """Three seeds each at 75 and 50 %, of 8 images; one of kaf fails."""
+    right = {"gradients": [{"epoch": 0, "ratio": 1.0}], "wrong": "11000000"}
+    base = {seed: right | {"wrong": "11110000"} for seed in range(4)}
+    same = {seed: right for seed in range(3)} | {3: {"error": "nan", "gradients": right["gradients"]}}
+    accuracy, apart, within, *_, failed = page._row(same, base, 8)
+    assert accuracy.startswith("56.2 ±")  # (3 * 75 + 0) / 4
+    assert apart.startswith("+6.2 [")
+    assert "not shown" in within
+    assert failed == "1 of 4"
+    alike, *_ = [page._row({s: right for s in range(4)}, base, 8)[2]]
+    low, high = (float(end) for end in re.findall(r"[−+-]?[\d.]+", alike.replace("−", "-"))[:2])
+    assert high - low > 20  # seeds agree, but there are eight images only
 
 
 def test_the_command_measures_networks_as_they_start(tmp_path: Path, capsys):

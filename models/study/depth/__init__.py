@@ -18,6 +18,7 @@ from models.study.plan import Run, Study
 from models.support import environment, files
 from models.support.interrupts import Interrupted
 from models.training import EpochRecord, Trainer, TrainingError
+from models.training.lipschitz import SlopeError
 
 DEPTH = Path(__file__).parent / "depth.json"
 _IMAGES = 64
@@ -78,9 +79,9 @@ def train(study: Study, run: Run, results: Path, folder: Path) -> dict[str, Any]
 def _train(study: Study, run: Run, trainer: Trainer, kept: "_Kept") -> dict[str, Any]:
     try:
         trainer.run(lambda t: workers.say(run, f"training, {t.steps_done / t.steps:.0%}"), kept.add)
-        images, labels = data.load(study.data, run.seed).test.tensors(study.count())
+        images, labels = workers.part(study, run.seed).tensors(study.count())
         clean = evaluate_clean(trainer.result.eval(), images, labels)
-    except (TrainingError, EvaluationError) as error:
+    except (TrainingError, SlopeError, EvaluationError) as error:
         return {"error": str(error), "gradients": kept.ratios}
     result = {
         "history": [asdict(epoch) for epoch in trainer.history],

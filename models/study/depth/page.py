@@ -1,9 +1,7 @@
 """What `python -m models gradients` writes: tables and figures of networks as they start, and along training."""
 
 import itertools
-import math
 import statistics
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -13,8 +11,8 @@ from models.reports import tables
 from models.reports.tables import Table, bullets, ends, number, signed, spread
 from models.study.page import head
 from models.study.plan import Study
-from models.study.statistics import MARGIN, equivalence, estimate, paired
-from models.study.summary import CLEAN, accuracies
+from models.study.statistics import MARGIN, equivalence, estimate
+from models.study.summary import compared
 from models.support import files
 
 
@@ -48,12 +46,13 @@ _LAYERS = (
     "one, and the size of the signal behind each residual block (the root of the mean variance of a channel)."
 )
 _TRAINING = (
-    "Accuracy on test images in %, mean over seeds ± standard deviation between seeds; the difference is paired by "
-    "seed, with the 95 % interval of Student's t. *Within*: the 90 % interval, and whether it shows, by two "
-    f"one-sided tests at 5 %, that the difference is below {100 * MARGIN:g} points. *First to last* is the "
-    "gradient norm of the first convolution over that of the last one, in training mode on held-out images: the "
-    "median over seeds at the start and at the end, and the largest or smallest (whichever is farther from 1) "
-    "after any epoch of any seed. *Failed* counts runs whose loss became NaN or infinite."
+    "Accuracy on test images in %, mean over seeds ± standard deviation between seeds, where a run that failed is "
+    "wrong on every image; the difference is paired by seed, with the 95 % interval for the choice of seeds and "
+    "images. *Within*: the 90 % interval, and whether it shows, by two one-sided tests at 5 %, that the difference is "
+    f"below {100 * MARGIN:g} points. *First to last* is the gradient norm of the first convolution over that of the "
+    "last one, in training mode on held-out images: the median over seeds at the start and at the end, and the largest "
+    "or smallest (whichever is farther from 1) after any epoch of any seed. *Failed* counts runs whose loss became NaN "
+    "or infinite."
 )
 
 
@@ -83,7 +82,7 @@ def report(study: Study, done: dict[str, dict[str, Any]], results: Path, command
         same = {r.seed: x for r, x in shown if (r.panel, r.activation) == (panel, activation)}
         base = {r.seed: x for r, x in shown if (r.panel, r.activation) == (panel, first)}
         if same:
-            table.add(panel.label, activation, *_row(same, base if activation != first else {}))
+            table.add(panel.label, activation, *_row(same, base if activation != first else {}, study.count()))
     settings = [
         *(f"{label}: `{network}`" for label, network in study.networks.items()),
         f"images: `{study.data}`; {study.count()} test images",
@@ -103,29 +102,27 @@ def report(study: Study, done: dict[str, dict[str, Any]], results: Path, command
     files.write_text(results / "README.md", tables.markdown(parts))
 
 
-def _row(same: dict[int, dict[str, Any]], base: dict[int, dict[str, Any]]) -> list[str]:
-    finished = {seed: accuracies(x)[CLEAN] for seed, x in same.items() if "error" not in x}
-    compared = {seed: accuracies(x)[CLEAN] for seed, x in base.items() if "error" not in x and seed in finished}
-    accuracy = difference = within = ""
-    if finished:
-        found = estimate(list(finished.values()))
-        accuracy = spread(found.mean, found.std)
-    if compared:
-        apart = paired([finished[s] for s in compared], list(compared.values()))
-        difference = signed(asdict(apart))
-        if apart.std is not None:
-            count = len(compared)
-            small = equivalence(apart.mean, apart.std / math.sqrt(count), count - 1)
+def _row(same: dict[int, dict[str, Any]], base: dict[int, dict[str, Any]], count: int) -> list[str]:
+    wrong = {seed: x.get("wrong", "1" * count) for seed, x in same.items()}
+    found = estimate([mask.count("0") / count for mask in wrong.values()])
+    theirs = {seed: x.get("wrong", "1" * count) for seed, x in base.items() if seed in wrong}
+    apart = compared(wrong, theirs)
+    difference = within = ""
+    if apart is not None:
+        low, high = apart.interval() or (None, None)
+        difference = signed({"mean": apart.mean, "low": low, "high": high})
+        if apart.error is not None and apart.freedom is not None:
+            small = equivalence(apart.mean, apart.error, apart.freedom)
             verdict = "yes" if small.shown else "no" if small.excluded else "not shown"
             within = f"{ends(small.low, small.high)}: {verdict}"
     ratios = [[g["ratio"] for g in x["gradients"]] for x in same.values()]
     every = [r for series in ratios for r in series]
     known = [r for r in every if r]
     farthest = max(known, key=lambda r: max(r, 1 / r), default=None) if len(known) == len(every) else None
-    failed = len(same) - len(finished)
+    failed = sum("error" in x for x in same.values())
     start, end = (_median([series[place] for series in ratios]) for place in (0, -1))
     outcome = f"{failed} of {len(same)}" if failed else "none"
-    return [accuracy, difference, within, start, number(farthest, form=".2g"), end, outcome]
+    return [spread(found.mean, found.std), difference, within, start, number(farthest, form=".2g"), end, outcome]
 
 
 def _median(values: list[float | None], form: str = ".2g") -> str:
