@@ -1,6 +1,8 @@
 """What commands that look at trained networks have in common: options, labels of runs, what is kept."""
 
 import argparse
+import functools
+import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -11,7 +13,7 @@ import torch
 from models import data, runs
 from models.attacks import ATTACKS, Attack, LinfAttack, check_classes, perturb
 from models.commands import settings
-from models.evaluation.outcomes import digest
+from models.evaluation.outcomes import digest, images_digest
 from models.runs import trained
 from models.runs.trained import Trained
 from models.support import environment, files, seeds
@@ -79,12 +81,17 @@ class Look:
             "format": self.FORMAT,
             "checkpoint": digest(self.network.checkpoint),
             "data": self.network.settings["data"],
+            "content": self._content,
             "eps": self.eps,
             "batch_size": self.options.batch_size,
             "seed": self.options.seed,
             "device": self.device.type,
         }
         return json.loads(json.dumps({**asked, **more}))
+
+    @functools.cached_property
+    def _content(self) -> str:  # of the first batch, which is the same for more images and another in another folder
+        return images_digest(itertools.islice(self.source.ordered(self.options.batch_size, self.count), 1))
 
     def content(self, identity: Mapping[str, Any], **found: Any) -> dict[str, Any]:
         """Return what goes into the file."""

@@ -9,7 +9,7 @@ import hashlib
 import importlib.metadata
 import json
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -51,7 +51,8 @@ class Outcomes:
 
     Args:
         folder: of the files; made when there is something to keep.
-        identity: all that decides an outcome besides the job: the network's weights, the images. JSON values.
+        identity: all that decides an outcome besides the job and the images: the network's weights, and what to call
+            the images. JSON values.
         model: the network, in evaluation mode, on the device of the images.
         images, labels: [N, C, H, W] in [0, 1] and [N].
         batch_size: images attacked at once.
@@ -103,6 +104,7 @@ class Outcomes:
         return {
             "attack": described(job.attack),
             "images": job.images,
+            "content": images_digest([(self.images[: job.images], self.labels[: job.images])]),
             "seed": job.seed,
             "batch_size": self.batch_size,
             "device": self.images.device.type,
@@ -131,6 +133,15 @@ def described(value: Any) -> Any:
     if value is None or isinstance(value, bool | int | float | str):
         return value
     return value.__qualname__
+
+
+def images_digest(batches: Iterable[tuple[Tensor, Tensor]]) -> str:
+    """Return the SHA-256 of images and labels, which a name does not tell where it is read from another folder."""
+    sha = hashlib.sha256()
+    for images, labels in batches:
+        for tensor in (images, labels):
+            sha.update(tensor.detach().cpu().contiguous().numpy().tobytes())
+    return sha.hexdigest()
 
 
 def digest(path: Path) -> str:

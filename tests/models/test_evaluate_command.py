@@ -65,6 +65,22 @@ def kept(folder: Path, model: nn.Module, **identity: Any) -> Outcomes:
     return Outcomes(folder, identity, model.eval(), images, labels, batch_size=25)
 
 
+def test_images_of_the_same_name_in_another_folder_are_others(tmp_path: Path) -> None:
+    images, labels = pictures()
+    job = Job("fgsm", fgsm(EPS), 20, seed=0)
+
+    def path(images: torch.Tensor, labels: torch.Tensor) -> Path:
+        return Outcomes(tmp_path, {"data": "pictures"}, Bright().eval(), images, labels, batch_size=25).path(job)
+
+    before = path(images, labels)
+    changed, relabelled = images.clone(), labels.clone()
+    changed[40] += 0.1
+    assert path(changed, labels) == before  # of which only the first 20 are attacked
+    changed[10] += 0.1
+    relabelled[10] = 1 - relabelled[10]
+    assert len({before, path(changed, labels), path(images, relabelled)}) == 3
+
+
 @pytest.fixture
 def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A run whose network is `Bright`; evaluated, it can be had as `main(["evaluate", str(run), ...])`."""
