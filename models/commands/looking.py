@@ -2,7 +2,6 @@
 
 import argparse
 import functools
-import itertools
 import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -90,8 +89,8 @@ class Look:
         return json.loads(json.dumps({**asked, **more}))
 
     @functools.cached_property
-    def _content(self) -> str:  # of the first batch, which is the same for more images and another in another folder
-        return images_digest(itertools.islice(self.source.ordered(self.options.batch_size, self.count), 1))
+    def _content(self) -> dict[str, Any]:  # tells images of one name in two folders apart, whatever number is asked for
+        return {"count": len(self.source), "first": images_digest(self.source.ordered(1, 1))}
 
     def content(self, identity: Mapping[str, Any], **found: Any) -> dict[str, Any]:
         """Return what goes into the file."""
