@@ -201,16 +201,17 @@ class Study:
             if names := [name for name in now if settings.get(name) != now[name]]:
                 raise ValueError(f"rates were chosen when {', '.join(names)} was not what the study says now")
             return
-        if (data := settings["data"]) != self.data:
+        if (data := settings.get("data")) != self.data:
             raise ValueError(f"rates were chosen on {data}, on whose held-out images a study of {self.data} may test")
         for label, network in self.networks.items():
-            if (theirs := settings["networks"].get(label, network)) != network:
+            if (theirs := settings.get("networks", {}).get(label, network)) != network:
                 raise ValueError(f"rates of {label} were chosen for {theirs}, and not {network}")
+        variants = settings.get("variants", {})
         for activation in self.activations:
             ours = self._variant(activation)
-            if (theirs := settings["variants"].get(activation, {"activation": activation})) != ours:
+            if (theirs := variants.get(activation, {"activation": activation})) != ours:
                 raise ValueError(f"rates of {activation} were chosen for {theirs}, and not {ours}")
-        if both := set(settings["seeds"]) & set(self.seeds):
+        if both := set(settings.get("seeds", ())) & set(self.seeds):
             raise ValueError(f"rates were chosen on seeds of the study: {', '.join(map(str, sorted(both)))}")
 
     def count(self, attack: str | None = None) -> int:

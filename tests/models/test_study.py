@@ -753,6 +753,7 @@ def test_rates_of_another_study_are_used(tmp_path: Path, monkeypatch: pytest.Mon
         ),
         ({"variants": {"kaf": {"activation": "kaf:base=silu"}}}, "rates of kaf were chosen for .*base=silu"),
         ({"seeds": [0, 100]}, "rates were chosen on seeds of the study: 0"),
+        ({"data": None}, "rates were chosen on None"),
     ],
 )
 def test_rates_of_another_study_must_fit(changes: dict[str, Any], message: str) -> None:
