@@ -74,8 +74,8 @@ def _check_elementwise(old: Any) -> None:
             whole, part = old(x.clone()), old(x[:2, 1:3].clone())
     except Exception as e:  # whatever a function of the user's raises
         raise ValueError(
-            f"old must take a float32 tensor of any shape on the CPU, and {name_of(old)} fails on one of shape [3, 4]: "
-            f"{e}"
+            f"old must take a float32 tensor of any shape on the CPU, and {name_of(old)} fails on shape [3, 4] "
+            f"or [2, 2] with {type(e).__name__}: {e}"
         ) from e
     finally:
         if isinstance(old, nn.Module):

@@ -40,11 +40,11 @@ def markdown(study: Study, summary: dict[str, Any], results: dict[str, dict[str,
             ]
     else:
         parts += ["## Accuracy", "![accuracy of each activation](accuracies.png)", looked]
-        parts += [_accuracies(*panel, summary["measures"]) for panel in _panels(study, summary)]
+        parts += [_accuracies(label, found, summary["measures"]) for label, found, _ in _panels(study, summary)]
         if len(summary["activations"]) > 1:
             parts += ["![robust against clean](robust-clean.png)", "Under the worst of all attacks; dots are seeds."]
         parts += [f"## Differences to {summary['baseline']}", "![differences](differences.png)", _DIFFERENCES]
-        parts += [_differences(*panel, measures) for panel in _panels(study, summary)]
+        parts += [_differences(label, found, measures) for label, found, _ in _panels(study, summary)]
     parts += ["## What the numbers say", bullets(_findings(study, summary, results)), "## Machine", _machine(results)]
     return tables.markdown(parts)
 
@@ -80,12 +80,8 @@ _PAIRS = (
 )
 
 
-def _panels(study: Study, summary: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Yield each panel's label, with its rate where there are several, and its activations."""
-    return ((label, activations) for label, activations, _ in _panels_by_rate(study, summary))
-
-
-def _panels_by_rate(study: Study, summary: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any], str]]:
+def _panels(study: Study, summary: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any], str]]:
+    """Yield each panel's label, with its rate where there are several, its activations, and its rate."""
     for rate, panels in summary["rates"].items():
         for label, content in panels.items():
             of_rate = f", {rate} rate" if len(summary["rates"]) > 1 else ""
@@ -193,16 +189,16 @@ def _findings(study: Study, summary: dict[str, Any], results: dict[str, dict[str
     found = []
     if list(summary["rates"]) == [COMMON]:
         found.append("All of this is said of one learning rate: at another the order may be another.")
-    if few := [len(e["seeds"]) for _, entries in _panels(study, summary) for e in entries.values()]:
+    if few := [len(e["seeds"]) for _, entries, _ in _panels(study, summary) for e in entries.values()]:
         seeds = f"{min(few)} to {max(few)} seeds" if min(few) < max(few) else f"{min(few)} seeds"
         found.append(f"{seeds}: a true difference smaller than its interval is wide goes unseen.")
     first = summary["measures"][1]
     said: dict[str, list[str]] = {}
-    for panel, entries, rate in _panels_by_rate(study, summary) if len(study.radii) == 1 else ():
+    for panel, entries, rate in _panels(study, summary) if len(study.radii) == 1 else ():
         named = study.comparisons if rate == study.rates[0] else ()  # at which they are compared
         said.setdefault(_clear_differences(named, entries, summary["baseline"]), []).append(panel)
     found += [f"{'; '.join(panels)}: {sentence}" for sentence, panels in said.items()]
-    for panel, entries in _panels(study, summary):
+    for panel, entries, _ in _panels(study, summary):
         gaps = {name: e["gaps"].get(first, 0.0) for name, e in entries.items()}
         widest = max(gaps, key=gaps.__getitem__)
         if (gap := gaps.pop(widest)) > 0:  # there are other attacks

@@ -95,7 +95,7 @@ def difference(right: NDArray[np.bool_], baseline: NDArray[np.bool_]) -> Differe
     theirs (both unbiased here, where a bootstrap's lack a part of n), and what is left over both. It is larger than
     the true one by up to twice the last, so an error is rather too large than too small; degrees of freedom are those
     of the first two alone, which are fewer. With two or three seeds their spread is so uncertain that where it comes
-    out small by chance the formula finds dozens of degrees: it then rejects two to five times too often. There the
+    out small by chance the formula finds dozens of degrees: it then rejects up to five times too often. There the
     degrees are at most those of the seeds, with which it rejects far too seldom.
 
     Args:

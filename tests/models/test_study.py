@@ -132,8 +132,7 @@ def test_few_seeds_of_networks_that_differ_find_no_more_than_they_should(seeds: 
     for _ in range(600):
         hard = generator.normal(size=300)
         apart = generator.normal(scale=0.2, size=(seeds, 1))  # 6 points where 80 % are right
-        one, other = (hard + 0.5 * generator.normal(size=(2, seeds, 300))) < 0.94
-        one = hard + 0.5 * generator.normal(size=(seeds, 300)) < 0.94 + apart
+        one, other = hard + 0.5 * generator.normal(size=(2, seeds, 300)) < 0.94 + np.stack([apart, 0 * apart])
         found.append(difference(one, other).p or 0)
     for level in (0.05, 0.05 / 6):
         assert np.mean(np.array(found) < level) <= level + 3 * (level * (1 - level) / 600) ** 0.5
