@@ -3,14 +3,16 @@
 Reported robustness is an upper bound: the attack may have missed what is there, most often because the network's
 gradient hides it (gradient masking). Each check compares what must hold of any attack that works. Attacks are compared
 image by image on the same images, so that the luck of the choice of images cancels out, and only images count that one
-of the two breaks and the other does not. A difference is noise unless a one-sided sign test over them has p < 1 %, and
-it is too small to matter up to 0.2 % of the images, the share at which AutoAttack warns of the same thing. Each check
-says from how many images on it would have failed; where so many are not there, it is inconclusive.
+of the two breaks and the other does not. A difference is noise unless a one-sided sign test over them has p < 1 %,
+divided by the number of pairs that a check compares, and it is too small to matter up to 0.2 % of the images, the share
+at which AutoAttack warns of the same thing. Each check says from how many images on it would have failed; where so many
+are not there, it is inconclusive.
 """
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import combinations
 
 from torch import Tensor
 
@@ -41,12 +43,13 @@ class Attacked:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two attacks on the same images: how many are broken by one alone."""
+    """Two attacks on the same images: how many are broken by one alone, one of so many pairs that are compared."""
 
     only_weaker: int
     only_stronger: int
     total: int
     left: int  # that the stronger one does not break
+    pairs: int = 1
 
     @property
     def excess(self) -> int:
@@ -65,7 +68,7 @@ class Comparison:
 
     def _significant(self, only_weaker: int) -> bool:
         excess = only_weaker - self.only_stronger
-        return excess > _SMALL * self.total and sign_test(only_weaker, self.only_stronger) < _LEVEL
+        return excess > _SMALL * self.total and sign_test(only_weaker, self.only_stronger) < _LEVEL / self.pairs
 
 
 def sign_test(more: int, fewer: int) -> float:
@@ -74,12 +77,12 @@ def sign_test(more: int, fewer: int) -> float:
     return sum(math.comb(tosses, heads) for heads in range(more, tosses + 1)) / 2**tosses
 
 
-def compare(weaker: Tensor, stronger: Tensor) -> Comparison:
-    """Compare what two attacks found, [N] bool each."""
+def compare(weaker: Tensor, stronger: Tensor, pairs: int = 1) -> Comparison:
+    """Compare what two attacks found, [N] bool each, as one of so many pairs."""
     if weaker.shape != stronger.shape:
         raise ValueError(f"attacks on the same images are compared, got {len(weaker)} and {len(stronger)} images")
     only_weaker, only_stronger = int((weaker & ~stronger).sum()), int((stronger & ~weaker).sum())
-    return Comparison(only_weaker, only_stronger, len(weaker), int((~stronger).sum()))
+    return Comparison(only_weaker, only_stronger, len(weaker), int((~stronger).sum()), pairs)
 
 
 def never_beats(check: str, weaker: Attacked, stronger: Attacked) -> Verdict:
@@ -105,9 +108,10 @@ def more_never_helps(check: str, curve: Sequence[Attacked]) -> Verdict:
 
     Warns when the strongest breaks at least two images, and 0.2 %, less than one before it.
     """
-    pairs = [(a, b, compare(a.found, b.found)) for i, a in enumerate(curve) for b in curve[i + 1 :]]
-    if not pairs:
+    if len(curve) < 2:
         raise ValueError(f"a curve needs at least two points, got {len(curve)}")
+    count = math.comb(len(curve), 2)
+    pairs = [(a, b, compare(a.found, b.found, count)) for a, b in combinations(curve, 2)]
     for a, b, found in pairs:
         if found.significant:
             return Verdict(check, FAIL, f"accuracy rises from {_share(a.found)} with {a.name} to {_rise(b, found)}")

@@ -132,10 +132,17 @@ def test_more_steps_must_not_help() -> None:
 
 def test_a_slow_rise_is_seen_between_points_that_are_no_neighbours() -> None:
     """Each step to the next is noise; from the first to the last it is not."""
-    curve = [attacked(f"PGD-{n}", 0, 60 - 3 * n) for n in range(4)]
+    curve = [attacked(f"PGD-{n}", 0, 60 - 4 * n) for n in range(4)]
     verdict = sanity.more_never_helps("steps", curve)
     assert verdict.result == FAIL
-    assert "from 70.0% with PGD-0 to 74.5% with PGD-3" in verdict.evidence
+    assert "from 70.0% with PGD-0 to 76.0% with PGD-3" in verdict.evidence
+
+
+def test_a_longer_curve_has_more_pairs_that_may_rise_by_luck() -> None:
+    """Nine images have p = 1/512: below 1 % for one pair, above a sixth of it for the six pairs of four points."""
+    ends = [attacked("PGD-1", 0, 60), attacked("PGD-50", 0, 51)]
+    assert sanity.more_never_helps("steps", ends).result == FAIL
+    assert sanity.more_never_helps("steps", [ends[0], ends[0], ends[1], ends[1]]).result == WARNING
 
 
 def test_a_curve_has_two_points() -> None:
