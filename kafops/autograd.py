@@ -18,7 +18,7 @@ There is one route, on the operators' Autograd key, for eager calls, torch.func 
 by `KAFEagerFunction` instead, which spares them half of their time.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -35,14 +35,13 @@ from kafops.torch_private import (
     transforms_active,
     watched,
 )
-from kafops.transforms import add, below, product, register
+from kafops.transforms import add, below, cast, product, register
 
 Gradients = tuple[Tensor | None, ...]
 
 _KAF, _BACKWARD, _DOUBLE = (OPERATORS[name] for name in ("kaf", "kaf_backward", "kaf_double_backward"))
 _FLAGS = _BACKWARD.flags
 _kaf, _kaf_backward = function_of(ops.kaf), function_of(ops.kaf_backward)
-_HALF = (torch.float16, torch.bfloat16)
 
 
 def apply(
@@ -127,7 +126,11 @@ class _Kaf(SingleLevelFunction):
 
     @staticmethod
     def jvp(ctx: Any, v_x: Tensor | None, v_alpha: Tensor | None, v_gamma: Any, v_dictionary: Any, *_: None) -> Any:
-        x, alpha, gamma, dictionary = ctx.saved_tensors
+        x, *parameters = ctx.saved_tensors
+        if x.dtype == torch.float64:  # float32 parameters' products would be rounded
+            parameters = _widened(parameters, x.dtype, cast)
+            v_alpha, v_gamma, v_dictionary = _widened((v_alpha, v_gamma, v_dictionary), x.dtype, cast)
+        alpha, gamma, dictionary = parameters
         curve, points = ctx.curve, (gamma, dictionary)
         of_x = None if v_x is None else curve.backward(v_x, x, alpha, *points, Needs.X)[0]
         of_alpha = None if v_alpha is None else curve.bare()(x, v_alpha, *points)
@@ -164,7 +167,11 @@ class _KafBackward(SingleLevelFunction):
     @staticmethod
     def jvp(ctx: Any, v_grad: Any, v_x: Any, v_alpha: Any, v_gamma: Any, v_dictionary: Any, *_: None) -> Gradients:
         """The tangent is kaf_backward(v_grad) and the derivative of kaf_backward(grad) along the other tangents."""
-        grad, x, alpha, gamma, dictionary = ctx.saved_tensors
+        saved = ctx.saved_tensors
+        wide = torch.promote_types(saved[1].dtype, torch.float32)  # products and partial sums would be rounded
+        grad, x, alpha, gamma, dictionary = _widened(saved, wide, cast)
+        v = (v_grad, v_x, v_alpha, v_gamma, v_dictionary)
+        v_grad, v_x, v_alpha, v_gamma, v_dictionary = _widened(v, wide, cast)
         curve, needs, points = ctx.curve, ctx.needs, (gamma, dictionary)
         but_alpha = needs & ~Needs.ALPHA
         parts: list[Gradients] = []
@@ -181,13 +188,13 @@ class _KafBackward(SingleLevelFunction):
             shared = sums is not None and sums.shape[0] != alpha.shape[0]
             parts.append((of_x, None if sums is None else product(sums, v, sign, shared), *rest))
         tangents = []
-        for flag, like, terms in zip(_FLAGS, (x, alpha, gamma, dictionary), zip(*parts, strict=True), strict=True):
+        for flag, like, terms in zip(_FLAGS, saved[1:], zip(*parts, strict=True), strict=True):
             total = None
             for term in terms:
                 total = add(total, term)
             if total is None:
                 total = torch.zeros_like(like) if needs & flag else x.new_zeros(0)
-            tangents.append(total)
+            tangents.append(total if like is None else cast(total, like.dtype))
         return tuple(tangents)
 
 
@@ -244,20 +251,13 @@ class _Curve:
         needs: int,
     ) -> Gradients:
         """Return the same by calls of kaf and kaf_backward, for any κ and order, differentiable."""
+        tensors = (grad, x, alpha, gamma, dictionary)
+        wide = torch.promote_types(x.dtype, torch.float32)  # products and partial sums would be rounded
+        if any(t is not None and torch.promote_types(t.dtype, wide) != t.dtype for t in tensors):
+            widened: Any = (_widened(v, wide, Tensor.to), *_widened(tensors, wide, Tensor.to), needs)
+            gradients = zip(self.composed_double_backward(*widened), tensors, strict=True)
+            return tuple(None if g is None or t is None else g.to(t.dtype) for g, t in gradients)
         v_x, v_alpha, v_gamma, v_dictionary = v
-        if x.dtype in _HALF:  # products of which would be rounded
-            v = (_cast(v_x, torch.float32), *v[1:])
-            gradients = self.composed_double_backward(v, grad.float(), x.float(), alpha, gamma, dictionary, needs)
-            return *(_cast(t, x.dtype) for t in gradients[:2]), *gradients[2:]
-        parameters = (alpha, gamma, dictionary)
-        if x.dtype == torch.float64 and any(
-            p is not None and p.dtype != x.dtype for p in parameters
-        ):  # nor partial sums
-            v = tuple(_cast(t, x.dtype) for t in v)
-            exact = (alpha.to(x.dtype), gamma.to(x.dtype), _cast(dictionary, x.dtype))
-            gradients = self.composed_double_backward(v, grad, x, *exact, needs)
-            of_parameters = zip(gradients[2:], parameters, strict=True)
-            return *gradients[:2], *(None if p is None else _cast(g, p.dtype) for g, p in of_parameters)
         points, needs_grad, needs = (gamma, dictionary), needs & Needs.GRAD, needs & ~Needs.GRAD
         of_grad: list[Tensor | None] = []
         parts: list[Gradients] = [(None,) * 4]
@@ -324,8 +324,11 @@ def _total(terms: Sequence[Tensor | None]) -> Tensor | None:
     return sum(given[1:], given[0]) if given else None
 
 
-def _cast(t: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    return None if t is None else t.to(dtype)
+def _widened(
+    tensors: Sequence[Tensor | None], dtype: torch.dtype, cast: Callable[[Tensor, torch.dtype], Tensor]
+) -> tuple[Any, ...]:
+    """Cast tensors that are narrower than dtype."""
+    return tuple(None if t is None else cast(t, torch.promote_types(t.dtype, dtype)) for t in tensors)
 
 
 def _like(t: Tensor, p: Tensor) -> Tensor:

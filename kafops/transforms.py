@@ -2,7 +2,7 @@
 
 `register` puts a function on an operator's Autograd key: eager calls, torch.func to any nesting, forward mode and
 torch.compile all come by there. In a jvp, PyTorch silently drops the outer tangents of its own operators, so a jvp is
-made of `add` and `product`, which are operators with such derivatives themselves.
+made of `add`, `product` and `cast`, which are operators with such derivatives themselves.
 
 Below all that knows of KAFs.
 """
@@ -21,7 +21,7 @@ from kafops.torch_private import (
     enable_single_level_functions,
 )
 
-__all__ = ["add", "below", "product", "register"]
+__all__ = ["add", "below", "cast", "product", "register"]
 
 _library = torch.library.Library("kafops", "FRAGMENT")
 
@@ -67,10 +67,17 @@ def product(a: Tensor, b: Tensor, factor: float = 1.0, total: bool = False) -> T
     return _product(a, b, factor, total)
 
 
+def cast(t: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return t in another dtype, or itself."""
+    return t if t.dtype == dtype else _cast(t, dtype)
+
+
 _library.define("jvp_sum(Tensor a, Tensor b) -> Tensor")
 _library.define("jvp_product(Tensor a, Tensor b, float factor, bool total) -> Tensor")
+_library.define("jvp_cast(Tensor t, ScalarType dtype) -> Tensor")
 _sum = torch.ops.kafops.jvp_sum.default
 _product = torch.ops.kafops.jvp_product.default
+_cast = torch.ops.kafops.jvp_cast.default
 
 
 def _compute_product(a: Tensor, b: Tensor, factor: float, total: bool) -> Tensor:
@@ -85,6 +92,7 @@ def _along(b: Tensor, a: Tensor) -> Tensor:
 # For all devices, and for fake tensors.
 _library.impl("jvp_sum", torch.add, "CompositeExplicitAutograd")
 _library.impl("jvp_product", _compute_product, "CompositeExplicitAutograd")
+_library.impl("jvp_cast", lambda t, dtype: t.to(dtype, copy=True), "CompositeExplicitAutograd")
 
 
 class _Sum(SingleLevelFunction):
@@ -136,8 +144,30 @@ class _Product(SingleLevelFunction):
         return add(None if v_a is None else product(v_a, b, *rest), None if v_b is None else product(a, v_b, *rest))
 
 
+class _Cast(SingleLevelFunction):
+    @staticmethod
+    def forward(*inputs: Any) -> Tensor:
+        with below():
+            return _cast(*inputs)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        t, ctx.to = inputs
+        ctx.of = t.dtype
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, None]:
+        return None if grad is None else cast(grad, ctx.of), None
+
+    @staticmethod
+    def jvp(ctx: Any, v: Tensor | None, _: None) -> Tensor | None:
+        return None if v is None else cast(v, ctx.to)
+
+
 register("jvp_sum", _Sum, lambda arguments, named: arguments)
 register("jvp_product", _Product, lambda arguments, named: arguments)
+register("jvp_cast", _Cast, lambda arguments, named: arguments)
 
 
 @torch.library.register_vmap("kafops::jvp_sum")
@@ -151,6 +181,11 @@ def _product_vmap(info: Any, dims: Any, a: Tensor, b: Tensor, factor: float, tot
     if not total:
         return _product(a, b, factor, False), 0
     return _product(a.movedim(1, 0), b.movedim(1, 0), factor, True), 1
+
+
+@torch.library.register_vmap("kafops::jvp_cast")
+def _cast_vmap(info: Any, dims: Any, t: Tensor, dtype: torch.dtype) -> tuple[Tensor, int]:
+    return _cast(t, dtype), dims[0]
 
 
 def _samples(info: Any, t: Tensor, dim: int | None) -> Tensor:  # [B, ...]

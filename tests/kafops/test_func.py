@@ -79,6 +79,42 @@ def test_transform_of_the_fallback(transform, free, monkeypatch):
     assert_equal_to_rounding(got, transform(reference, arguments))
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float16, torch.bfloat16])
+def test_tangents_of_other_dtypes_than_the_parameters_are_not_rounded(dtype):
+    """Products and sums on the way, and the derivatives of the casts: up to third derivatives."""
+    generator = torch.Generator().manual_seed(0)
+    draw = lambda *shape: torch.randn(*shape, generator=generator)  # noqa: E731
+    arguments = (draw(64, 1).to(dtype), 3 * draw(1, 20), torch.tensor([1.67]), torch.linspace(-3, 3, 20)[None])
+    along = (draw(64, 1).to(dtype), draw(1, 20), draw(1), draw(1, 20))
+    weight = draw(64, 1).to(dtype)
+
+    def derivatives(f, a, v, w):
+        gradients = lambda *a: vjp(f, *a)[1](w)  # noqa: E731
+        tangent = lambda g: lambda *a: jvp(g, a, v)[1]  # noqa: E731
+        nested = [tangent(f), tangent(tangent(f)), gradients, tangent(gradients), tangent(tangent(gradients))]
+        alone = [
+            jvp(lambda t, i=i, g=g: g(*a[:i], t, *a[i + 1 :]), (a[i],), (v[i],))[1]
+            for g in (f, gradients)
+            for i in range(4)
+        ]
+        return leaves([*(g(*a) for g in nested), *alone])
+
+    exact = [[t.double() for t in ts] for ts in (arguments, along)]
+    want = derivatives(definition.kaf_free, *map(tuple, exact), weight.double())
+    got = derivatives(kafops.kaf_free, arguments, along, weight)
+    for g, w in zip(
+        got, want, strict=True
+    ):  # 55 at most were seen, of 64 terms that cancel in part; 1e4 before the cast
+        assert (g.double() - w).abs().max() <= 128 * torch.finfo(g.dtype).eps * w.abs().max()
+
+
+def test_a_tangent_of_half_precision_does_not_overflow_on_its_way():
+    x, alpha, gamma = torch.randn(8, 1).half(), torch.randn(1, 20), torch.tensor([1.67])
+    weight = torch.full((8, 1), 300.0).half()
+    tangent = jvp(lambda x: vjp(lambda a: kafops.kaf(x, a, gamma), alpha)[1](weight)[0], (x,), (weight,))[1]
+    assert tangent.isfinite().all()
+
+
 def leaves(tree):
     return torch.utils._pytree.tree_leaves(tree)
 
