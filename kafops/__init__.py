@@ -1,5 +1,8 @@
 """Fused kernel activation functions (KAF) for PyTorch."""
 
+import importlib
+from typing import Any
+
 from kafops import ops as ops  # defines the schemas before any backend registers kernels for them
 
 # isort: split
@@ -40,6 +43,7 @@ __all__ = [
     "bases",
     "bounds",
     "calibrate",
+    "check",
     "convention",
     "curve_parameters",
     "decompositions",
@@ -55,6 +59,13 @@ __all__ = [
     "replace_activations",
     "watch",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    """Import `kafops.check`, which is a command too, when it is asked for."""
+    if name == "check":
+        return importlib.import_module("kafops.check")
+    raise AttributeError(f"module 'kafops' has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:

@@ -339,3 +339,4 @@ def _like(t: Tensor, p: Tensor) -> Tensor:
 register("kaf", _Kaf, lambda arguments, named: tuple(_KAF.bind(arguments, named).values()))
 register("kaf_backward", _KafBackward, lambda arguments, named: tuple(_BACKWARD.bind(arguments, named).values()))
 ops.implement("kaf_double_backward", _differentiable_double_backward, "Autograd")
+ops.implement("kaf_double_backward", composed_double_backward, "CompositeExplicitAutograd")  # where there is no kernel

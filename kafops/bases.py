@@ -80,11 +80,11 @@ def value(
 
     Args:
         base: None or a name in `BASES`.
-        x: float32 or float64 tensor, any values; NaN gives NaN.
+        x: floating tensor, any values; NaN gives NaN.
         order: of the derivative, 0 or more.
 
     Raises:
-        TypeError, ValueError: no such base; order out of range.
+        TypeError, ValueError: no such base; order out of range; x is no floating tensor.
 
     Example:
         >>> kafops.bases.value("silu", torch.tensor([-1.0, 0.0, 1.0]), order=1)
@@ -93,6 +93,8 @@ def value(
     found = named(base)
     if isinstance(order, bool) or not isinstance(order, int) or order < 0:
         raise ValueError(f"order must be an integer ≥ 0, got {order!r}")
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        raise TypeError(f"x must be a floating tensor, got {x.dtype if isinstance(x, Tensor) else type(x).__name__}")
     if found is None:
         return torch.zeros_like(x)
     return found.derivative(x, order)

@@ -75,7 +75,8 @@ def calibrate(model: nn.Module, inputs: Any, quantile: float = 0.999) -> Calibra
 
     A curve ends at the boundary of its dictionary: beyond, it is its base, or 0 without one. This runs the model on
     inputs and sets each layer's `boundary` to the quantile of the sizes |x| of what the layer is given, all channels
-    together, rounded up to a number that is short (by 6 % at most). Bandwidths follow, so that γΔ² stays, and learned
+    together, rounded up to a number that is short (by 1/16 at most); a quantile below 2⁻¹² is no range, and leaves the
+    boundary as it was. Bandwidths follow, so that γΔ² stays, and learned
     points are stretched, each channel's to the boundary. Then
 
     - a curve that is still the fit to a function, as it started (`init="relu"`, `"same"`, any function), is fitted to
@@ -142,8 +143,10 @@ class _Plan(NamedTuple):
 def _fitted_function(layer: KAF) -> Target | None:
     """Return the function that the layer's curves are the fit to, as long as they are as they started."""
     function = layer._init.function(layer._grid())
+    if function is None:  # random starts draw numbers
+        return None
     start = layer._initial_values(layer.num_parameters)
-    if function is None or start is None:
+    if start is None:
         return None
     alpha, gamma = start
     pairs = [(layer.alpha, alpha), (layer.bandwidths(), gamma)]

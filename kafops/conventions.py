@@ -56,17 +56,22 @@ def convention(name: ConventionName, init: Init | None = None, dictionary_size: 
         Keyword arguments for `KAF` and the like: dictionary_size, boundary, gamma and init.
 
     Raises:
-        ValueError: there is no such convention.
+        TypeError: dictionary_size is no integer.
+        ValueError: there is no such convention, or dictionary_size is below 2, where no spacing sets a bandwidth.
 
     Example:
         >>> layer = kafops.KAF2d(64, **kafops.convention("ispamm", init="elu"))
     """
-    if name not in CONVENTIONS:
+    if not isinstance(name, str) or name not in CONVENTIONS:
         near = difflib.get_close_matches(str(name).lower(), CONVENTIONS, cutoff=0.4)
         hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else ""
         raise ValueError(f"name must be one of {', '.join(map(repr, CONVENTIONS))}, got {name!r}{hint}")
     row = CONVENTIONS[name]
     size = row.dictionary_size if dictionary_size is None else dictionary_size
+    if isinstance(size, bool) or not isinstance(size, int):
+        raise TypeError(f"dictionary_size must be an integer ≥ 2, got {type(size).__name__} {size!r}")
+    if size < 2:
+        raise ValueError(f"dictionary_size must be an integer ≥ 2, got {size}")
     over, under = row.t
     return {
         "dictionary_size": size,

@@ -304,19 +304,20 @@ class _Fit(Initializer):
         if self.target is not None:
             return self.target
         values = torch.tensor(self.values, **_F64) + bases.value(self.base, dictionary)
-        return partial(_straight, dictionary, values)
+        return partial(straight, dictionary, values)
 
     def __call__(self, dictionary: Tensor, gamma: Tensor) -> Tensor:
         return _solve_ridge(torch.tensor(self.values, **_F64), dictionary, gamma, self.eps, self.kernel)
 
     def __getstate__(self) -> dict[str, Any]:
-        return vars(self) | ({} if _lasts(self.target) else {"target": None})
+        return vars(self) | ({} if lasts(self.target) else {"target": None})
 
     def __deepcopy__(self, memo: Any) -> "_Fit":
         return self
 
 
-def _straight(points: Tensor, values: Tensor, x: Tensor) -> Tensor:
+def straight(points: Tensor, values: Tensor, x: Tensor) -> Tensor:  # [D], [D], any shape -> as x
+    """Return the straight lines through values on points, which go on as they end."""
     if len(points) == 1:
         return values.expand_as(x)
     i = torch.bucketize(x, points[1:-1])
@@ -324,8 +325,8 @@ def _straight(points: Tensor, values: Tensor, x: Tensor) -> Tensor:
     return torch.lerp(values[i], values[i + 1], share)
 
 
-def _lasts(target: Any) -> bool:
-    """Whether a pickle of the target can be read wherever this package is."""
+def lasts(target: Any) -> bool:
+    """Return whether a pickle of the target can be read wherever this package is."""
     while isinstance(target, partial):
         target = target.func
     module = getattr(target, "__module__", None) or type(target).__module__
@@ -396,14 +397,29 @@ def _named(name: str, base: str | None) -> Initializer | Target:
     return known[name]
 
 
-def _function(init: Any) -> Target:
+def _checked(name: str, t: Any, shape: str, positive: bool = False) -> Tensor:
+    """Return a tensor in float64 on the CPU, without gradient."""
+    wanted = f"{name} must be a finite floating tensor {shape}" + (" of positive numbers" if positive else "")
+    if not isinstance(t, Tensor) or not t.is_floating_point():
+        raise TypeError(f"{wanted}, got {t.dtype if isinstance(t, Tensor) else type(t).__name__}")
+    if t.dim() != (2 if "," in shape else 1):
+        raise ValueError(f"{wanted}, got shape {list(t.shape)}")
+    t = t.detach().to(**_F64)
+    wrong = ~t.isfinite() | (t <= 0 if positive else False)
+    if wrong.any():
+        raise ValueError(f"{wanted}, got {t[wrong][0].item()}")
+    return t
+
+
+def _function(init: Any, argument: str = "init") -> Target:
     """Return a callable as a function of float64 on the CPU: a module class is made, a module copied."""
     if isinstance(init, type) and issubclass(init, nn.Module):
         init = init()
     if not callable(init) or isinstance(init, type):
         raise TypeError(
-            f"init must be a name, a kafops.init.Initializer or a callable, such as a function, a module or a module "
-            f"class, got {init!r}"
+            f"{argument} must be "
+            + ("a name, a kafops.init.Initializer or " if argument == "init" else "")
+            + f"a callable, such as a function, a module or a module class, got {init!r}"
         )
     if isinstance(init, nn.Module):
         init = copy.deepcopy(init).eval().requires_grad_(False).to(**_F64)
@@ -437,16 +453,20 @@ def ridge(
         Coefficients [C, D] in float64 on the CPU.
 
     Raises:
-        TypeError, ValueError: target returns something else than finite floating values [D]; no such kernel or base.
+        TypeError, ValueError: target is no function, or returns something else than finite floating values [D]; no such
+            kernel or base; dictionary is no finite tensor [D]; gamma no positive finite tensor [C]; eps no finite
+            number ≥ 0.
 
     Source: Scardapane et al., "Kafnets", 2017, section on initialisation; eps as there.
 
     Example:
         >>> alpha = kafops.init.ridge(torch.nn.functional.gelu, torch.linspace(-3, 3, 20), torch.tensor([1.67]))
     """
-    dictionary, gamma = dictionary.detach().to(**_F64), gamma.detach().to(**_F64)
+    dictionary, gamma = _checked("dictionary", dictionary, "[D]"), _checked("gamma", gamma, "[C]", positive=True)
+    _check_number("eps", eps, at_least=0.0)
     kernels.named(kernel)
-    return _solve_ridge(_sample(target, dictionary, base), dictionary, gamma, eps, kernel)
+    bases.named(base)
+    return _solve_ridge(_sample(_function(target, "target"), dictionary, base), dictionary, gamma, eps, kernel)
 
 
 def gradient_factor(
@@ -469,14 +489,21 @@ def gradient_factor(
         Tensor [C], float64 on the CPU, without gradient.
 
     Raises:
-        TypeError, ValueError: there is no such kernel or base.
+        TypeError, ValueError: there is no such kernel or base; a tensor is not finite or of another shape, or gamma is
+            not positive.
 
     Example:
         >>> layer = kafops.KAF(16)
         >>> kafops.init.gradient_factor(layer.alpha, layer.bandwidths(), layer.points()).shape
         torch.Size([16])
     """
-    alpha, gamma, dictionary = (t.detach().to(**_F64) for t in (alpha, gamma, dictionary))
+    alpha, dictionary = _checked("alpha", alpha, "[C, D]"), _checked("dictionary", dictionary, "[C, D] or [1, D]")
+    gamma = _checked("gamma", gamma, "[C]", positive=True)
+    if len(gamma) not in (1, len(alpha)) or dictionary.shape not in (alpha.shape, (1, alpha.shape[1])):
+        raise ValueError(
+            f"alpha [C, D], gamma [C] and dictionary [C, D] or [1, D] must fit together, got {list(alpha.shape)}, "
+            f"{list(gamma.shape)} and {list(dictionary.shape)}"
+        )
     kernels.named(kernel)
     bases.named(base)
     mean, second, slope = _moments(dictionary, gamma, kernel)

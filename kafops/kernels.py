@@ -87,7 +87,7 @@ def value(
         order: 0 to 12, or to 2 for "matern32" and "bspline".
 
     Raises:
-        TypeError, ValueError: no such kernel; order out of range.
+        TypeError, ValueError: no such kernel; order out of range; u is no floating tensor.
         RuntimeError: on differentiation, an order out of range is asked for.
 
     Example:
@@ -97,6 +97,8 @@ def value(
     chosen = named(kernel)
     if isinstance(order, bool) or not isinstance(order, int) or not 0 <= order <= chosen.smoothness:
         raise ValueError(f"order must be an integer from 0 to {chosen.smoothness} for {kernel!r}, got {order!r}")
+    if not isinstance(u, Tensor) or not u.is_floating_point():
+        raise TypeError(f"u must be a floating tensor, got {u.dtype if isinstance(u, Tensor) else type(u).__name__}")
     if u.dtype in (torch.float16, torch.bfloat16):  # computed in float32, and rounded once
         return value(kernel, u.float(), order).to(u.dtype)
     if torch.compiler.is_compiling():  # which cannot trace a rule for forward mode, and differentiates once only

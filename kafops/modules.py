@@ -31,8 +31,9 @@ class KAF(nn.Module):
     .. math:: f_c(x) = \\text{base}(x) + \\sum_{d=1}^{D} \\alpha_{c,d} \\exp(-\\gamma_c (x - \\delta_d)^2)
 
     with D points δ evenly spaced on [-boundary, boundary], Δ apart (the single point 0 for D = 1). Beyond the boundary
-    a curve returns to its base within a few Δ, to 0 where it has none; x should be normalised then, and with the
-    default boundary of 3, unit variance suits; `kafops.calibrate` puts the boundary where the inputs of a model are.
+    a Gaussian curve returns to its base within six Δ, to 0 where it has none (other kernels: docs/other-kernels.md); x
+    should be normalised then, and with the default boundary of 3, unit variance suits; `kafops.calibrate` puts the
+    boundary where the inputs of a model are.
 
     Args:
         num_parameters: number of channels C, or 1 to share one curve among all, as `torch.nn.PReLU` does.
@@ -49,8 +50,8 @@ class KAF(nn.Module):
         learn_gamma: train the bandwidth of each channel, as its logarithm, so that it stays positive.
         learn_dictionary: train the points of each channel, from the even spacing on. Costs little more.
         device, dtype: of the parameters. The default is torch's default dtype, or float32 where that is a half type.
-            bfloat16 and float16 are computed with in float32, but cost 1e-2 of the output where coefficients are as
-            large as those of fits (72); with a base they are small.
+            bfloat16 and float16 are computed with in float32, but cost 0.3 and 0.03 in the output where coefficients
+            are as large as those of fits (72); with a base they are small.
         kernel: "gaussian" (default), or another κ(√γ (x - δ)) in its place: "rational_quadratic", "matern32" or
             "bspline", defined in `kafops.kernels`. They cost more (docs/other-kernels.md). The default of gamma is
             1/(6Δ²) for all but "bspline", which has 3/(2Δ²): its knots are the points then.
@@ -61,9 +62,11 @@ class KAF(nn.Module):
         channel_dim: dimension of x that has the channels, keyword only, default 1; -1 in transformers and MLPs.
         old: the activation that a layer with base="same" or init="same" takes the place of, keyword only: a module, a
             module class or a function. A module is copied, is no submodule and not in the state; it may have no
-            parameters with base="same".
+            parameters or buffers with base="same". Of no account without "same".
         fit: with base="same" and an old that is no base, keyword only: take the nearest base and fit curves to the
-            rest, which is fast, but not exact; `fit_error` is the largest error.
+            rest, which is fast, but not exact; `fit_error` is the largest error on [-8, 8], or on twice the dictionary
+            where that is wider. Beyond, the base alone remains, and it may go elsewhere than old: ReLU6 is fitted on
+            "silu", which grows where ReLU6 is 6.
 
     Shape:
         Input [N, C, *], or with C at channel_dim, in float32, float64, bfloat16 or float16 (any shape where
@@ -80,7 +83,7 @@ class KAF(nn.Module):
     does: `kafops.param_groups` puts them into groups of their own.
 
     `.half()`, `.bfloat16()` and the like leave the layer's state in float32, because coefficients in half precision
-    cost 1e-2 in the output. After `.to_empty()` call `reset_parameters()`, which restores gamma and curve too.
+    cost up to 0.3 in the output. After `.to_empty()` call `reset_parameters()`, which restores gamma and curve too.
 
     Raises:
         TypeError, ValueError: an argument is out of its range; base="same" or init="same" without old; x does not fit
@@ -140,9 +143,14 @@ class KAF(nn.Module):
         elif dtype not in _DTYPES:
             raise TypeError(f"dtype must be one of {', '.join(map(str, _DTYPES))}, got {dtype}")
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        for name, flag in (("learn_gamma", learn_gamma), ("learn_dictionary", learn_dictionary), ("fit", fit)):
+            if not isinstance(flag, bool):
+                raise TypeError(f"{name} must be True or False, got {type(flag).__name__} {flag!r}")
         self.learn_gamma, self.learn_dictionary = learn_gamma, learn_dictionary
         with real_tensors():
             self._start_gamma = self._check_gamma(gamma, dtype)
+            if old is not None:
+                same.checked(old)
             if base == "same":
                 base, init = self._take_place_of(old, init, fit)
             elif fit:
@@ -151,7 +159,7 @@ class KAF(nn.Module):
             fused = None if self.old is not None else base
             bases.named(fused)
             start = initial.default(base) if init is None else init
-            target = same.checked(old, "init") if start == "same" else start
+            target = same.needed(old, "init") if start == "same" else start
             self._init = initial.resolve(target, self._grid(), self.kernel, fused)
         self._init_name = start if isinstance(start, str) else getattr(start, "__name__", None) or repr(start)
         if start == "same":
@@ -297,7 +305,8 @@ class KAF(nn.Module):
         key, old = prefix + "curve", prefix + "_extra_state"
         saved = state_dict.pop(old, None)  # of 0.1: the boundary [], or [2] with the kernel's code
         if saved is not None and key not in state_dict:
-            state_dict[key] = torch.cat([saved.flatten().double(), torch.zeros(3 - saved.numel(), dtype=torch.float64)])
+            saved = saved.flatten().double()
+            state_dict[key] = torch.cat([saved, saved.new_zeros(3 - saved.numel())])
         saved = state_dict.get(key)
         if isinstance(saved, Tensor) and not saved.is_meta and not is_fake(saved):
             self._check_curve(saved.full_tensor() if hasattr(saved, "full_tensor") else saved)
@@ -353,6 +362,12 @@ class KAF(nn.Module):
                 child._apply(fn)
         return self
 
+    def train(self, mode: bool = True) -> "KAF":
+        """Put the layer, and an old activation that is its base, in training or eval mode."""
+        if isinstance(self.old, nn.Module):
+            self.old.train(mode)
+        return super().train(mode)
+
     def _take_place_of(self, old: Any, init: Any, fit: bool) -> tuple[Any, Any]:
         """Return the base and the init with which the layer is the old activation, keeping that where it is no base."""
         function = same.function_of(old)
@@ -364,7 +379,7 @@ class KAF(nn.Module):
         if fit:
             base, init, self.fit_error = same.nearest(function, self._grid(), self._start_gamma[:1], self.kernel)
             return base, init
-        vars(self)["old"] = function  # no submodule
+        vars(self)["old"] = function.train() if isinstance(function, nn.Module) else function  # no submodule
         return "same", "zeros"
 
     def _initial_values(self, num_parameters: int) -> tuple[Tensor, Tensor] | None:  # alpha [C, D], gamma [C]
@@ -373,7 +388,19 @@ class KAF(nn.Module):
             return None
         with real_tensors():
             gamma = self._start_gamma.expand(num_parameters)
-            return self._init(self._grid(), gamma), gamma
+            alpha = self._init(self._grid(), gamma)
+            self._check_alpha(alpha, num_parameters)
+        return alpha, gamma
+
+    def _check_alpha(self, alpha: Any, channels: int) -> None:
+        """Raise unless coefficients of an initializer, perhaps a user's own, are such."""
+        wanted = f"init must return finite floating coefficients [C, D] = [{channels}, {self.dictionary_size}]"
+        if not isinstance(alpha, Tensor) or not alpha.is_floating_point():
+            raise TypeError(f"{wanted}, got {alpha.dtype if isinstance(alpha, Tensor) else type(alpha).__name__}")
+        if alpha.shape != (channels, self.dictionary_size):
+            raise ValueError(f"{wanted}, got shape {list(alpha.shape)}")
+        if not alpha.isfinite().all():
+            raise ValueError(f"{wanted}, got {alpha[~alpha.isfinite()][0].item()}")
 
     @torch.no_grad()
     def _fill(self, values: tuple[Tensor, Tensor] | None, points: Tensor | None = None) -> None:
@@ -397,6 +424,8 @@ class KAF(nn.Module):
         self._start_gamma = self._start_gamma * (self.boundary / boundary) ** 2
         self.boundary = boundary
         self._init = self._init.for_dictionary(self._grid(), before)
+        if isinstance(self._init, same.Nearest):
+            self.fit_error = self._init.error(self._grid(), self._start_gamma[:1])
         self.curve.copy_(self._curve())
 
     def _grid(self) -> Tensor:  # [D], float64

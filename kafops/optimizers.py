@@ -1,8 +1,10 @@
 """What an optimizer should know: which parameters are curves, and that these want no weight decay."""
 
+import math
+import numbers
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import Parameter
 from torch.nn.parameter import is_lazy
 
@@ -51,15 +53,19 @@ def param_groups(
         without parameters is left out.
 
     Raises:
-        TypeError: model is not a module.
-        ValueError: a number is negative, or a layer is lazy and has no parameters yet.
+        TypeError: model is not a module, or a number is none.
+        ValueError: a number is negative or not finite, or a layer is lazy and has no parameters yet.
 
     Example:
         >>> optimizer = torch.optim.AdamW(kafops.param_groups(model, weight_decay=0.05), lr=1e-3)
     """
     for name, value in (("weight_decay", weight_decay), ("lr", lr), ("curve_lr", curve_lr)):
-        if value is not None and not value >= 0:
-            raise ValueError(f"{name} must not be negative, got {value}")
+        if value is None and name != "weight_decay":
+            continue
+        if isinstance(value, bool) or not isinstance(value, (numbers.Real, Tensor)):
+            raise TypeError(f"{name} must be a number ≥ 0, got {type(value).__name__} {value!r}")
+        if not 0 <= value < math.inf:
+            raise ValueError(f"{name} must be a number ≥ 0, got {value}")
     curves = curve_parameters(model)
     inside = set(curves)
     rates = (lr, lr if curve_lr is None else curve_lr)

@@ -147,7 +147,10 @@ def _density(axes: "Axes", inputs: LayerInputs, reach: float) -> Any:
 
 def _frame(axes: "Axes", y: Tensor, reach: float) -> None:
     """Show what nearly all curves do; a few wild ones may leave the panel."""
-    low, high = (torch.quantile(end, q).item() for end, q in ((y.amin(0), 0.02), (y.amax(0), 0.98)))
+    known = y[:, y.isfinite().all(0)]
+    if known.shape[1] == 0:
+        known = y.new_zeros(1, 1)
+    low, high = (torch.quantile(end, q).item() for end, q in ((known.amin(0), 0.02), (known.amax(0), 0.98)))
     margin = 0.07 * max(high - low, 1e-6)
     axes.set_xlim(-reach, reach)
     axes.set_ylim(low - margin, high + margin)

@@ -3,8 +3,9 @@
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor, nn
 
 from kafops import same
@@ -42,8 +43,8 @@ class Moved(NamedTuple):
     """How far a model's outputs on the example moved.
 
     Attributes:
-        by: the largest absolute difference.
-        of: the largest absolute value before.
+        by: the largest absolute difference; 0 of equal infinities, NaN where a NaN came or went.
+        of: the largest finite absolute value before.
     """
 
     by: float
@@ -56,8 +57,12 @@ class Moved(NamedTuple):
         pairs = [(a, b) for a, b in pairs if a.numel()]
         if not pairs:
             return None
-        by = max((b.double() - a.double()).abs().max().item() for a, b in pairs)
-        return cls(by, max(a.double().abs().max().item() for a, _ in pairs))
+        equal = [(a == b) | (a.isnan() & b.isnan()) for a, b in pairs]
+        apart = [
+            (b.double() - a.double()).abs().where(~e, 0.0).max().cpu() for (a, b), e in zip(pairs, equal, strict=True)
+        ]
+        sizes = [a.double().abs().where(a.isfinite(), 0.0).max().cpu() for a, _ in pairs]
+        return cls(torch.stack(apart).max().item(), torch.stack(sizes).max().item())
 
 
 class ReplacementReport(list[Replacement]):
@@ -120,9 +125,13 @@ class ReplacementReport(list[Replacement]):
     def _about_bases(self) -> list[str]:
         kept = [same.name_of(r.old) for r in self if getattr(r.new, "old", None) is not None]
         fitted = [r for r in self if getattr(r.new, "fit_error", None) is not None]
-        errors = {(same.name_of(r.old), r.new.base): r.new.fit_error for r in fitted}
         lines = [f"kept beneath the curves, exact but not fused, so slower: {_counted(kept)}"] if kept else []
-        return lines + [f"fitted: {old} on {base}, off by {e:.2g} at most" for (old, base), e in errors.items()]
+        for r in fitted:
+            new: Any = r.new
+            end = same.reach(new.boundary)
+            fit = f"fitted: {same.name_of(r.old)} on {new.base}, off by {new.fit_error:.2g} at most"
+            lines.append(f"{fit} on [{-end:g}, {end:g}], and {new.base} beyond")
+        return list(dict.fromkeys(lines))
 
 
 def _counted(kinds: Iterable[str]) -> str:

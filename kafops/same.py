@@ -2,17 +2,17 @@
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
-from functools import cache
+from dataclasses import dataclass, field, replace
+from functools import cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from kafops import bases, kernels, reference
-from kafops.init import Initializer
+from kafops.init import Initializer, lasts, straight
 
-__all__ = ["base_of", "checked", "function_of", "name_of", "nearest"]
+__all__ = ["Nearest", "base_of", "checked", "function_of", "name_of", "nearest", "needed", "reach"]
 
 Function = Callable[[Tensor], Tensor]
 
@@ -27,51 +27,66 @@ def name_of(old: Any) -> str:
     return getattr(old, "__name__", None) or str(old)
 
 
-def checked(old: Any, argument: str) -> Any:
-    """Return an old activation, which an argument needs, if it is one.
+def checked(old: Any) -> Any:
+    """Return an old activation, if it is one.
 
     Raises:
         TypeError: it is no module, module class or function.
     """
     if not callable(old) or (isinstance(old, type) and not issubclass(old, nn.Module)):
+        raise TypeError(f"old must be a module, a module class or a function, got {old!r}")
+    return old
+
+
+def needed(old: Any, argument: str) -> Any:
+    """Return an old activation, which an argument needs.
+
+    Raises:
+        TypeError: there is none, or it is none.
+    """
+    if old is None:
         raise TypeError(
             f'{argument}="same" needs old=, the activation that the layer takes the place of: a module, a module class '
-            f"or a function; got {'none' if old is None else repr(old)}"
+            "or a function; got none"
         )
-    return old
+    return checked(old)
 
 
 def function_of(old: Any) -> Function:
     """Return an old activation as a function that leaves its input as it is.
 
     Args:
-        old: a module, which is copied; a module class, called without arguments; or a function.
+        old: a module, which is copied, with `inplace` off; a module class, called without arguments; or a function.
 
     Raises:
         TypeError: old is none of these.
-        ValueError: it has parameters or buffers, which would neither train, move nor be saved; or what it makes of a
-            number depends on others, or it fails on a small tensor on the CPU.
+        ValueError: it has parameters or buffers, which would neither train, move nor be saved; or it works in place, or
+            what it makes of a number depends on others, or it fails on a small tensor on the CPU.
     """
-    if isinstance(checked(old, "base"), type):
+    if isinstance(needed(old, "base"), type):
         old = old()
     if isinstance(old, nn.Module):
-        if old.state_dict() or list(old.parameters()):
-            raise ValueError(f'base="same" has no room for the parameters of {name_of(old)}; choose a base and an init')
+        if [*old.parameters(), *old.buffers()]:
+            raise ValueError(
+                f'base="same" has no room for the parameters or buffers of {name_of(old)}; choose a base and an init'
+            )
         old = copy.deepcopy(old)
-        if getattr(old, "inplace", False) is True:
-            old.inplace = False
+        for module in old.modules():
+            if getattr(module, "inplace", False) is True:
+                module.inplace = False
     _check_elementwise(old)
     return old
 
 
 def _check_elementwise(old: Any) -> None:
     x = torch.linspace(-2, 3, 12, device="cpu", dtype=torch.float32).view(3, 4)
+    given = x.clone()
     training = getattr(old, "training", False)
     if isinstance(old, nn.Module):
         old.eval()  # some draw random numbers in training
     try:
         with torch.no_grad(), torch.device("cpu"):
-            whole, part = old(x.clone()), old(x[:2, 1:3].clone())
+            whole, part = old(given), old(x[:2, 1:3].clone())
     except Exception as e:  # whatever a function of the user's raises
         raise ValueError(
             f"old must take a float32 tensor of any shape on the CPU, and {name_of(old)} fails on shape [3, 4] "
@@ -80,6 +95,8 @@ def _check_elementwise(old: Any) -> None:
     finally:
         if isinstance(old, nn.Module):
             old.train(training)
+    if not torch.equal(given, x):
+        raise ValueError(f"old must leave its input as it is, and {name_of(old)} works in place")
     same_shape = isinstance(whole, Tensor) and whole.shape == x.shape
     if not same_shape or not torch.allclose(whole[:2, 1:3], part, rtol=1e-4, atol=1e-5, equal_nan=True):
         does = "depends on other elements" if same_shape else "has another shape"
@@ -108,24 +125,70 @@ def base_of(function: Function) -> str | None:
 
 
 @dataclass(frozen=True, repr=False)
-class _LeastSquares(Initializer):
-    """Curves that are nearest to values on [-end, end]: beyond the dictionary too, where a ridge fit leaves ends."""
+class Nearest(Initializer):
+    """Curves on a base that are nearest to a function on [-r, r], where r = `reach` lies beyond the dictionary.
+
+    A pickle holds the function itself only where it is PyTorch's or ours.
+    """
 
     values: tuple[float, ...]
     end: float
+    base: str
     kernel: str
+    of: Function | None = field(default=None, compare=False)
 
     def __repr__(self) -> str:
         return "nearest"
 
+    def function(self, dictionary: Tensor) -> Function:
+        """Return the function, or where it is lost the straight lines through its values."""
+        return self.of or partial(straight, self._places(), torch.tensor(self.values, **_F64))
+
+    def for_dictionary(self, dictionary: Tensor, before: Tensor) -> "Nearest":
+        """Return the rule for another range."""
+        end = reach(dictionary[-1].item())
+        return replace(self, values=_values(self.function(before), end), end=end)
+
     def __call__(self, dictionary: Tensor, gamma: Tensor) -> Tensor:
         """Return the coefficients [C, D]."""
         distinct, channel = gamma.unique(return_inverse=True)
-        x = torch.linspace(-self.end, self.end, len(self.values), **_F64)
+        x = self._places()
         columns = kernels.value(self.kernel, distinct.sqrt()[:, None, None] * (x[:, None] - dictionary))
         system = columns.mT @ columns / len(x) + _RIDGE * torch.eye(len(dictionary), **_F64)
-        right = columns.mT @ torch.tensor(self.values, **_F64)[:, None] / len(x)
-        return torch.linalg.solve(system, right)[channel, :, 0]
+        wanted = torch.tensor(self.values, **_F64) - bases.value(self.base, x)
+        return torch.linalg.solve(system, columns.mT @ wanted[:, None] / len(x))[channel, :, 0]
+
+    def error(self, dictionary: Tensor, gamma: Tensor) -> float:  # [D], [1]
+        """Return the largest error on [-r, r]."""
+        y = reference.kaf_free(self._places(), self(dictionary, gamma), gamma, dictionary[None], self.kernel, self.base)
+        return (y - torch.tensor(self.values, **_F64)).abs().max().item()
+
+    def _places(self) -> Tensor:
+        return torch.linspace(-self.end, self.end, len(self.values), **_F64)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | ({} if lasts(self.of) else {"of": None})
+
+    def __deepcopy__(self, memo: Any) -> "Nearest":
+        return self
+
+
+def _values(function: Function, end: float) -> tuple[float, ...]:
+    x = torch.linspace(-end, end, 801, **_F64)
+    with torch.no_grad(), torch.device("cpu"):
+        values = function(x.clone())
+    if not values.isfinite().all():
+        bad = ~values.isfinite()
+        raise ValueError(
+            f"old must be finite on [{-end:g}, {end:g}] where fit=True, and {name_of(function)} gives "
+            f"{values[bad][0].item()} at {x[bad][0].item():.4g}"
+        )
+    return tuple(values.tolist())
+
+
+def reach(boundary: float) -> float:
+    """Return the end of the range on which curves are fitted."""
+    return max(8.0, 2 * boundary)
 
 
 def nearest(
@@ -134,19 +197,9 @@ def nearest(
     gamma: Tensor,  # [1], float64
     kernel: str,
 ) -> tuple[str, Initializer, float]:
-    """Return the base with which a curve comes nearest to a function, that curve, and its largest error.
-
-    Nearest, and the error, are on [-8, 8], or on twice the dictionary where that is wider: beyond, the base alone
-    remains.
-    """
-    end = max(8.0, 2 * dictionary[-1].item())
-    x = torch.linspace(-end, end, 801, **_F64)
-    with torch.no_grad(), torch.device("cpu"):
-        wanted = function(x.clone())
-    found = []
-    for base in bases.BASES:
-        fit = _LeastSquares(tuple((wanted - bases.value(base, x)).tolist()), end, kernel)
-        y = reference.kaf_free(x, fit(dictionary, gamma), gamma, dictionary[None], kernel, base)
-        found.append(((y - wanted).abs().max().item(), base, fit))
-    error, base, fit = min(found, key=lambda f: f[0])
-    return base, fit, error
+    """Return the base with which a curve comes nearest to a function, that curve, and its largest error."""
+    end = reach(dictionary[-1].item())
+    values = _values(function, end)
+    fits = [Nearest(values, end, base, kernel, function) for base in bases.BASES]
+    error, _, fit = min((fit.error(dictionary, gamma), i, fit) for i, fit in enumerate(fits))
+    return fit.base, fit, error

@@ -188,7 +188,8 @@ def unchanged(model: nn.Module, training: bool = False) -> Iterator[None]:
     Attributes, registered parameters, buffers and modules, hooks and training flags all return, whether or not the
     block raises. Buffers are cloned meanwhile. A parameter changed in place by a forward pass is not brought back.
     """
-    modules = list(model.modules())
+    kept = (vars(m).get("old") for m in model.modules())  # beneath curves, no submodules
+    modules = [*model.modules(), *(m for old in kept if isinstance(old, nn.Module) for m in old.modules())]
     saved = [_snapshot(m) for m in modules]
     python_random = random.getstate()
     with torch.random.fork_rng(devices=_cuda_devices(model)):

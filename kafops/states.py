@@ -132,7 +132,12 @@ def _translate(state: dict[str, Any], prefix: str, layer: KAF) -> None:
     boundary = float(f"{points.abs().max().item():.6g}")
     if layer.dictionary is not None:
         state[prefix + "dictionary"] = points.expand(channels, size)
-    elif not torch.allclose(points, torch.linspace(-boundary, boundary, size).double(), atol=1e-5 * boundary, rtol=0):
+    elif not torch.allclose(
+        points,
+        torch.linspace(-boundary, boundary, size, dtype=torch.float64, device=points.device),
+        atol=1e-5 * boundary,
+        rtol=0,
+    ):
         raise ValueError(f"{where} must be even on [-b, b], or the layer have learn_dictionary=True; got {points}")
     if gamma is None and stored.dim() > 1:
         raise ValueError(f"{where} comes without gamma, so its kernel is not the Gaussian, which alone can be loaded")

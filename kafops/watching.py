@@ -62,7 +62,7 @@ def watch(model: nn.Module, inputs: Any = None, figure: bool = False) -> dict[st
     for key in ("alpha", "slope", "outside"):
         values = [value for name, value in found.items() if name.endswith("/" + key)]
         if values:
-            found[f"kaf/{key}"] = max(values)
+            found[f"kaf/{key}"] = torch.tensor(values, dtype=torch.float64).max().item()  # NaN, where one is
     if figure:
         found["kaf/curves"] = plot(model, inputs)
     return found
@@ -73,7 +73,7 @@ def _steepest(layer: KAF) -> float:
     low, high = (end.to(layer.alpha.device).double() for end in ends(layer))
     share = torch.linspace(0, 1, _POINTS, dtype=torch.float64, device=low.device)[:, None]
     grid = (low + share * (high - low)).expand(-1, layer.alpha.shape[0]).to(layer.bandwidths().dtype)
-    with torch.enable_grad():
-        grid = grid.detach().requires_grad_()
+    with torch.inference_mode(False), torch.enable_grad():
+        grid = grid.clone().requires_grad_()
         (slopes,) = torch.autograd.grad(layer.curves(grid).sum(), grid)
     return slopes.abs().max().item()

@@ -130,6 +130,16 @@ assert len(caught) == 1, caught
 expected = kafops.reference.kaf(x, layer.alpha, layer.gamma, 3.0)
 assert torch.equal(layer(x), expected)
 print(kafops.__file__, caught[0].message)
+with warnings.catch_warnings(record=True) as caught:  # operators called directly, as exported programs do
+    warnings.simplefilter("always")
+    y = torch.ops.kafops.kaf(x, layer.alpha, layer.gamma, None, 3.0)
+    (g,) = torch.autograd.grad(y.sin().sum(), x, create_graph=True)
+    found = y, g, *torch.autograd.grad(g.sin().sum(), (x, layer.alpha))
+assert ["an operator in plain PyTorch" in str(w.message) for w in caught] == [True], caught
+y = kafops.reference.kaf(x, layer.alpha, layer.gamma, 3.0)
+(g,) = torch.autograd.grad(y.sin().sum(), x, create_graph=True)
+want = (y, g, *torch.autograd.grad(g.sin().sum(), (x, layer.alpha)))
+torch.testing.assert_close(found, want, rtol=1e-3, atol=1e-3)  # |alpha| is 42
 """
     environment = os.environ | {"PYTHONPATH": str(tmp_path / "lib")}
     run = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, env=environment, capture_output=True, text=True)

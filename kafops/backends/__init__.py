@@ -12,11 +12,13 @@ import functools
 import os
 import threading
 import warnings
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from kafops import ops, plain
 from kafops.backends import cpu, cuda, reference, triton
 from kafops.backends.record import Backend
 from kafops.torch_private import assumed_constant, unregister
@@ -224,11 +226,23 @@ def _activate(name: str, device_type: str) -> None:
             _active[name, device_type] = activate(device_type)
 
 
+def _in_plain_pytorch(function: Callable[..., Any]) -> Callable[..., Any]:
+    def computed(*arguments: Any, **named: Any) -> Any:
+        x = next(t for t in (*arguments, *named.values()) if isinstance(t, Tensor))
+        _warn_of_operator(x.device.type)
+        return function(*arguments, **named)
+
+    return computed
+
+
 def _activate_in_place_of_what_is_not_there() -> None:
     """Register functions for device types whose own kernels could not be loaded; operators may be called directly.
 
-    Whether kernels that were loaded fit this machine's GPUs is not asked before a tensor is on one.
+    Exported programs do so. Whether kernels that were loaded fit this machine's GPUs is not asked before a tensor is on
+    one. On devices that no kernels are for, plain PyTorch serves.
     """
+    for name, function in (("kaf", plain.kaf), ("kaf_backward", plain.kaf_backward)):
+        ops.implement(name, _in_plain_pytorch(function), "CompositeExplicitAutograd")
     for device_type in sorted(set[str]().union(*(b.default_devices or () for b in ORDER))):
         first = next(b for b in ORDER if b.by_default(device_type) and b.load_error() is None)
         _activate(first.name, device_type)
@@ -246,6 +260,15 @@ def _warn_once(device_type: str) -> None:
         return
     warnings.warn(
         f"kafops computes through the plain PyTorch reference, which is slow and keeps D times the memory of x: "
+        f"{explain(device_type).partition('because ')[2]}",
+        stacklevel=4,
+    )
+
+
+@functools.cache
+def _warn_of_operator(device_type: str) -> None:
+    warnings.warn(
+        f"kafops computes an operator in plain PyTorch, a point of the dictionary at a time, which is slow: "
         f"{explain(device_type).partition('because ')[2]}",
         stacklevel=4,
     )

@@ -321,3 +321,10 @@ def test_the_report_is_a_table():
     lines = str(kafops.calibrate(layer, wide())).splitlines()
     assert " ".join(lines[0].split()) == "layer boundary inputs outside worst channel error of the curve"
     assert lines[1].startswith("0        3 → 18  ")
+
+
+@pytest.mark.parametrize("init", ["normal", "isometric", "elu"])
+def test_the_random_generator_stays(init):
+    layer, before = kafops.KAF(3, init=init), torch.get_rng_state()
+    kafops.calibrate(layer, torch.ones(4, 3))
+    assert torch.equal(torch.get_rng_state(), before)

@@ -56,3 +56,14 @@ def test_the_docs_have_the_table():
         for name, d, b, over, under, eps, std in rows
     }
     assert table == {name: (c.dictionary_size, c.boundary, c.t, c.eps, c.std) for name, c in kafops.CONVENTIONS.items()}
+
+
+@pytest.mark.parametrize(("size", "error"), [(0, ValueError), (1, ValueError), ("a", TypeError), (True, TypeError)])
+def test_a_size_that_sets_no_bandwidth(size, error):
+    with pytest.raises(error, match="dictionary_size must be an integer ≥ 2, got"):
+        kafops.convention("thesis", dictionary_size=size)
+
+
+def test_names_are_strings():
+    with pytest.raises(ValueError, match=r"name must be one of .*, got \['thesis'\]"):
+        kafops.convention(["thesis"])

@@ -693,3 +693,17 @@ def test_operands_given_by_keyword(name: str) -> None:
     assert_refused(_Sum(KEYWORDS[name], 1, 8), relu_kaf, "example_input")
     (site,) = kafops.replace_activations(_Sum(KEYWORDS[name], 1, 8), relu_kaf, example_input=torch.randn(1, 3, 4, 4))
     assert site.channels == 8
+
+
+def test_what_moved_is_told_of_outputs_that_are_not_finite():
+    nan, inf = torch.nan, torch.inf
+
+    def moved(*pair):
+        return kafops.replacements.Moved.between(*([torch.zeros(1), torch.tensor(values)] for values in pair))
+
+    assert moved([-inf, 2.0, nan], [-inf, 2.5, nan]) == (0.5, 2.0)
+    assert moved([1.0, 2.0], [1.0, inf]) == (inf, 2.0)
+    for before, after in (([1.0, 2.0], [1.0, nan]), ([nan, 2.0], [1.0, 2.0])):
+        by, of = moved(before, after)
+        assert by != by
+        assert of == 2

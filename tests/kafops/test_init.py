@@ -552,3 +552,52 @@ def test_modules_and_classes_are_targets():
     assert torch.equal(kafops.KAF(2, init=prelu).alpha, kafops.KAF(2, init=lambda x: F.leaky_relu(x, 0.125)).alpha)
     assert prelu.weight.requires_grad
     assert prelu.weight.dtype == torch.float32
+
+
+GRID, GAMMA = torch.linspace(-3, 3, 4), torch.ones(2)
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "message"),
+    [
+        (
+            lambda: ridge(torch.tanh, [1.0], GAMMA),
+            TypeError,
+            r"dictionary must be a finite floating tensor \[D\], got list",
+        ),
+        (lambda: ridge(torch.tanh, GRID[None], GAMMA), ValueError, r"dictionary .* got shape \[1, 4\]"),
+        (lambda: ridge(torch.tanh, GRID, -GAMMA), ValueError, "gamma .* of positive numbers, got -1"),
+        (lambda: ridge(torch.tanh, GRID, GAMMA * torch.nan), ValueError, "gamma .* got nan"),
+        (lambda: ridge(torch.tanh, GRID, GAMMA, eps=-1), ValueError, "eps must be a finite number ≥ 0, got eps=-1"),
+        (lambda: ridge("relu", GRID, GAMMA), TypeError, "target must be a callable, .* got 'relu'"),
+        (lambda: gradient_factor(1, GAMMA, GRID), TypeError, "alpha must be a finite floating tensor .*, got int"),
+        (lambda: gradient_factor(torch.ones(2, 4), -GAMMA, GRID[None]), ValueError, "gamma .* got -1"),
+        (
+            lambda: gradient_factor(torch.ones(3, 4), GAMMA, GRID[None]),
+            ValueError,
+            r"fit together, got \[3, 4\], \[2\]",
+        ),
+        (lambda: gradient_factor(torch.ones(2, 4), GAMMA, GRID), ValueError, r"dictionary .* got shape \[4\]"),
+    ],
+)
+def test_tensors_are_checked(call, error, message):
+    with pytest.raises(error, match=message):
+        call()
+
+
+@pytest.mark.parametrize(
+    ("returned", "error", "message"),
+    [
+        (None, TypeError, "got NoneType"),
+        (torch.ones(3, 20, dtype=torch.int64), TypeError, "got torch.int64"),
+        (torch.ones(3, 19), ValueError, r"got shape \[3, 19\]"),
+        (torch.full((3, 20), torch.nan), ValueError, "got nan"),
+    ],
+)
+def test_ones_own_initializer_is_checked(returned, error, message):
+    class Own(Initializer):
+        def __call__(self, dictionary, gamma):
+            return returned
+
+    with pytest.raises(error, match=r"init must return finite floating coefficients \[C, D\] = \[3, 20\], " + message):
+        kafops.KAF(3, init=Own())

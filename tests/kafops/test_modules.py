@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.parameter import is_lazy
 
 import kafops
@@ -577,3 +578,34 @@ def test_the_package_shows_what_is_public():
     shown = [name for name in dir(kafops) if not name.startswith("__")]
     assert sorted(shown) == sorted(kafops.__all__)
     assert all(hasattr(kafops, name) for name in shown)
+
+
+@pytest.mark.parametrize("name", ["learn_gamma", "learn_dictionary", "fit"])
+@pytest.mark.parametrize("value", ["no", 0.5, None, 1])
+def test_flags_are_true_or_false(name, value):
+    """KAF(4, 20, 3.0, "elu", None, 0.5) trained the bandwidth."""
+    with pytest.raises(TypeError, match=f"{name} must be True or False, got {type(value).__name__}"):
+        KAF(4, **{name: value})
+
+
+def test_values_want_floating_tensors():
+    for function, name in (
+        (kafops.kernels.value, "gaussian"),
+        (kafops.bases.value, "relu"),
+        (kafops.bases.value, None),
+    ):
+        for wrong in (3.0, "u", torch.ones(3, dtype=torch.int64)):
+            with pytest.raises(TypeError, match="must be a floating tensor, got"):
+                function(name, wrong)
+
+
+def test_a_state_of_0_1_on_another_device_than_the_cpu():
+    """Fake tensors, as there may be no GPU: what mixes devices raises."""
+    layer = KAF(3)
+    with FakeTensorMode():
+        for values in (1, 2):
+            state = {"alpha": torch.empty(3, 20, device="cuda"), "gamma": torch.empty(3, device="cuda")}
+            state["_extra_state"] = torch.empty((2,) if values == 2 else (), device="cuda")
+            layer._load_from_state_dict(state, "", {}, True, [], [], [])
+            assert state["curve"].shape == (3,)
+            assert state["curve"].device.type == "cuda"

@@ -1,5 +1,7 @@
 """Groups of parameters for optimizers."""
 
+import math
+
 import pytest
 import torch
 from torch import nn
@@ -57,7 +59,16 @@ def test_pruned_curves_are_curves():
 def test_says_what_is_wrong():
     with pytest.raises(TypeError, match=r"model must be an nn\.Module, got list"):
         kafops.curve_parameters([])
-    with pytest.raises(ValueError, match="weight_decay must not be negative, got -1"):
+    with pytest.raises(ValueError, match="weight_decay must be a number ≥ 0, got -1"):
         kafops.param_groups(network(), weight_decay=-1)
     with pytest.raises(ValueError, match=r"0\.alpha has no size yet; run the model once"):
         kafops.param_groups(nn.Sequential(kafops.LazyKAF()))
+
+
+@pytest.mark.parametrize("value", ["s", None, True, -1.0, math.nan, math.inf])
+def test_numbers_are_numbers(value):
+    with pytest.raises((TypeError, ValueError), match="weight_decay must be a number ≥ 0, got"):
+        kafops.param_groups(nn.Linear(2, 2), weight_decay=value)
+    if value is not None:
+        with pytest.raises((TypeError, ValueError), match="curve_lr must be a number ≥ 0, got"):
+            kafops.param_groups(nn.Linear(2, 2), curve_lr=value)

@@ -159,3 +159,25 @@ def test_tensorboard_takes_it(tmp_path):
         for name, value in found.items():
             writer.add_scalar(name, value, 1)
     assert list(tmp_path.iterdir())
+
+
+def test_a_layer_that_diverged_is_drawn_and_told():
+    model = network()
+    with torch.no_grad():
+        model[1].alpha[0, 3] = torch.nan
+    numbers = kafops.watch(model, x(), figure=True)
+    assert isinstance(numbers["kaf/curves"], Figure)
+    for key in ("alpha", "slope"):
+        assert numbers[f"kaf/1/{key}"] != numbers[f"kaf/1/{key}"]
+        assert numbers[f"kaf/{key}"] != numbers[f"kaf/{key}"]
+        assert numbers[f"kaf/2/{key}"] < 100
+    with torch.no_grad():
+        model[1].alpha.fill_(torch.nan)
+    kafops.plot(model[1]).savefig(BytesIO())
+
+
+def test_watch_works_in_inference_mode():
+    model = network()
+    want = kafops.watch(model, x())
+    with torch.inference_mode():
+        assert kafops.watch(model, x()) == want

@@ -114,6 +114,58 @@ def test_a_fit_takes_the_nearest_base(name: str, error: float) -> None:
         assert (other(x) - called(old)(x.clone())).abs().max() > 0.99 * layer.fit_error - 1e-5
 
 
+class _Scaled(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("scale", torch.ones(()), persistent=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.tanh(x) * self.scale
+
+
+def test_an_old_activation_within_a_module_leaves_the_input_as_it_is() -> None:
+    x = torch.linspace(-2, 2, 5)[:, None]
+    layer, before = KAF(1, base="same", old=nn.Sequential(nn.ELU(inplace=True), nn.Tanh())), x.clone()
+    assert torch.equal(layer(x), F.elu(before).tanh())
+    assert torch.equal(x, before)
+
+
+def test_an_old_activation_trains_and_rests_with_its_layer() -> None:
+    x = -torch.rand(64, 4)
+    layer = KAF(4, base="same", old=nn.RReLU())
+    assert not torch.equal(layer(x), layer(x))
+    model = nn.Sequential(layer).eval()
+    assert torch.equal(model(x), F.rrelu(x))
+    assert not torch.equal(model.train()(x), layer(x))
+    report = kafops.calibrate(model, x)  # looks in eval mode
+    assert list(report) == ["0"]
+    assert layer.old.training
+    copied = kafops.replace_activations(
+        nn.Sequential(nn.RReLU()).eval(), KAF, targets=nn.RReLU, base="same", example_input=x
+    )
+    assert torch.equal(copied.model(x), F.rrelu(x))
+
+
+def test_calibrating_fits_anew_and_says_how_far_off() -> None:
+    layer, x = KAF(1, base="same", old=nn.Mish, fit=True), torch.linspace(-40, 40, 801)[:, None]
+    error = layer.fit_error
+    (calibration,) = kafops.calibrate(layer, 20 * torch.randn(4000, 1)).values()
+    assert calibration.restarted
+    assert layer.boundary > 40
+    assert layer.fit_error != error
+    assert (layer(x) - F.mish(x)).abs().max() <= 1.02 * layer.fit_error  # which is seen on a grid
+    other = pickle.loads(pickle.dumps(layer))
+    assert torch.equal(other(x), layer(x))
+
+
+def test_a_fit_to_a_function_of_ones_own_survives_a_pickle() -> None:
+    layer = KAF(1, base="same", old=lambda x: F.mish(x), fit=True)
+    other = pickle.loads(pickle.dumps(layer))
+    (calibration,) = kafops.calibrate(other, torch.randn(4000, 1)).values()
+    assert calibration.restarted
+    assert calibration.error < 0.1
+
+
 def test_layers_of_every_kind_take_it() -> None:
     x = torch.randn(2, 3, 4)
     for layer in (kafops.KAF1d(3, base="same", old=F.mish), kafops.LazyKAF1d(base="same", old=F.mish)):
@@ -121,11 +173,21 @@ def test_layers_of_every_kind_take_it() -> None:
 
 
 def test_refusals() -> None:
-    for old in (None, 3, "relu", Tensor):
-        with pytest.raises(TypeError, match=r'base="same" needs old=, the activation'):
+    with pytest.raises(TypeError, match=r'base="same" needs old=, the activation'):
+        KAF(3, base="same")
+    for old in (3, "relu", Tensor):
+        with pytest.raises(TypeError, match="old must be a module, a module class or a function, got"):
             KAF(3, base="same", old=old)
-    with pytest.raises(ValueError, match="no room for the parameters of PReLU"):
-        KAF(3, base="same", old=nn.PReLU())
+    with pytest.raises(TypeError, match="old must be a module, a module class or a function, got 3"):
+        KAF(3, old=3)
+    for old in (nn.PReLU(), _Scaled()):
+        with pytest.raises(ValueError, match=f"no room for the parameters or buffers of {type(old).__name__}"):
+            KAF(3, base="same", old=old)
+    for old in (F.hardtanh_, lambda x: F.elu(x, inplace=True)):
+        with pytest.raises(ValueError, match=r"old must leave its input as it is, and .* works in place"):
+            KAF(3, base="same", old=old)
+    with pytest.raises(ValueError, match=r"old must be finite on \[-8, 8\] where fit=True, and sqrt gives nan at -8"):
+        KAF(3, base="same", old=torch.sqrt, fit=True)
     with pytest.raises(ValueError, match='fit=True goes with base="same", got base=None'):
         KAF(3, fit=True)
     with pytest.raises(ValueError, match="init must be None where base=\"same\" keeps or fits Mish, got 'silu'"):
