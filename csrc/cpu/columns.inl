@@ -166,9 +166,13 @@ void eval_lanes(const Group& g, int curve, const float* table, const Base& base,
     for (int64_t i = from; i < to; ++i) {
       out.fetch(i);
       if (Weighted) w.fetch(i);
-      V y = places.value(static_cast<int>(i - from) * W, table);
-      if (Weighted && other.data) y = V::mul(y, V::load(other.floats(i)));
-      V::store(out.floats(i), weighted<Weighted, Add>(y, w.floats(i), out.floats(i)));
+      const V y = places.value(static_cast<int>(i - from) * W, table);
+      if (Weighted && other.data) {  // the product first, as along rows
+        const V both = V::mul(V::load(w.floats(i)), V::load(other.floats(i)));
+        V::store(out.floats(i), times<Add>(y, both, out.floats(i)));
+      } else {
+        V::store(out.floats(i), weighted<Weighted, Add>(y, w.floats(i), out.floats(i)));
+      }
     }
   }
 }

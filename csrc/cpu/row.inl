@@ -278,9 +278,12 @@ struct Tail {
   }
 };
 
+template <bool Add> inline V times(V y, V w, const float* out) {
+  if constexpr (Add) return V::fma(y, w, V::load(out));
+  return V::mul(y, w);
+}
 template <bool Weighted, bool Add> inline V weighted(V y, const float* w, const float* out) {
-  if constexpr (Weighted && Add) return V::fma(y, V::load(w), V::load(out));
-  if constexpr (Weighted) return V::mul(y, V::load(w));
+  if constexpr (Weighted) return times<Add>(y, V::load(w), out);
   if constexpr (Add) return V::add(y, V::load(out));
   return y;
 }

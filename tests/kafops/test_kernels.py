@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 import kafops
-from kafops import ops, reference
+from kafops import bases, ops, reference
 from kafops.accuracy import Problem, conditioning, excess, values
 from kafops.backends import cpu
 from kafops.ops import Needs
@@ -390,6 +390,29 @@ def test_an_element_does_not_depend_on_other_rows(size, count, dtype, free):
         for needs in (Needs.X, Needs.X | Needs.ALPHA, Needs.X | Needs.GAMMA):
             whole, alone = (ops.kaf_backward(q.grad, *op_arguments(q), int(needs))[0] for q in (p, some))
             assert torch.equal(whole[part], alone)
+
+
+def test_a_channel_changes_its_form_once():
+    """Of channels_last whose channels have thresholds of their own, and share vectors, to second derivatives."""
+    torch.manual_seed(0)
+    silu = bases.code("silu")
+    gamma, alpha = torch.linspace(0.3, 3, 16), torch.randn(16, 5)
+    x, grad, v = (torch.randn(16, 16, 5, 7).contiguous(memory_format=torch.channels_last) for _ in range(3))
+    forms: dict[tuple[str, int], list[torch.Tensor]] = {}
+    for n in range(1, 17):
+        rest = (x[:n], alpha, gamma, None, 3.0)
+        found = {
+            "y": ops.kaf(*rest, base=silu),
+            "dx": ops.kaf_backward(grad[:n], *rest, int(Needs.X | Needs.ALPHA), base=silu)[0],
+            "double backward": ops.kaf_double_backward(v[:n], None, None, None, grad[:n], *rest, 31, silu)[1],
+        }
+        for name, t in found.items():
+            for c in range(16):
+                seen = forms.setdefault((name, c), [])
+                if not seen or not torch.equal(seen[-1], t[0, c]):
+                    seen.append(t[0, c].clone())
+    assert max(map(len, forms.values())) == 2
+    assert all(len(seen) <= 2 for seen in forms.values())
 
 
 # --------------------------------------------------------------------------------------- not a number, infinity
