@@ -30,7 +30,7 @@ def continued(module: kafops.KAF, x: Tensor) -> Tensor:  # as x
 def widened(module: kafops.KAF, x: Tensor) -> Tensor:  # as x
     """Widen the kernels of a curve, which lets a unit feel points that are far away, and smooths what it feels.
 
-    The integral of each kernel is kept, α √γ. Of Gaussian kernels it is the curve smoothed by a Gaussian of variance
+    The integral of each kernel is kept, α / √γ. Of Gaussian kernels it is the curve smoothed by a Gaussian of variance
     (WIDER - 1) / (2 γ).
     """
     return _curves(module, x, WIDER)

@@ -162,6 +162,12 @@ class Foolbox:
         The attacks by decisions start from the nearest image, of the batch or of 64 of noise, that the network puts
         into another class. Where there is none an image is left alone.
         """
+        farthest = 1.0 if self.norm == "Linf" else x[0].numel() ** 0.5
+        if self.radius > farthest:
+            raise ValueError(
+                f"the radius of {self.name!r} must be at most {farthest:.4g}, as far as images can be apart in "
+                f"{self.norm}, got {self.radius:g}"
+            )
         return _search(self, model, x, y, generator, self.radius, self._points)
 
     def _points(self, model: nn.Module, x: Tensor, y: Tensor, generator: torch.Generator, seed: int) -> Tensor:
@@ -207,8 +213,11 @@ class _Plain(nn.Module):
 
 
 def project(points: Tensor, x: Tensor, radius: float, norm: str) -> Tensor:
-    """Return the points [N, C, H, W], put into [0, 1] and the ball of that norm around images x, in this order."""
-    change = points.clamp(0, 1) - x
+    """Return the points [N, C, H, W], put into [0, 1] and the ball of that norm around images x, in this order.
+
+    What is not finite becomes x: it is no image.
+    """
+    change = torch.where(points.isfinite(), points, x).clamp(0, 1) - x
     if norm == "Linf":
         return (x + change.clamp(-radius, radius)).clamp(0, 1)
     length = change.flatten(1).norm(dim=1).view(-1, 1, 1, 1)

@@ -43,6 +43,8 @@ class LinfAttack:
             raise ValueError(f"eps must be in [0, 1], the range of the images, got {self.eps}")
         if not (self.step >= 0 and self.noise >= 0):
             raise ValueError(f"step and noise must not be negative, got step={self.step}, noise={self.noise}")
+        if self.noise > 1:
+            raise ValueError(f"noise must be at most 1, the range of the images, got {self.noise:g}")
         if self.steps < 1 or self.restarts < 1:
             raise ValueError(f"steps and restarts must be at least 1, got {self.steps} and {self.restarts}")
         if self.restarts > 1 and self.noise == 0:

@@ -66,8 +66,8 @@ class SmoothedAttack:
             raise ValueError(
                 f"growth, steps and restarts must be at least 1, got {self.growth}, {self.steps} and {self.restarts}"
             )
-        if not (self.sigma is None or self.sigma > 0):
-            raise ValueError(f"sigma must be above 0, or None for eps / 2, got {self.sigma}")
+        if not (self.sigma is None or 0 < self.sigma <= 1):
+            raise ValueError(f"sigma must be above 0 and at most 1, the range of the images, or None, got {self.sigma}")
         if not 0 <= self.momentum < 1:
             raise ValueError(f"momentum must be in [0, 1), got {self.momentum}")
         check_step(self.step, self.steps, self.eps)
@@ -117,7 +117,8 @@ class SmoothedAttack:
                 around = torch.stack((x[:, None] + sigma * u, x[:, None] - sigma * u))  # [2, n, D, C, H, W]
                 values = margin(model(around.flatten(0, 2)), labels.repeat(2).repeat_interleave(len(u)))
                 plus, minus = values.view(2, len(x), len(u))
-                sums += torch.tensordot(plus - minus, u, 1)
+                apart = (plus - minus).nan_to_num(0.0, 0.0, 0.0)  # a pair that tells nothing
+                sums += torch.tensordot(apart, u, 1)
         return slope
 
     def _directions(self, points: Tensor, count: int, generator: torch.Generator) -> Iterator[Tensor]:

@@ -56,5 +56,5 @@ def targeted(eps: float, steps: int = 50, targets: int = 9, step: float | None =
     PGD's own steps, 2.5 eps / steps, are so small that learned curves, which wave, hold them up.
     """
     if step is None:
-        step = max(2.5 * eps / max(steps, 1), eps / 4)
+        step = min(1.0, max(2.5 * eps / max(steps, 1), eps / 4))
     return MultiTargeted(pgd(eps, steps, step), targets)

@@ -35,9 +35,9 @@ def find(what: str, root: Path | None, names: Sequence[str], how: str) -> Path:
                 return folder / name
     looked = " and ".join(_described(folder, origin) for folder, origin in folders(root).items())
     raise DataError(
-        f"{what} was not found: there is no {' or '.join(names)} in {looked}. {how}. Give the folder that holds it as "
-        f"root, or name it in the environment variable {VARIABLE}, or have it in ./data. To try things out without it, "
-        "the set `fake` makes up images of the same format"
+        f"{what} was not found: there is no {' or '.join(names)} in {looked}. {how}. Give the folder that holds it by "
+        f"--data-root (root in Python), or name it in the environment variable {VARIABLE}, or have it in ./data. To "
+        "try things out without it, --data fake makes up images of the same format"
     )
 
 

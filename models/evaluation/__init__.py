@@ -1,12 +1,12 @@
 """Clean and robust accuracy, image by image, with the interval that the number of images allows."""
 
 import contextlib
-import math
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import torch
+from scipy.stats import binomtest
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -40,15 +40,13 @@ class Accuracy:
         return wilson_interval(self.correct, self.total)
 
 
-def wilson_interval(successes: int, trials: int, z: float = 1.959963984540054) -> tuple[float, float]:
-    """Return the score interval of Wilson 1927 for a proportion; z is the normal quantile, 1.96 for 95 %."""
+def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
+    """Return the 95 % score interval of Wilson 1927 for a proportion."""
     if not 0 <= successes <= trials or trials < 1:
         raise ValueError(f"need 0 ≤ successes ≤ trials and trials ≥ 1, got {successes} of {trials}")
-    share, z2 = successes / trials, z**2
-    centre = (share + z2 / (2 * trials)) / (1 + z2 / trials)
-    half = z / (1 + z2 / trials) * math.sqrt(share * (1 - share) / trials + z2 / (4 * trials**2))
+    low, high = binomtest(successes, trials).proportion_ci(0.95, method="wilson")
     # At the ends the formula gives 0 and 1 exactly, but for rounding.
-    return (centre - half if successes else 0.0), (centre + half if successes < trials else 1.0)
+    return (float(low) if successes else 0.0), (float(high) if successes < trials else 1.0)
 
 
 @dataclass(frozen=True)
@@ -119,8 +117,9 @@ def evaluate_attack(
 ) -> Outcome:
     """Attack every image in evaluation mode.
 
-    The attack's randomness depends on `seed` and the number of the batch only, so every network meets the same random
-    starts, and an interrupted evaluation goes on with the same bits.
+    The attack's randomness depends on `seed` and the number of the batch only: an interrupted evaluation goes on with
+    the same bits, and every network meets the same random starts, but for attacks that take what others or other
+    targets left (`targeted`, `adaptive`) and draw for these images alone.
 
     Args:
         model, images, labels, attack, seed, batch_size: as above; images and model are on one device.

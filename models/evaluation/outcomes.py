@@ -8,7 +8,6 @@ import dataclasses
 import hashlib
 import importlib.metadata
 import json
-import re
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -113,7 +112,7 @@ class Outcomes:
 
     def path(self, job: Job) -> Path:
         """Return the file of a job."""
-        name = re.sub(r"[^A-Za-z0-9.-]+", "_", job.name.replace("ε", "eps"))[:80]
+        name = files.file_name(job.name)[:80]
         content = json.dumps(self.settings(job), sort_keys=True).encode()
         end = f"-{hashlib.sha256(content).hexdigest()[:10]}.json"
         older = next(self.folder.glob(f"*{end}"), None)  # whatever it is called: the digest says what it is

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
+from scipy.stats import binom
 from torch import Tensor
 
 from models.evaluation import Accuracy, Gradients, accuracy
@@ -73,8 +74,7 @@ class Comparison:
 
 def sign_test(more: int, fewer: int) -> float:
     """Return the probability of at least `more` heads in `more + fewer` tosses of a fair coin."""
-    tosses = more + fewer
-    return sum(math.comb(tosses, heads) for heads in range(more, tosses + 1)) / 2**tosses
+    return float(binom.sf(more - 1, more + fewer, 0.5))
 
 
 def compare(weaker: Tensor, stronger: Tensor, pairs: int = 1) -> Comparison:
@@ -174,9 +174,10 @@ def has_gradients(check: str, gradients: Gradients) -> Verdict:
     )
     if gradients.bad or gradients.zero > _ZERO_IMAGES * gradients.total:
         return Verdict(check, FAIL, evidence)
-    if not gradients.total:
-        return Verdict(check, INCONCLUSIVE, evidence)
-    return Verdict(check, WARNING if gradients.zero else PASS, evidence)
+    if gradients.zero:
+        return Verdict(check, WARNING, evidence)
+    fails = math.floor(_ZERO_IMAGES * gradients.total) + 1
+    return _unless_blind(check, evidence, fails if fails <= gradients.total else None)
 
 
 def masking(verdicts: Sequence[Verdict]) -> str:

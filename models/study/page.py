@@ -56,11 +56,12 @@ def head(title: str, about: str, command: str, extent: str) -> list[str]:
 
 _HOLM = (
     "Points of accuracy, of pairs with the same seeds (same starting weights and batches) and the same test images. "
-    "The interval is for the choice of both, by the bootstrap that draws both anew (Owen 2007) and Student's t with "
-    "Welch and Satterthwaite's degrees of freedom, with two or three seeds no more than theirs (which leaves wide "
-    "intervals); its level is that at which Holm's procedure tests the row, of all that are planned, or that at which "
-    "it ended: in 95 % of such tables no row claims a difference that is none. p is Holm's. *between seeds* is the "
-    "standard deviation of one seed's difference, *of images* the standard error through the choice of images alone."
+    "The interval is for the choice of both, by the variance of the bootstrap that draws both anew, which has a closed "
+    "form (Owen 2007), and Student's t with Welch and Satterthwaite's degrees of freedom, with two or three seeds no "
+    "more than theirs (which leaves wide intervals); its level is that at which Holm's procedure tests the row, of all "
+    "that are planned, or that at which it ended: in 95 % of such tables no row claims a difference that is none. p is "
+    "Holm's. *between seeds* is the standard deviation of one seed's difference, *of images* the standard error "
+    "through the choice of images alone."
 )
 _DIFFERENCES = (
     "Points of accuracy under the worst of all attacks, seed by seed (same starting weights, batches and test images), "

@@ -13,6 +13,7 @@ from models.attacks import ATTACKS
 from models.registry import near
 from models.runs.settings import Settings
 from models.support.arguments import radius
+from models.support.files import file_name
 
 FOLDER = Path(__file__).parent
 
@@ -54,7 +55,7 @@ class Run:
     def name(self) -> str:
         """Of its files."""
         rate = () if self.rate == COMMON else (self.rate,)
-        return "-".join((self.panel.name, self.activation, *rate, str(self.seed))).replace("/", "_")
+        return file_name("-".join((self.panel.name, self.activation, *rate, str(self.seed))))
 
 
 @dataclass(frozen=True)
@@ -284,6 +285,12 @@ def load(name: str) -> Study:
         if "tuning" in content:
             content["tuning"] = Tuning(**_tuples(content["tuning"]))
         study = Study(path.stem, **_tuples(content))
+        for what in ("networks", "activations", "seeds", "attacks", "eps"):
+            if getattr(study, what) in ((), {}):
+                raise ValueError(f"{what} must not be empty")
+        counts = study.images.values() if isinstance(study.images, dict) else [study.images]
+        if not all(isinstance(n, int) and n >= 1 for n in counts):
+            raise ValueError(f"images must be at least 1, got {', '.join(map(str, counts))}")
         _check_rates(study)
         at_common = [run.name for run in study.at(COMMON)]
         if len(set(at_common)) < len(at_common):

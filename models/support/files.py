@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
 
@@ -66,9 +67,16 @@ def as_json(value: Any, indent: str = "") -> str:
             text if len(text) <= _RECORD else as_json(item, inner) for text, item in zip(lines, value, strict=True)
         ]
     else:
+        if wrong := [name for name in value if not isinstance(name, str)]:
+            raise TypeError(f"names in JSON must be strings, got {wrong[0]!r}")
         parts = [f"{json.dumps(name, ensure_ascii=False)}: {as_json(item, inner)}" for name, item in value.items()]
     first, last = "[]" if listed else "{}"
     return f"{first}\n{inner}" + f",\n{inner}".join(parts) + f"\n{indent}{last}"
+
+
+def file_name(text: str) -> str:
+    """Return a name for a file that every system and shell takes: letters, digits, and . - _ ."""
+    return re.sub(r"[^A-Za-z0-9.-]+", "_", text.replace("ε", "eps"))
 
 
 def read_json(path: Path) -> Any:

@@ -109,6 +109,8 @@ def make_fgsm(eps: float, *, mode: str = "train") -> Method:
 @METHODS.register("fast", "rs-fgsm")
 def make_fast(eps: float, *, step: float = 1.25, mode: str = "train") -> Method:
     """One step of `step` · eps from a random point of the ball, projected to it (Wong et al. 2020)."""
+    if not 0 < step <= 2:
+        raise ValueError(f"step is in units of eps, above 0 and up to 2, which crosses the ball, got {step:g}")
     return Adversarial(LinfAttack(eps, step * eps, noise=eps), mode)
 
 
@@ -236,7 +238,7 @@ class GradAlign(Method):
         usable = _direction(at_image) & _direction(at_random.detach())
         if not usable.any():
             return at_random[usable].sum()  # 0, and differentiable all the same
-        return 1 - F.cosine_similarity(at_image[usable], at_random[usable], eps=0.0).mean()
+        return 1 - F.cosine_similarity(_scaled(at_image[usable]), _scaled(at_random[usable]), eps=0.0).mean()
 
 
 def exact(logits: Tensor) -> Tensor:
@@ -252,6 +254,11 @@ def _input_gradient(step: Step, x: Tensor, y: Tensor, create_graph: bool) -> Ten
 
 def _direction(gradients: Tensor) -> Tensor:  # [N, *] -> [N] bool
     return gradients.any(1) & gradients.isfinite().all(1)
+
+
+def _scaled(gradients: Tensor) -> Tensor:  # [N, *]
+    """Bring each to a largest element of 1: of a confident image, squares would underflow."""
+    return gradients / gradients.detach().abs().amax(1, keepdim=True)
 
 
 def _mode(mode: str) -> str:

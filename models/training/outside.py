@@ -28,6 +28,7 @@ class Outside:
         share: of its inputs, in [0, 1].
         low, high: where its dictionary begins and ends, in the units of the inputs: ±boundary, unless it is learned.
         suggested: a boundary that encloses 99.9 % of the inputs of every layer; None where some are not finite.
+        base: whether its curves lie on one.
     """
 
     layer: str
@@ -35,6 +36,7 @@ class Outside:
     low: float
     high: float
     suggested: float | None
+    base: bool = False
 
     @property
     def warning(self) -> str | None:
@@ -43,7 +45,7 @@ class Outside:
             return None
         seen = (
             f"{self.share:.1%} of the inputs of {self.layer} lie outside its dictionary [{self.low:.3g}, "
-            f"{self.high:.3g}], where a curve falls to 0 and learns nothing. "
+            f"{self.high:.3g}], where a curve falls to {'its base' if self.base else '0'} and learns nothing. "
         )
         if self.suggested is None or self.suggested > _FAR * self.high:
             reach = "some are not finite" if self.suggested is None else f"up to ±{self.suggested:g}"
@@ -100,4 +102,4 @@ def measure(model: nn.Module, images: Tensor, batch_size: int = BATCH_SIZE) -> O
     reach = [size.upper(INSIDE).item() for size in sizes.values() if size.counts.any()]
     suggested = rounded_up(max(reach)) if finite and reach else None
     low, high = ends(layers[worst])
-    return Outside(worst, shares[worst], low.min().item(), high.max().item(), suggested)
+    return Outside(worst, shares[worst], low.min().item(), high.max().item(), suggested, layers[worst].base is not None)

@@ -273,6 +273,18 @@ class Trainer:
             f"rate {lr:.3g}; {kept}. Try a lower learning rate (peak now {self.recipe.lr:g})"
         )
 
+    def _check_weights(self, tensors: dict[str, Tensor]) -> None:
+        """Raise rather than overwrite a good checkpoint by broken weights, as the last updates may leave them."""
+        broken = [n for n, t in tensors.items() if n.startswith(("model", "average")) and t.is_floating_point()]
+        broken = [name for name in broken if not tensors[name].isfinite().all()]
+        if broken:
+            kept = f"the state before is in {self.checkpoint}" if self.checkpoint.exists() else "nothing was saved"
+            raise TrainingError(
+                f"the network's weights are no longer finite after epoch {self.epoch + (self.batch > 0)} "
+                f"({broken[0].partition('.')[2]} first of {len(broken)}); {kept}. Try a lower learning rate (peak now "
+                f"{self.recipe.lr:g})"
+            )
+
     def _end_epoch(self) -> None:
         sums, self.tally = self.tally, Tally()
         group = self.optimizer.param_groups[0]
@@ -319,6 +331,7 @@ class Trainer:
         if self.average is not None:
             tensors |= checkpoints.prefixed("average", self.average.state_dict())
         tensors = {name: several.whole(tensor) for name, tensor in tensors.items()}
+        self._check_weights(tensors)
         record = {
             "recipe": asdict(self.recipe),
             "seed": self.seed,

@@ -191,6 +191,16 @@ def test_points_are_projected_to_the_ball() -> None:
     points = torch.tensor([[0.8, 0.9], [0.5, -3.0]]).view(2, 1, 1, 2)
     torch.testing.assert_close(project(points, x, 0.1, "Linf").view(2, 2), torch.tensor([[0.6, 0.6], [0.5, 0.4]]))
     torch.testing.assert_close(project(points, x, 0.25, "L2").view(2, 2), torch.tensor([[0.65, 0.70], [0.5, 0.25]]))
+    for norm in ("Linf", "L2"):  # a point that is no number would be misclassified by any network
+        assert torch.equal(project(torch.full_like(x, torch.nan), x, 0.1, norm), x)
+        assert torch.equal(project(torch.full_like(x, torch.inf), x, 0.1, norm), x)
+
+
+def test_a_radius_that_reaches_every_image_is_refused() -> None:
+    x = torch.rand(1, 1, 4, 4)
+    for name, radius, farthest in (("cw", 4.1, 4), ("fmn", 1.1, 1)):
+        with pytest.raises(ValueError, match=f"radius of '{name}' must be at most {farthest}, as far as images can be"):
+            Foolbox(name, radius).search(nn.Flatten(), x, torch.zeros(1, dtype=torch.int64), generator())
 
 
 def test_an_attack_by_decisions_without_a_start_leaves_the_image_alone() -> None:

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from models.support.files import as_json, write_result
+from models.support.files import as_json, file_name, write_result
 
 RECORDS = [{"epoch": n, "loss": 0.1 * n, "inner": {"a": [1, 2], "b": None}} for n in range(4)]
 
@@ -40,6 +40,12 @@ def test_values_come_back(value: object) -> None:
 def test_what_json_has_not_is_refused() -> None:
     with pytest.raises(ValueError, match="Out of range float values"):
         as_json({"a": [float("nan")]})
+    with pytest.raises(TypeError, match="names in JSON must be strings, got 0"):
+        as_json({0: "x" * 200, "y": 1})
+
+
+def test_names_of_files_are_those_that_every_shell_takes() -> None:
+    assert file_name("my net, w=4-fast ε=1/255-relu-0") == "my_net_w_4-fast_eps_1_255-relu-0"
 
 
 def test_what_is_committed_has_a_line_for_each_record_and_seven_digits(tmp_path: Path) -> None:

@@ -210,3 +210,16 @@ def test_the_worst_point_of_a_ball_is_within_the_bounds(layer: nn.Module) -> Non
     assert (found.lower[0] <= y - worst).all()
     if isinstance(layer, nn.BatchNorm2d):  # one factor a channel: the ball is followed exactly
         torch.testing.assert_close(found.upper[0], y + worst, rtol=1e-6, atol=1e-6)
+
+
+def test_a_ball_keeps_the_deviation_of_each_channel_when_pixels_are_folded() -> None:
+    """Images with σ = (1, 1/10): a sum over the second channel's four pixels is 10 √4 times the radius away."""
+    weight = torch.tensor([[0.0] * 4 + [1.0] * 4, [1.0] * 4 + [0.0] * 4])
+    model = nn.Sequential(
+        Normalise((0.5, 0.5), (1.0, 0.1)), nn.PixelUnshuffle(2), nn.Flatten(), nn.Linear(8, 2, bias=False)
+    )
+    model[3].weight.data = weight
+    network = steps(model.eval(), (2, 2, 2))
+    found = propagate(network, l2_ball(torch.full((1, 2, 2, 2), 0.5), 0.1))
+    assert listed(found.upper) == pytest.approx([2.0, 0.2], rel=1e-6)
+    assert listed(found.lower) == pytest.approx([-2.0, -0.2], rel=1e-6)

@@ -260,3 +260,40 @@ def test_with_one_channel_an_images_bound_is_its_own_alone() -> None:
     alone = torch.cat([local_bound(network, one[None], 0.1).upper for one in x])
     torch.testing.assert_close(both, alone, rtol=1e-9, atol=0)
     assert alone[0] > 10 * alone[1]
+
+
+class _Sum(nn.Module):
+    def __init__(self, left: nn.Module, right: nn.Module, *after: nn.Module) -> None:
+        super().__init__()
+        self.left, self.right, self.after = left, right, nn.Sequential(*after)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.after(self.left(x) + self.right(x))
+
+
+def _scales(*values: float) -> nn.BatchNorm2d:
+    norm = nn.BatchNorm2d(len(values), eps=0.0)
+    norm.weight.data = torch.tensor(values)
+    return norm
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_a_sum_is_as_steep_as_both_of_its_parts(turned: bool) -> None:
+    """(x, x/100) + (x/100, x): the scales of either part alone would be 100 times too small for one channel."""
+    parts = [_scales(1.0, 0.01), _scales(0.01, 1.0)]
+    for channel in ([[0.0, 1.0], [0.0, 0.0]], [[1.0, 0.0], [0.0, 0.0]]):
+        left, right = reversed(parts) if turned else parts
+        model = _Sum(left, right, nn.Flatten(), linear(channel))
+        assert upper(model, 2, 1, 1) >= 1.01
+
+
+@pytest.mark.parametrize("turned", [False, True])
+def test_the_entries_of_a_sum_go_as_far_as_both_of_its_parts(turned: bool) -> None:
+    """sigmoid(x/1000 + 40 x - 30) is flat at 1/2 and has slope 10 at 3/4, which the steeper part alone reaches."""
+    parts = [nn.Linear(1, 1), nn.Linear(1, 1)]
+    for part, weight, bias in zip(parts, (0.001, 40.0), (0.0, -30.0), strict=True):
+        part.weight.data, part.bias.data = torch.tensor([[weight]]), torch.tensor([bias])
+    left, right = (nn.Sequential(nn.Flatten(), part) for part in (reversed(parts) if turned else parts))
+    model = _Sum(left, right, nn.Sigmoid(), linear([[1.0], [0.0]]))
+    network = steps(model.eval(), (1, 1, 1))
+    assert local_bound(network, torch.full((1, 1, 1, 1), 0.5), 0.25).upper.item() >= 40.001 / 4 * (1 - 1e-3)

@@ -223,6 +223,25 @@ def test_gradalign_leaves_out_images_without_gradient() -> None:
     alone.backward()
 
 
+def test_gradalign_of_a_confident_image_is_a_number() -> None:
+    """Its gradient is about 1e-26: the squares of that are 0 in float32."""
+
+    class Confident(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight = nn.Parameter(12 * torch.tensor([[1.0, 2.0, 1.0, 1.0], [-1.0, 0.0, -1.0, 0.0]]))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x.flatten(1) @ self.weight.T
+
+    model, x = Confident(), torch.full((8, 1, 2, 2), 0.1)
+    x[0] = 0.75
+    value = METHODS.create("gradalign:weight=1", EPS).misalignment(step(model), x, torch.zeros(8, dtype=torch.int64))
+    assert value.item() == pytest.approx(0, abs=1e-6)  # all gradients of two classes are along one line
+    value.backward()
+    assert model.weight.grad.isfinite().all()
+
+
 def test_gradalign_has_the_authors_weights() -> None:
     assert METHODS.create("gradalign", 8 / 255).weight == pytest.approx(0.2)
     assert METHODS.create("gradalign", 16 / 255).weight == pytest.approx(2.0)
@@ -238,6 +257,9 @@ def test_gradalign_has_the_authors_weights() -> None:
         ("nfgsm:noise=2", r"method 'nfgsm' has no option 'noise': it has k, mode"),
         ("pgd:steps=many", "must be a whole number, got 'many'"),
         ("pgd:mode=test", "must be train or eval, got test"),
+        ("fast:step=9", "step is in units of eps, above 0 and up to 2, .* got 9"),
+        ("fast:step=0", "step is in units of eps, above 0 and up to 2, .* got 0"),
+        ("nfgsm:k=900", "noise must be at most 1, the range of the images"),
         ("free:m=0", "must be at least 1, got 0"),
         ("trades:beta=-1", "beta must not be negative"),
         ("gradalign:weight=-1", "weight must not be negative"),

@@ -69,6 +69,19 @@ def test_pairs_cancel_an_even_function() -> None:
     assert slope.abs().max() < 100 * torch.finfo(torch.float32).eps
 
 
+def test_a_pair_that_is_no_number_tells_nothing_and_stops_nothing() -> None:
+    """Samples may leave [0, 1], where a network may have a logarithm of its input."""
+
+    class Logarithm(Linear):
+        def score(self, x: torch.Tensor) -> torch.Tensor:
+            return super().score(x) + 0 * x.log().sum(1)
+
+    x, model = torch.full((4, 1, 2, 2), 0.2), Logarithm(torch.ones(4))
+    slope = SmoothedAttack(0.2, samples=200)._slope(model, x, torch.zeros(4, dtype=torch.int64), 200, generator())
+    assert slope.isfinite().all()
+    assert slope.abs().sum() > 0
+
+
 def test_samples_grow_as_in_the_attack_on_kwta() -> None:
     """Tramèr et al.: 100 steps, growing after 20 and after 40 of them."""
     attack = SmoothedAttack(8 / 255, samples=100, growth=10, steps=100)
@@ -137,7 +150,8 @@ def test_shows_the_network_few_images_at_once_and_none_that_is_broken() -> None:
         ({"eps": 0.1, "samples": 0}, "wanted an even number from 2, got 0"),
         ({"eps": 0.1, "samples": 7}, "wanted an even number from 2, got 7"),
         ({"eps": 0.1, "growth": 0}, "growth, steps and restarts must be at least 1, got 0, 40 and 1"),
-        ({"eps": 0.1, "sigma": 0}, "sigma must be above 0, or None for eps / 2, got 0"),
+        ({"eps": 0.1, "sigma": 0}, "sigma must be above 0 and at most 1, .* or None, got 0"),
+        ({"eps": 0.1, "sigma": 9}, "sigma must be above 0 and at most 1, .* or None, got 9"),
         ({"eps": 0.1, "step": -0.1}, r"step must be in \[0, 1\], the range of the images, such as 2/255, got -0.1"),
         ({"eps": 0.1, "momentum": 1}, r"momentum must be in \[0, 1\), got 1"),
     ],

@@ -408,6 +408,11 @@ def test_a_result_from_before_a_setting_was_new_still_counts(tmp_path: Path) -> 
         ({"eps": "2"}, r"wanted a value in \[0, 1\]"),
         ({"eps": "__import__('os')"}, "wanted a number such as 0.2 or a fraction"),
         ({"training": {"epochs": 1}}, "settings lack batch_size, lr"),
+        ({"seeds": []}, "seeds must not be empty"),
+        ({"networks": {}}, "networks must not be empty"),
+        ({"attacks": {}, "images": {}}, "attacks must not be empty"),
+        ({"images": 0}, "images must be at least 1, got 0"),
+        ({"images": {"PGD": -5}}, "images must be at least 1, got -5"),
         ({"colour": "red"}, "unexpected keyword argument 'colour'"),
     ],
 )

@@ -174,6 +174,26 @@ def test_nan_loss_stops_and_keeps_the_last_good_state(tmp_path: Path) -> None:
     assert all(p.isfinite().all() for p in fresh.model.parameters())
 
 
+@pytest.mark.parametrize("steps", [3, 6])
+def test_weights_that_the_last_update_breaks_are_not_saved(tmp_path: Path, steps: int) -> None:
+    """No loss sees them: at the end of an epoch, or of the training, they would take the place of the good ones."""
+    run = trainer(tmp_path, dataclasses.replace(RECIPE, watch_steps=0))
+
+    def spoil(trainer: Trainer) -> None:
+        if trainer.steps_done == steps:
+            nn.init.constant_(trainer.model[5].weight, float("nan"))
+
+    spoiled = run._end_epoch
+    run._end_epoch = lambda: (spoil(run), spoiled())  # type: ignore[method-assign]
+    with pytest.raises(
+        TrainingError, match=rf"weights are no longer finite after epoch {steps // 3} \(5.weight first of"
+    ):
+        run.run()
+    fresh = trainer(tmp_path, dataclasses.replace(RECIPE, watch_steps=0))
+    assert fresh.resume() is (steps == 6)
+    assert all(p.isfinite().all() for p in fresh.model.parameters())
+
+
 def test_failed_save_keeps_the_previous_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = trainer(tmp_path)
     run.run()
