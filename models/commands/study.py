@@ -138,6 +138,8 @@ def report(study: Study, done: dict[str, dict[str, Any]], results: Path, command
     else:
         drawings["accuracies"] = figures.accuracies(summary)
     if len(study.radii) == 1 and len(summary["activations"]) > 1:
+        if summary["comparisons"]:
+            drawings["comparisons"] = figures.comparisons(summary)
         drawings["differences"] = figures.differences(summary, WORST)
         drawings["robust-clean"] = figures.robust_against_clean(summary, WORST)
     for name, png in drawings.items():

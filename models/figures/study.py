@@ -1,4 +1,4 @@
-"""A study's accuracies, differences to the baseline, robust against clean, a row of axes a rate; accuracy over eps."""
+"""A study's comparisons, accuracies, differences to the baseline, robust against clean; accuracy over eps."""
 
 from typing import Any
 
@@ -35,6 +35,33 @@ def accuracies(summary: dict[str, Any]) -> Figure:
     looks = zip(measures, style.MARKS * len(measures), strict=False)
     handles = [style.handle(m, colours[m], mark, hollow=m == "clean") for m, mark in looks]
     style.legend(figure, handles, len(measures), handletextpad=0.2)
+    return figure
+
+
+@style.drawn
+def comparisons(summary: dict[str, Any]) -> Figure:
+    """Draw the differences that were named beforehand, with the intervals of Holm's procedure.
+
+    Axes for each panel, and a row for each pair and attack, filled where a difference was found.
+    """
+    panels: dict[str, list[dict[str, Any]]] = {}
+    for row in summary["comparisons"]:
+        panels.setdefault(row["panel"], []).append(row)
+    most = max(map(len, panels.values()))
+    figure = style.figure(height=(0.6 + 0.28 * most) * len(panels))
+    columns = figure.subplots(len(panels), 1, sharex=True, squeeze=False)[:, 0]
+    for axes, (label, rows) in zip(columns, panels.items(), strict=True):
+        axes.set_title(label)
+        style.rows(axes, [f"{' − '.join(row['pair'])}, {row['attack']}" for row in rows])
+        axes.axvline(0, color=style.GREY, lw=0.8)
+        for place, row in enumerate(rows):
+            corrected = row["corrected"] or {"low": row["mean"], "high": row["mean"], "found": False}
+            axes.plot([100 * corrected[end] for end in ("low", "high")], [place] * 2, color=style.BLUE, lw=1.5)
+            fill = style.BLUE if corrected["found"] else "white"
+            axes.plot(100 * row["mean"], place, "o", ms=5, color=style.BLUE, mfc=fill)
+    columns[-1].set_xlabel("difference, points")
+    marks = (("a difference", False), ("none found", True))
+    style.legend(figure, [style.handle(text, style.BLUE, "o", hollow=hollow) for text, hollow in marks], 2)
     return figure
 
 
@@ -88,6 +115,10 @@ def robust_against_clean(summary: dict[str, Any], measure: str) -> Figure:
         texts.append((axes, [_pair(axes, name, entry, measure) for name, entry in activations.items()], dots))
     for axes, found, dots in texts:
         labels.place(axes, found, dots)
+    looks = (("not KAF", style.BLUE), ("KAF", style.VERMILLION))
+    names = [name.startswith("kaf") for _, activations in panels for name in activations]
+    if any(names) and not all(names):
+        style.legend(figure, [style.handle(text, colour, "o") for text, colour in looks], 2)
     return figure
 
 
@@ -138,7 +169,9 @@ def _by_method(panels: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
 def _pair(axes: Axes, name: str, entry: dict[str, Any], measure: str) -> Label:
     x, y = (100 * entry[m]["mean"] for m in ("clean", measure))
     colour = _colour(name)
-    axes.plot(*_seed_points(entry, measure), ".", ms=3.5, color=colour, alpha=0.45)
+    for seed in zip(*_seed_points(entry, measure), strict=True):
+        axes.plot(*zip((x, y), seed, strict=True), color=colour, lw=0.6, alpha=0.35)
+        axes.plot(*seed, ".", ms=3.5, color=colour, alpha=0.45)
     axes.plot(x, y, "o", ms=5, color=colour)
     return Label(x, y, name, colour)
 

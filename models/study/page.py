@@ -23,7 +23,8 @@ def markdown(study: Study, summary: dict[str, Any], results: dict[str, dict[str,
     parts = head(f"Study: {study.name}", study.about, command, f", from {summary['runs']} of {summary['of']} runs")
     parts.append(bullets(_settings(study)))
     if summary["comparisons"]:
-        parts += ["## The comparisons named beforehand", _comparisons(study, summary["comparisons"]), _HOLM]
+        parts += ["## The comparisons named beforehand", _comparisons(study, summary["comparisons"])]
+        parts += ["![the comparisons](comparisons.png)", _HOLM]
     looked = (
         "Means over seeds ± standard deviation between seeds, in %, of test images that no training saw: "
         f"{', '.join(f'{n} of {m}' for m, n in measures.items())}. *worst* counts an image as robust where no attack "
@@ -42,7 +43,8 @@ def markdown(study: Study, summary: dict[str, Any], results: dict[str, dict[str,
         parts += ["## Accuracy", "![accuracy of each activation](accuracies.png)", looked]
         parts += [_accuracies(label, found, summary["measures"]) for label, found, _ in _panels(study, summary)]
         if len(summary["activations"]) > 1:
-            parts += ["![robust against clean](robust-clean.png)", "Under the worst of all attacks; dots are seeds."]
+            parts += ["![robust against clean](robust-clean.png)"]
+            parts += ["Under the worst of all attacks; dots are seeds, each tied to the mean."]
         parts += [f"## Differences to {summary['baseline']}", "![differences](differences.png)", _DIFFERENCES]
         parts += [_differences(label, found, measures) for label, found, _ in _panels(study, summary)]
     parts += ["## What the numbers say", bullets(_findings(study, summary, results)), "## Machine", _machine(results)]
@@ -179,10 +181,11 @@ def _overfitting(rows: list[dict[str, Any]]) -> str:
 
 
 def _differences(panel: str, activations: dict[str, Any], images: dict[str, int]) -> str:
-    table = Table(panel, f"clean, {images[CLEAN]} images", f"worst attack, {min(images.values())} images")
+    table = Table(panel, "seeds", f"clean, {images[CLEAN]} images", f"worst attack, {min(images.values())} images")
     for name, entry in activations.items():
         if "difference" in entry[WORST]:
-            table.add(name, *(signed(entry[m]["difference"]) for m in (CLEAN, WORST)))
+            seeds = str(entry[WORST]["difference"]["seeds"])
+            table.add(name, seeds, *(signed(entry[m]["difference"]) for m in (CLEAN, WORST)))
     return table.markdown()
 
 
