@@ -48,11 +48,11 @@ _LAYERS = (
 _TRAINING = (
     "Accuracy on test images in %, mean over seeds ± standard deviation between seeds, where a run that failed is "
     "wrong on every image; the difference is paired by seed, with the 95 % interval for the choice of seeds and "
-    "images, uncorrected. *Within*: the 90 % interval, and whether it shows, by two one-sided tests at 5 %, that the difference is "
-    f"below {100 * MARGIN:g} points. *First to last* is the gradient norm of the first convolution over that of the "
-    "last one, in training mode on held-out images: the median over seeds at the start and at the end, and the largest "
-    "or smallest (whichever is farther from 1) after any epoch of any seed. *Failed* counts runs whose loss became NaN "
-    "or infinite."
+    "images, uncorrected. *Within*: the 90 % interval, and whether it shows, by two one-sided tests at 5 %, that the "
+    f"difference is below {100 * MARGIN:g} points. *First to last* is the gradient norm of the first convolution over "
+    "that of the last one, in training mode on held-out images: the median over seeds at the start and at the end, and "
+    "the largest or smallest (whichever is farther from 1) after any epoch of any seed. *Failed* counts runs whose "
+    "loss became NaN or infinite."
 )
 
 
