@@ -2,6 +2,7 @@
 
 import difflib
 import sys
+from pathlib import Path
 
 COMMANDS = (
     "bounds", "compare", "curves", "demo", "distributions", "evaluate", "find-lr", "gradients", "recipe", "recipes",
@@ -15,11 +16,12 @@ OPTIONS = (
     "slope-limit", "slope-penalty", "steps", "test", "threads", "to", "train", "transfer-from", "watch-drop",
     "watch-images", "watch-steps", "weight-decay", "which", "width",
 )  # fmt: skip
+NAMES = {"study": "study", "tune": "study", "recipe": "recipes", "recipes": "recipes"}  # of files in these folders
 _EXTRAS = ("jinja2", "matplotlib", "numpy", "rich", "safetensors", "scipy", "statsmodels", "torchvision")
 
 
 def _typo(command: str, *arguments: str) -> str | None:
-    """Say which command or option there is not, and which was meant: the parser could, but loads torch first."""
+    """Say which command, option or name there is not, and what was meant: the parser could, but loads torch first."""
     if command.startswith("-"):
         return None
     if command not in COMMANDS:
@@ -30,6 +32,13 @@ def _typo(command: str, *arguments: str) -> str | None:
             meant = difflib.get_close_matches(option[2:], OPTIONS, n=1)
             hint = f"did you mean --{meant[0]}?" if meant else f"see python -m models {command} --help"
             return f"python -m models {command}: error: there is no option {option}; {hint}"
+    if command in NAMES and arguments and not arguments[0].startswith("-") and not arguments[0].endswith(".json"):
+        folder = NAMES[command]
+        names = sorted(path.stem for path in Path(__file__).with_name(folder).glob("*.json"))
+        if arguments[0] not in names:
+            meant = " or ".join(difflib.get_close_matches(arguments[0], names)) or f"one of {', '.join(names)}"
+            what = folder.removesuffix("s")
+            return f"python -m models {command}: error: unknown {what} {arguments[0]!r}; did you mean {meant}?"
     return None
 
 

@@ -6,7 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-_LINE, _WIDE, _RECORD = 120, 400, 2000  # characters of a list or the whole, a dict within, an element: at most
+_LINE, _WIDE, _RECORD = 120, 800, 2000  # characters of a list or the whole, a dict within, an element: at most
 
 
 def write_bytes(path: Path, content: bytes) -> None:

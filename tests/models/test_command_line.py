@@ -125,6 +125,8 @@ def module(*arguments: str, **environment: str) -> subprocess.CompletedProcess[s
         ("evalute runs/kaf", ": error: there is no command 'evalute'; did you mean evaluate?"),
         ("train run --metod fast", " train: error: there is no option --metod; did you mean --method?"),
         ("train run --lr 0.1 --ep=1", " train: error: there is no option --ep; did you mean --eps?"),
+        ("study tuned6k", " study: error: unknown study 'tuned6k'; did you mean tuned5k?"),
+        ("recipe thesis-vg --epochs 1", " recipe: error: unknown recipe 'thesis-vg'; did you mean thesis-vgg?"),
         ("study x --qqq", " study: error: there is no option --qqq; see python -m models study --help"),
     ],
 )

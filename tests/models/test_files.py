@@ -49,9 +49,9 @@ def test_names_of_files_are_those_that_every_shell_takes() -> None:
 
 
 def test_what_is_committed_has_a_line_for_each_record_and_seven_digits(tmp_path: Path) -> None:
-    measure = {"values": [0.1234567890123] * 12, "mean": 1 / 3, "tuple": (2e-7 / 3, 5)}
+    measure = {"values": [0.1234567890123] * 30, "mean": 1 / 3, "tuple": (2e-7 / 3, 5)}
     write_result(tmp_path / "a.json", {"networks": {"a": measure, "b": measure, "c": measure}, "n": 123456789})
     text = (tmp_path / "a.json").read_text()
     assert [line.strip()[:4] for line in text.splitlines()] == ["{", '"net', '"a":', '"b":', '"c":', "},", '"n":', "}"]
-    rounded = {"values": [0.1234568] * 12, "mean": 0.3333333, "tuple": [6.666667e-8, 5]}
+    rounded = {"values": [0.1234568] * 30, "mean": 0.3333333, "tuple": [6.666667e-8, 5]}
     assert json.loads(text) == {"networks": dict.fromkeys("abc", rounded), "n": 123456789}
