@@ -13,7 +13,7 @@ from models.attacks.libraries import FOOLBOX, MEMBERS, AttackError, AutoAttackMe
 from models.attacks.linf import LinfAttack, fast, fgsm, margin, nfgsm, perturb, pgd, search
 from models.attacks.smoothed import SmoothedAttack
 from models.attacks.targeted import MultiTargeted, targeted
-from models.attacks.transfer import Transfer, transfer
+from models.attacks.transfer import Transfer
 from models.attacks.wrappers import BPDA, EOT, backward_of, identity, soft_winners
 from models.registry import Registry
 
@@ -47,7 +47,6 @@ __all__ = [
     "search",
     "soft_winners",
     "targeted",
-    "transfer",
     "widened",
 ]
 

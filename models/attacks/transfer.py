@@ -46,8 +46,3 @@ class Transfer:
             with torch.no_grad():
                 found[todo] = misclassified(model(points), y[todo])
         return adversarial, found
-
-
-def transfer(source: nn.Module, attack: LinfAttack, origin: str = "") -> Transfer:
-    """Return the attack that makes images on `source` with `attack` and tries them on the network it is given."""
-    return Transfer(source, attack, origin)

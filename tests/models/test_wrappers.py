@@ -17,7 +17,6 @@ from models.attacks import (
     perturb,
     pgd,
     soft_winners,
-    transfer,
 )
 
 
@@ -194,7 +193,7 @@ def test_transfer_makes_its_images_on_the_source_alone() -> None:
     source, model = Mean(nn.Identity()), Mean(Round())
     x, y = torch.full((3, 1, 4, 4), 0.6), torch.ones(3, dtype=torch.int64)
     x[2] = 0.9
-    attack = transfer(source, LinfAttack(eps=0.2, step=0.05, steps=4, loss="margin"), "mine")
+    attack = Transfer(source, LinfAttack(eps=0.2, step=0.05, steps=4, loss="margin"), "mine")
     adversarial, found = attack.search(model, x, y, generator())
     torch.testing.assert_close(adversarial, x - 0.2)
     assert found.tolist() == [True, True, False]

@@ -49,7 +49,6 @@ ALPHA_ROWS, GAMMA_ROWS, DICTIONARY_ROWS, TABLES = (tl.constexpr(1 << i) for i in
 IDENTITY, RELU, SILU = (tl.constexpr(i) for i in range(1, 4))
 
 GEOMETRY = ("B", "C", "L", "units", "gap", "parts", "part", "rows_each", "magic", "shift")
-INTEGERS = ("flags", "D", *GEOMETRY, "windows", "slots")
 
 
 # ------------------------------------------------------------------------------------------------------ arithmetic
