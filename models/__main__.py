@@ -36,9 +36,9 @@ def _typo(command: str, *arguments: str) -> str | None:
         folder = NAMES[command]
         names = sorted(path.stem for path in Path(__file__).with_name(folder).glob("*.json"))
         if arguments[0] not in names:
-            meant = " or ".join(difflib.get_close_matches(arguments[0], names)) or f"one of {', '.join(names)}"
+            close = " or ".join(difflib.get_close_matches(arguments[0], names)) or f"one of {', '.join(names)}"
             what = folder.removesuffix("s")
-            return f"python -m models {command}: error: unknown {what} {arguments[0]!r}; did you mean {meant}?"
+            return f"python -m models {command}: error: unknown {what} {arguments[0]!r}; did you mean {close}?"
     return None
 
 
