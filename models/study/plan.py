@@ -285,7 +285,7 @@ def load(name: str) -> Study:
         if "tuning" in content:
             content["tuning"] = Tuning(**_tuples(content["tuning"]))
         study = Study(path.stem, **_tuples(content))
-        for what in ("networks", "activations", "seeds", "attacks", "eps"):
+        for what in ("networks", "activations", "seeds", "images", "eps"):
             if getattr(study, what) in ((), {}):
                 raise ValueError(f"{what} must not be empty")
         counts = study.images.values() if isinstance(study.images, dict) else [study.images]

@@ -410,7 +410,7 @@ def test_a_result_from_before_a_setting_was_new_still_counts(tmp_path: Path) -> 
         ({"training": {"epochs": 1}}, "settings lack batch_size, lr"),
         ({"seeds": []}, "seeds must not be empty"),
         ({"networks": {}}, "networks must not be empty"),
-        ({"attacks": {}, "images": {}}, "attacks must not be empty"),
+        ({"attacks": {}, "images": {}}, "images must not be empty"),
         ({"images": 0}, "images must be at least 1, got 0"),
         ({"images": {"PGD": -5}}, "images must be at least 1, got -5"),
         ({"colour": "red"}, "unexpected keyword argument 'colour'"),
