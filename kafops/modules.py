@@ -50,7 +50,7 @@ class KAF(nn.Module):
         learn_gamma: train the bandwidth of each channel, as its logarithm, so that it stays positive.
         learn_dictionary: train the points of each channel, from the even spacing on. Costs little more.
         device, dtype: of the parameters. The default is torch's default dtype, or float32 where that is a half type.
-            bfloat16 and float16 are computed with in float32, but cost 0.3 and 0.03 in the output where coefficients
+            bfloat16 and float16 are computed with in float32, but cost 0.3 and 0.02 in the output where coefficients
             are as large as those of fits (72); with a base they are small.
         kernel: "gaussian" (default), or another κ(√γ (x - δ)) in its place: "rational_quadratic", "matern32" or
             "bspline", defined in `kafops.kernels`. They cost more (docs/other-kernels.md). The default of gamma is

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, library
 
 from kafops.torch_private import (
     AutoDispatchBelowAutograd,
@@ -23,7 +23,7 @@ from kafops.torch_private import (
 
 __all__ = ["add", "below", "cast", "product", "register"]
 
-_library = torch.library.Library("kafops", "FRAGMENT")
+_library = library.Library("kafops", "FRAGMENT")
 
 
 @contextmanager
@@ -170,12 +170,12 @@ register("jvp_product", _Product, lambda arguments, named: arguments)
 register("jvp_cast", _Cast, lambda arguments, named: arguments)
 
 
-@torch.library.register_vmap("kafops::jvp_sum")
+@library.register_vmap("kafops::jvp_sum")
 def _sum_vmap(info: Any, dims: tuple[int | None, ...], a: Tensor, b: Tensor) -> tuple[Tensor, int]:
     return _sum(_samples(info, a, dims[0]), _samples(info, b, dims[1])), 0
 
 
-@torch.library.register_vmap("kafops::jvp_product")
+@library.register_vmap("kafops::jvp_product")
 def _product_vmap(info: Any, dims: Any, a: Tensor, b: Tensor, factor: float, total: bool) -> tuple[Tensor, int]:
     a, b = _samples(info, a, dims[0]), _samples(info, b, dims[1])
     if not total:
@@ -183,7 +183,7 @@ def _product_vmap(info: Any, dims: Any, a: Tensor, b: Tensor, factor: float, tot
     return _product(a.movedim(1, 0), b.movedim(1, 0), factor, True), 1
 
 
-@torch.library.register_vmap("kafops::jvp_cast")
+@library.register_vmap("kafops::jvp_cast")
 def _cast_vmap(info: Any, dims: Any, t: Tensor, dtype: torch.dtype) -> tuple[Tensor, int]:
     return _cast(t, dtype), dims[0]
 

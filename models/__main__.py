@@ -34,7 +34,7 @@ def _typo(command: str, *arguments: str) -> str | None:
             return f"python -m models {command}: error: there is no option {option}; {hint}"
     if command in NAMES and arguments and not arguments[0].startswith("-") and not arguments[0].endswith(".json"):
         folder = NAMES[command]
-        names = sorted(path.stem for path in Path(__file__).with_name(folder).glob("*.json"))
+        names = sorted({path.stem for path in Path(__file__).with_name(folder).glob("*.json")} - {"published"})
         if arguments[0] not in names:
             close = " or ".join(difflib.get_close_matches(arguments[0], names)) or f"one of {', '.join(names)}"
             what = folder.removesuffix("s")

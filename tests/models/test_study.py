@@ -809,3 +809,14 @@ def test_a_tuning_takes_its_eps_as_a_list_too(tmp_path: Path) -> None:
 def test_wrong_methods_and_radii_say_what_is_wrong(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         plan.load(str(write(tmp_path, **{**TINY, **changes})))
+
+
+def test_the_comparisons_are_drawn_with_their_corrected_intervals() -> None:
+    row = {"panel": "light", "attack": "PGD", "mean": 0.1}
+    found = {"low": 0.05, "high": 0.15, "found": True}
+    rows = [{**row, "pair": ["kaf", "relu"], "corrected": found}, {**row, "pair": ["kaf", "silu"], "corrected": None}]
+    (axes,) = study_figures.comparisons.__wrapped__({"comparisons": rows}).axes  # type: ignore[attr-defined]
+    assert [label.get_text() for label in axes.get_yticklabels()] == ["kaf − relu, PGD", "kaf − silu, PGD"]
+    drawn = [list(line.get_xdata()) for line in axes.lines[1:]]
+    assert drawn == [pytest.approx(x) for x in ([5, 15], [10], [10, 10], [10])]
+    assert [axes.lines[i].get_markerfacecolor() == "white" for i in (2, 4)] == [False, True]
