@@ -396,8 +396,9 @@ def test_a_channel_changes_its_form_once():
     """Of channels_last whose channels have thresholds of their own, and share vectors, to second derivatives."""
     torch.manual_seed(0)
     silu = bases.code("silu")
-    gamma, alpha = torch.linspace(0.3, 3, 16), torch.randn(16, 5)
-    x, grad, v = (torch.randn(16, 16, 5, 7).contiguous(memory_format=torch.channels_last) for _ in range(3))
+    gamma, alpha = torch.linspace(0.3, 3, 16, device=DEVICE), torch.randn(16, 5, device=DEVICE)
+    shape = dict(size=(16, 16, 5, 7), device=DEVICE)
+    x, grad, v = (torch.randn(**shape).contiguous(memory_format=torch.channels_last) for _ in range(3))
     forms: dict[tuple[str, int], list[torch.Tensor]] = {}
     for n in range(1, 17):
         rest = (x[:n], alpha, gamma, None, 3.0)
@@ -411,8 +412,9 @@ def test_a_channel_changes_its_form_once():
                 seen = forms.setdefault((name, c), [])
                 if not seen or not torch.equal(seen[-1], t[0, c]):
                     seen.append(t[0, c].clone())
-    assert max(map(len, forms.values())) == 2
-    assert all(len(seen) <= 2 for seen in forms.values())
+    most = max(map(len, forms.values()))
+    # The GPU's kernels have one form for all of these sizes; on the CPU one that never changed would show nothing.
+    assert most <= 2 if GPU_KERNELS else most == 2
 
 
 # --------------------------------------------------------------------------------------- not a number, infinity
