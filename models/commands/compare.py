@@ -140,7 +140,7 @@ def sources(rows: Sequence[Published]) -> list[str]:
     return [*origins, *notes]
 
 
-_HEAD = ("measure", "here, %", "interval", "published", "difference", "within", "by")
+_HEAD = ("measure", "here, %", "images", "95 % interval", "published", "difference", "within", "by")
 
 
 def _show(comparison: Comparison, console: Console) -> None:
@@ -160,6 +160,7 @@ def _cells(line: Line) -> tuple[str, ...]:
     return (
         line.measure,
         points(line.ours.value, ".2f"),
+        str(line.ours.total),
         f"{points(low)} to {points(high)}",
         points(line.published, ".2f"),
         points(line.difference, "+.2f"),

@@ -151,13 +151,11 @@ def say(run: Run, text: str) -> None:
 
 def train_and_attack(study: Study, run: Run, results: Path, folder: Path) -> dict[str, Any]:
     """Train and evaluate one run, or go on with it, and write its result; of a run that fails, the reason."""
-    common = {"settings": settings(study, run), "environment": environment.describe()}
+    common = described(study, run)
     try:
         trainer = _train(run, folder / run.name)
         result = {
             **common,
-            "rate": run.rate,
-            "frozen": study.frozen(run.activation),
             "history": [asdict(epoch) for epoch in trainer.history],
             "collapsed": trainer.collapsed,
             "parameters": sum(p.numel() for p in trainer.model.parameters()),
@@ -202,6 +200,16 @@ def part(study: Study, seed: int) -> Source:
     """Return the images on which a study measures accuracy."""
     sets = data.load(study.data, seed)
     return sets.validation if study.part == "validation" else sets.test
+
+
+def described(study: Study, run: Run) -> dict[str, Any]:
+    """Return what is known of a run's result before it has one."""
+    return {
+        "settings": settings(study, run),
+        "environment": environment.describe(),
+        "rate": run.rate,
+        "frozen": study.frozen(run.activation),
+    }
 
 
 def settings(study: Study, run: Run) -> dict[str, Any]:

@@ -183,8 +183,8 @@ def test_the_command_writes_page_and_figure(tmp_path: Path, capsys: pytest.Captu
     write(tmp_path / "kaf", activation="kaf", lr=0.5)
     assert run("compare", str(tmp_path / "relu"), str(tmp_path / "kaf"), "--out", str(tmp_path / "out")) == 0
     page = (tmp_path / "out" / "comparison.md").read_text()
-    assert "| relu | relu | clean | 77.50 | 74.8 to 80.0 | 78.10 | -0.60 | yes | thesis |" in page
-    assert "| kaf | kaf:std=0.05 | pgd-50-10 | 44.00 | 41.0 to 47.1 | 46.80 | -2.80 | yes | thesis |" in page
+    assert "| relu | relu | clean | 77.50 | 1000 | 74.8 to 80.0 | 78.10 | -0.60 | yes | thesis |" in page
+    assert "| kaf | kaf:std=0.05 | pgd-50-10 | 44.00 | 1000 | 41.0 to 47.1 | 46.80 | -2.80 | yes | thesis |" in page
     assert "- lr is 0.5 here and 1 there." in page
     assert "table vggrob (read in source)" in page
     assert all(note in page for note in VGG.notes)

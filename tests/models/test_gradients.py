@@ -19,6 +19,7 @@ from models.cli import main
 from models.images import MNIST
 from models.study import depth, plan, workers
 from models.study.depth import page
+from models.support import files
 
 SMALL = "resnet:depth=8,width=2,form=post,patch=4"
 
@@ -214,7 +215,8 @@ def test_a_study_records_norms_by_epoch_and_goes_on(tmp_path: Path, batch):
     found = measure(model, *depth.batch(data.load(study.data, 0)))
     assert (start["weights"], start["signals"]) == (found.weights, found.signals)
     assert len(result["wrong"]) == 20
-    assert workers.read(tmp_path / "results", study) == {run.name: result}
+    assert (result["rate"], result["frozen"]) == ("common", False)
+    assert workers.read(tmp_path / "results", study) == {run.name: files.rounded(result)}
     again = depth.train(study, run, tmp_path / "results", tmp_path / "runs")
     assert again["gradients"] == result["gradients"]
     assert again["wrong"] == result["wrong"]

@@ -15,7 +15,7 @@ from models.images import ImageFormat
 from models.runs import session
 from models.study import workers
 from models.study.plan import Run, Study
-from models.support import environment, files
+from models.support import files
 from models.support.interrupts import Interrupted
 from models.training import EpochRecord, Trainer, TrainingError
 from models.training.lipschitz import SlopeError
@@ -64,7 +64,7 @@ def train(study: Study, run: Run, results: Path, folder: Path) -> dict[str, Any]
     all layers at the start and at the end. Those of all epochs stay beside the checkpoints.
     """
     place = folder / run.name
-    common = {"settings": workers.settings(study, run), "environment": environment.describe()}
+    common = workers.described(study, run)
     try:
         trainer = session.prepare(run.settings, place)
         images, labels = batch(data.load(study.data, run.seed))
@@ -72,7 +72,7 @@ def train(study: Study, run: Run, results: Path, folder: Path) -> dict[str, Any]
         result = {**common, **_train(study, run, trainer, kept)}
     except KeyboardInterrupt as error:
         raise Interrupted from error
-    files.write_json(workers.result_file(results, run), result)
+    files.write_result(workers.result_file(results, run), result)
     return result
 
 
