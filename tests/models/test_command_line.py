@@ -11,10 +11,17 @@ import pytest
 from models import recipes
 from models.__main__ import COMMANDS as COMMAND_NAMES
 from models.__main__ import OPTIONS as OPTION_NAMES
+from models.__main__ import THINGS
+from models.activations import ACTIVATIONS
+from models.attacks import ATTACKS
 from models.cli import main, parser
 from models.commands import looking
+from models.data import DATA
+from models.networks import NETWORKS
 from models.study import plan
 from models.support.arguments import fraction, integer, radius
+from models.training.methods import METHODS
+from models.training.schedules import SCHEDULES
 
 ROOT = Path(__file__).parents[2]
 
@@ -127,6 +134,16 @@ def module(*arguments: str, **environment: str) -> subprocess.CompletedProcess[s
         ("train run --lr 0.1 --ep=1", " train: error: there is no option --ep; did you mean --eps?"),
         ("study tuned6k", " study: error: unknown study 'tuned6k'; did you mean tuned5k?"),
         ("recipe thesis-vg --epochs 1", " recipe: error: unknown recipe 'thesis-vg'; did you mean thesis-vgg?"),
+        ("train run --method pdg", " train: error: unknown method 'pdg'; did you mean pgd?"),
+        ("train run --network=lihgt:width=2", " train: error: unknown network 'lihgt'; did you mean light?"),
+        (
+            "evaluate run --attacks pgd-50-10:step=0.1,loss=ce,autoatack",
+            " evaluate: error: unknown attack 'autoatack'; did you mean autoattack?",
+        ),
+        (
+            "gradients --activations kaff relu",
+            " gradients: error: unknown activation 'kaff'; did you mean kaf or kaf_free or kaf_rq?",
+        ),
         ("study x --qqq", " study: error: there is no option --qqq; see python -m models study --help"),
     ],
 )
@@ -143,6 +160,9 @@ def test_all_names_are_known_without_torch() -> None:
     assert tuple(sorted(there)) == COMMAND_NAMES
     options = {o for command in there.values() for action in command._actions for o in action.option_strings}
     assert tuple(sorted(o for o in options if o.startswith("--"))) == tuple(f"--{name}" for name in OPTION_NAMES)
+    registries = {registry.kind: registry for registry in (ACTIVATIONS, ATTACKS, DATA, METHODS, NETWORKS, SCHEDULES)}
+    every = {kind: {*registry.names, *registry._aliases} for kind, registry in registries.items()}
+    assert {kind: set(names) for kind, names in THINGS.items()} == {k.removesuffix(" set"): n for k, n in every.items()}
 
 
 def test_a_terminal_that_has_no_greek_gets_question_marks() -> None:
