@@ -3,20 +3,18 @@
 Every stage leaves a file in the run folder, and a stage whose file is there is not done again.
 """
 
-import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from rich.progress import Progress, TaskID
-from torch import nn
 
 import kafops
 from models import attacks, data
 from models.analysis.curves import DictionaryUse, evolution
 from models.data import DataSet
-from models.evaluation import Accuracy, clean_accuracy, robust_accuracy, step_cost
+from models.evaluation import Outcome, evaluate_attack, evaluate_clean, step_cost
 from models.figures import accuracy as accuracy_figure
 from models.figures import cost as cost_figure
 from models.figures import curve_strip, style
@@ -79,15 +77,9 @@ class Settings:
         images = f"mnist5k:train={self.train},validation={self.held_out},test={self.test}"
         rates = self.rates(activation)
         recipe = Recipe(
-            self.epochs,
-            self.batch_size,
-            rates["lr"],
-            "fast",
-            self.eps,
-            nesterov=True,
-            activation_lr=rates["activation_lr"],
-            watch_steps=5,
-        )
+            self.epochs, self.batch_size, rates["lr"], "fast", self.eps,
+            nesterov=True, activation_lr=rates["activation_lr"], watch_steps=5,
+        )  # fmt: skip
         return RunSettings(images, f"resnet20:width={self.width}", activation, recipe, self.seed)
 
 
@@ -113,7 +105,8 @@ class Demo:
         metrics = self._metrics(results, cost)
         files.write_json(self.folder.path / "metrics.json", metrics)
         self._write_report(metrics)
-        self._show(metrics)
+        self.console.print(demo_report.accuracies(metrics, LABELS).terminal())
+        self.console.print(f"Report: {self.folder.path / 'report.html'}")
 
     def _network(self, name: str, progress: Progress, task: TaskID) -> dict[str, Any]:
         """Train and evaluate one network, or read what an earlier call found."""
@@ -141,25 +134,20 @@ class Demo:
         return trainer
 
     def _evaluate(self, trainer: Trainer, progress: Progress, task: TaskID) -> dict[str, Any]:
-        settings = self.settings
+        settings, model = self.settings, trainer.model
         images, labels = self.data.test.tensors(settings.test)
         progress.update(task, total=settings.test, completed=0, status=f"PGD-{settings.pgd_steps}")
-        start = time.perf_counter()
-        clean = clean_accuracy(trainer.model, images, labels)
-        robust = robust_accuracy(
-            trainer.model,
-            images,
-            labels,
-            attacks.pgd(settings.eps, settings.pgd_steps),
-            settings.seed,
-            on_batch=lambda done: progress.update(task, completed=done),
-        )
+
+        def on_batch(so_far: Outcome) -> None:
+            progress.update(task, completed=len(so_far.found))
+
+        clean, attack = evaluate_clean(model, images, labels), attacks.pgd(settings.eps, settings.pgd_steps)
+        robust = evaluate_attack(model, images, labels, attack, settings.seed, on_batch=on_batch)
         return {
-            "parameters": sum(p.numel() for p in trainer.model.parameters()),
-            "clean": _record(clean),
-            "robust": _record(robust),
+            "parameters": sum(p.numel() for p in model.parameters()),
+            "clean": clean.accuracy.record,
+            "robust": robust.accuracy.record,
             "history": [asdict(epoch) for epoch in trainer.history],
-            "evaluation_seconds": round(time.perf_counter() - start, 3),
         }
 
     def _step_cost(self, progress: Progress, task: TaskID) -> dict[str, Any]:
@@ -168,13 +156,9 @@ class Demo:
         if cost is None or set(cost["implementations"]) != set(self.implementations):
             self.folder.note_environment(environment.describe())
             progress.update(task, total=step_cost.expected_steps(self.implementations))
-            settings = self.settings
+            of_step = (self.settings.batch_size, self.settings.width, self.settings.seed)
             cost = step_cost.measure(
-                self.implementations,
-                settings.batch_size,
-                settings.width,
-                settings.seed,
-                on_step=lambda name: progress.update(task, advance=1, status=name),
+                self.implementations, *of_step, on_step=lambda name: progress.update(task, advance=1, status=name)
             )
             files.write_json(place, cost)
         progress.update(task, total=1, completed=1, status="")
@@ -184,13 +168,9 @@ class Demo:
         """Sort numbers that a seed fixes from timings, which no two runs share."""
         timings, fixed = {}, {}
         for name, result in results.items():
-            timings[name] = {
-                "epoch_seconds": [epoch["seconds"] for epoch in result["history"]],
-                "evaluation_seconds": result["evaluation_seconds"],
-            }
+            timings[name] = {"epoch_seconds": [epoch["seconds"] for epoch in result["history"]]}
             history = [{k: epoch[k] for k in ("epoch", "loss", "accuracy", "lr")} for epoch in result["history"]]
             fixed[name] = {**result, "history": history}
-            del fixed[name]["evaluation_seconds"]
         return {
             "command": self.command,
             "settings": asdict(self.settings),
@@ -214,11 +194,7 @@ class Demo:
 
     def _draw_accuracy(self, results: dict[str, Any]) -> bytes:
         rows = [
-            accuracy_figure.Row(
-                LABELS[name],
-                style.COLOURS[name],
-                [accuracy_figure.Mark(result[kind]["accuracy"], *result[kind]["interval"]) for kind in _KINDS],
-            )
+            accuracy_figure.Row(LABELS[name], style.COLOURS[name], [result[kind] for kind in _KINDS])
             for name, result in results.items()
         ]
         attack = f"PGD-{self.settings.pgd_steps}, ε = {self.settings.eps:.3g}"
@@ -227,21 +203,10 @@ class Demo:
 
     def _draw_curves(self) -> bytes:
         path = self.folder.path / KAF / LATEST
-        before, after = self._initial(KAF), self._initial(KAF)
+        before, after = (session.build(self.settings.of(KAF), self.data.images) for _ in range(2))
         tensors, record = checkpoints.load(path)
         checkpoints.load_weights(after, checkpoints.weights(tensors), path)
         use = DictionaryUse(after)
         use.add(self.data.test.tensors(min(256, self.settings.test))[0])
         layers = use.layers()
         return curve_strip.strip(evolution([before, after]), [0, int(record["epoch"])], len(layers), layers)
-
-    def _initial(self, name: str) -> nn.Module:
-        return session.build(self.settings.of(name), self.data.images)
-
-    def _show(self, metrics: dict[str, Any]) -> None:
-        self.console.print(demo_report.accuracies(metrics, LABELS).terminal())
-        self.console.print(f"Report: {self.folder.path / 'report.html'}")
-
-
-def _record(accuracy: Accuracy) -> dict[str, Any]:
-    return {**asdict(accuracy), "accuracy": accuracy.value, "interval": list(accuracy.interval)}

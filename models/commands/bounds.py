@@ -3,7 +3,6 @@
 import argparse
 import copy
 import math
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -78,12 +77,11 @@ def _run(options: argparse.Namespace, command: str) -> int:
     console.print(bounds_page.networks(labels, results).terminal())
     console.print(_LEGEND.format(attack=options.attack, eps=results[0]["identity"]["eps"]))
     if len(results) > 1:
-        rows = bounds_page.rows(labels, results)
+        groups, at = bounds_page.groups(labels, results), bounds_page.telling(results)
         summary = {"format": _Look.FORMAT, "command": command, "runs": _summaries(labels, options.folders, results)}
         files.write_result(options.out / "bounds.json", summary)
-        files.write_bytes(options.out / "bounds.png", figures.networks(rows, results[0]["identity"]["eps"]))
-        attacked = bounds_page.attacked(labels, results)
-        files.write_bytes(options.out / "over-eps.png", figures.over_radius(attacked, results[0]["attack"]["name"]))
+        files.write_bytes(options.out / "bounds.png", figures.networks(groups, at))
+        files.write_bytes(options.out / "over-eps.png", figures.over_radius(groups))
     console.print(looking.written(_Look.PART, options))
     return 0
 
@@ -117,10 +115,8 @@ class _Look(looking.Look):
         """
         form = self.network.data.images
         task = progress.add_task(self.label, total=self.count, status="upper bound")
-        start = time.perf_counter()
         network = steps(self.network.model, (form.channels, form.size, form.size))
         bound = upper_bound(network)
-        seconds = time.perf_counter() - start
         images, labels = self.source.tensors(self.count)
 
         def show(done: int) -> None:
@@ -130,9 +126,9 @@ class _Look(looking.Look):
 
         of_images = self._images(network, bound, images, labels, show)
         attacked = self._attacked(images, labels, progress, stop)
-        found = self._results(bound, seconds, of_images, attacked)
+        found = self._results(bound, of_images, attacked)
         files.write_json(self.folder / "bounds.json", found)
-        files.write_bytes(self.folder / "bounds.png", figures.network(*bounds_page.growth(found, of_images)))
+        files.write_bytes(self.folder / "bounds.png", figures.network(found, of_images))
         return found
 
     def _images(
@@ -153,15 +149,8 @@ class _Look(looking.Look):
         for first in range(len(found), self.count, size):
             x, y = images[first : first + size], labels[first : first + size]
             proved = certify(network, bound, x, y)
-            fields = {
-                "intervals": proved.intervals,
-                "lipschitz": proved.lipschitz,
-                "local": proved.local,
-                "linf": proved.linf,
-                "l2": proved.l2,
-                "local_bound": proved.local_bound,
-                **self._stretch(exact, x.to(self.device), first // size),
-            }
+            radii = {name: getattr(proved, name) for name in (*_METHODS, "l2", "local_bound")}
+            fields = radii | self._stretch(exact, x.to(self.device), first // size)
             lists = {name: values.tolist() for name, values in fields.items()}
             found += [
                 {name: value if math.isfinite(value) else None for name, value in zip(lists, row, strict=True)}
@@ -200,9 +189,7 @@ class _Look(looking.Look):
             found.append(_point(radius, outcomes.get(job, on_batch)))
         return found
 
-    def _results(
-        self, bound: Bound, seconds: float, images: list[dict[str, Any]], attacked: list[dict[str, Any]]
-    ) -> dict[str, Any]:
+    def _results(self, bound: Bound, images: list[dict[str, Any]], attacked: list[dict[str, Any]]) -> dict[str, Any]:
         def of_each(name: str) -> Tensor:
             values = [image[name] for image in images]
             return torch.tensor([math.inf if v is None else v for v in values], dtype=torch.float64)
@@ -214,7 +201,6 @@ class _Look(looking.Look):
             attack={"name": self.attack.name, "settings": described(self.attack)},
             pixels=self._pixels,
             upper=_finite(bound.upper.item()),
-            upper_seconds=round(seconds, 2),
             lower=max(lower.values()),
             lower_by=lower,
             local=_percentiles(of_each("local_bound")),

@@ -189,7 +189,7 @@ def _panels(comparisons: Sequence[Comparison], rows: Sequence[Published]) -> lis
         ours = list(dict.fromkeys(attack_name(text) for run in runs for text in run.robust))
         for attack in [a for a in ours if a in {row.attack for row in theirs}] or ours:
             found = [
-                figures.Row(f"{run.run} (here)", _colour(run.settings.activation), [_mark(run.clean), _mark(robust)])
+                figures.Row(f"{run.run} (here)", _colour(run.settings.activation), [run.clean.record, robust.record])
                 for run in runs
                 for text, robust in run.robust.items()
                 if attack_name(text) == attack
@@ -198,10 +198,6 @@ def _panels(comparisons: Sequence[Comparison], rows: Sequence[Published]) -> lis
             found += [_published(row, alike) for row in alike]
             panels.append(figures.Panel(recipe, f"accuracy, %   (○ clean   ● under {attack})", found))
     return panels
-
-
-def _mark(accuracy: Accuracy) -> figures.Mark:
-    return figures.Mark(accuracy.value, *accuracy.interval)
 
 
 def _published(row: Published, rows: Sequence[Published]) -> figures.Row:
@@ -215,7 +211,8 @@ def _published(row: Published, rows: Sequence[Published]) -> figures.Row:
         words.append(row.label)
     label = " ".join(words) + (", from memory" if row.remembered else "")
     values = [value for value in (row.clean, row.robust) if value is not None]
-    return figures.Row(label, _colour(row.activation), [figures.Mark(value) for value in values])
+    marks = [{"accuracy": value, "interval": (value, value)} for value in values]
+    return figures.Row(label, _colour(row.activation), marks)
 
 
 def _colour(activation: str) -> str:

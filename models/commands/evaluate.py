@@ -13,16 +13,7 @@ from rich.progress import Progress
 from models.attacks import ATTACKS, Attack, Transfer, pgd
 from models.commands import looking, settings
 from models.data import made_up
-from models.evaluation import (
-    Accuracy,
-    Outcome,
-    evaluate_clean,
-    evaluator,
-    input_gradients,
-    per_class,
-    sanity,
-    worst_case,
-)
+from models.evaluation import Outcome, evaluate_clean, evaluator, input_gradients, per_class, sanity, worst_case
 from models.evaluation.evaluator import Plan, Point
 from models.evaluation.outcomes import Job, Outcomes, digest
 from models.evaluation.sanity import Verdict
@@ -142,7 +133,7 @@ class Evaluation:
             known[job] = outcome = self.outcomes.get(job, on_batch)
             if name in self.plan.attacks:
                 progress.console.print(
-                    f"{name}: {within(_record(outcome.accuracy))} of {images} images, {outcome.seconds:.1f} s"
+                    f"{name}: {within(outcome.accuracy.record)} of {images} images, {outcome.seconds:.1f} s"
                 )
             return known[job]
 
@@ -159,7 +150,7 @@ class Evaluation:
         results = self._results(clean, found, verdicts, curves)
         files.write_bytes(self.folder / "attacks.png", _draw_attacks(results))
         if curves:
-            files.write_bytes(self.folder / "curves.png", _draw_curves(curves, plan.eps))
+            files.write_bytes(self.folder / "curves.png", figures.along(results["curves"], plan.eps))
         files.write_json(self.folder / "evaluation.json", results)
         return results
 
@@ -185,18 +176,14 @@ class Evaluation:
         return Transfer(other.model.to(self.images.device).eval(), pgd(eps, 50), digest(other.checkpoint))
 
     def _results(
-        self,
-        clean: Outcome,
-        found: Mapping[str, Outcome],
-        verdicts: list[Verdict],
-        curves: Mapping[str, list[Point]],
+        self, clean: Outcome, found: Mapping[str, Outcome], verdicts: list[Verdict], curves: Mapping[str, list[Point]]
     ) -> dict[str, Any]:
         plan, options = self.plan, self.options
         robust = {
             name: {
                 "norm": attack.norm,
                 "radius": getattr(attack, "radius", plan.eps),
-                **_record(found[name].accuracy),
+                **found[name].accuracy.record,
                 "seconds": round(found[name].seconds, 3),
             }
             for name, attack in plan.attacks.items()
@@ -215,25 +202,21 @@ class Evaluation:
             "checked": plan.checked,
             "seed": plan.seed,
             "batch_size": options.batch_size,
-            "clean": _record(clean.accuracy),
+            "clean": clean.accuracy.record,
             "robust": robust,
-            "worst_case": _record(worst.accuracy),
+            "worst_case": worst.accuracy.record,
             "classes": [
-                {"class": number, "clean": _record(a), "worst_case": _record(b)}
+                {"class": number, "clean": a.record, "worst_case": b.record}
                 for number, (a, b) in enumerate(both)
                 if a is not None and b is not None
             ],
             "checks": [vars(verdict) for verdict in verdicts],
             "masking": sanity.masking(verdicts),
             "curves": {
-                name: [{"at": at, **_record(accuracy)} for at, accuracy in points] for name, points in curves.items()
+                name: [{"at": at, **accuracy.record} for at, accuracy in points] for name, points in curves.items()
             },
             "environment": environment.describe(),
         }
-
-
-def _record(accuracy: Accuracy) -> dict[str, Any]:
-    return {**vars(accuracy), "accuracy": accuracy.value, "interval": list(accuracy.interval)}
 
 
 def _draw_attacks(results: Mapping[str, Any]) -> bytes:
@@ -244,25 +227,8 @@ def _draw_attacks(results: Mapping[str, Any]) -> bytes:
     records = {
         "clean": (results["clean"], style.GREY), **records, "worst case": (results["worst_case"], style.VERMILLION)
     }  # fmt: skip
-    rows = [
-        figures.Row(label, colour, [figures.Mark(record["accuracy"], *record["interval"])])
-        for label, (record, colour) in records.items()
-    ]
+    rows = [figures.Row(label, colour, [record]) for label, (record, colour) in records.items()]
     return figures.rows([figures.Panel("", "accuracy, %   (bars: 95 % intervals)", rows)])
-
-
-def _draw_curves(curves: Mapping[str, list[Point]], eps: float) -> bytes:
-    points = {
-        name: [(at, figures.Mark(accuracy.value, *accuracy.interval)) for at, accuracy in found]
-        for name, found in curves.items()
-    }
-    return figures.along(
-        [
-            figures.Curve("PGD-20", "radius ε", points["eps"], mark=eps),
-            figures.Curve(f"ε = {eps:.3g}", "steps", points["steps"], log=True),
-            figures.Curve("PGD-20", "restarts", points["restarts"]),
-        ]
-    )
 
 
 def _show(results: Mapping[str, Any], console: Console) -> None:

@@ -4,6 +4,7 @@ import contextlib
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from scipy.stats import binomtest
@@ -38,6 +39,11 @@ class Accuracy:
     def interval(self) -> tuple[float, float]:
         """The 95 % Wilson score interval of the share."""
         return wilson_interval(self.correct, self.total)
+
+    @property
+    def record(self) -> dict[str, Any]:
+        """As results have it: "correct", "total", "accuracy" and "interval"."""
+        return {**vars(self), "accuracy": self.value, "interval": list(self.interval)}
 
 
 def wilson_interval(successes: int, trials: int) -> tuple[float, float]:
@@ -160,28 +166,6 @@ def per_class(found: Tensor, labels: Tensor, classes: int) -> list[Accuracy | No
     """Return the accuracy of each class, None for a class of which there is no image."""
     labels = labels.cpu()
     return [accuracy(found[labels == c]) if (labels == c).any() else None for c in range(classes)]
-
-
-def clean_accuracy(model: nn.Module, images: Tensor, labels: Tensor, batch_size: int = BATCH_SIZE) -> Accuracy:
-    """Count the images classified correctly, in evaluation mode."""
-    return evaluate_clean(model, images, labels, batch_size).accuracy
-
-
-def robust_accuracy(
-    model: nn.Module,
-    images: Tensor,  # [N, C, H, W] in [0, 1]
-    labels: Tensor,  # [N]
-    attack: Attack,
-    seed: int,
-    batch_size: int = BATCH_SIZE,
-    on_batch: Callable[[int], None] = lambda images_done: None,
-) -> Accuracy:
-    """Count the images classified correctly for which the attack finds no misclassified point either."""
-
-    def count(so_far: Outcome) -> None:
-        on_batch(len(so_far.found))
-
-    return evaluate_attack(model, images, labels, attack, seed, batch_size, count).accuracy
 
 
 @dataclass(frozen=True)

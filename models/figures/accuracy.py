@@ -1,29 +1,19 @@
 """Accuracies with their intervals: named rows, and curves along what makes an attack stronger."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
+import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator, NullLocator
 
 from models.figures import style
 
-
-@dataclass(frozen=True)
-class Mark:
-    """An accuracy as a share in [0, 1], and the ends of its interval where it has one."""
-
-    value: float
-    low: float | None = None
-    high: float | None = None
-
-    @property
-    def ends(self) -> tuple[float, float]:
-        """Of the interval, in %."""
-        low, high = (self.value if end is None else end for end in (self.low, self.high))
-        return 100 * low, 100 * high
+Record = Mapping[str, Any]
+"""An accuracy as results have it: "accuracy", a share in [0, 1], and "interval", its two ends."""
 
 
 @dataclass(frozen=True)
@@ -32,7 +22,7 @@ class Row:
 
     label: str
     colour: str
-    marks: Sequence[Mark]
+    marks: Sequence[Record]
 
 
 @dataclass(frozen=True)
@@ -42,17 +32,6 @@ class Panel:
     title: str
     xlabel: str
     rows: Sequence[Row]
-
-
-@dataclass(frozen=True)
-class Curve:
-    """Accuracies along something that makes the attack stronger."""
-
-    title: str
-    xlabel: str
-    points: Sequence[tuple[float, Mark]]
-    mark: float | None = None  # a place on the x-axis to point out
-    log: bool = False
 
 
 @style.drawn
@@ -68,12 +47,12 @@ def rows(panels: Sequence[Panel]) -> Figure:
         for place, row in enumerate(panel.rows):
             *clean, last = row.marks
             shift = 0.12 if clean else 0.0  # so that intervals do not lie on one another
-            ends = [100 * row.marks[0].value, 100 * last.value]
+            ends = [100 * mark["accuracy"] for mark in (row.marks[0], last)]
             axes.plot(ends, [place - shift, place + shift], color=row.colour, alpha=0.35, lw=3)
             for mark in clean:
                 _point(axes, place - shift, mark, row.colour, fill="white", above=6)
             _point(axes, place + shift, last, row.colour, fill=row.colour, above=-13 if clean else 6)
-        lowest = min(mark.ends[0] for row in panel.rows for mark in row.marks)
+        lowest = 100 * min(mark["interval"][0] for row in panel.rows for mark in row.marks)
         axes.set_xlim(max(0.0, 10 * math.floor(lowest / 10 - 0.2)) - 1, 101)
         axes.xaxis.set_major_locator(MaxNLocator(integer=True, steps=[1, 2, 5, 10]))
         axes.set_title(panel.title)
@@ -81,8 +60,8 @@ def rows(panels: Sequence[Panel]) -> Figure:
     return figure
 
 
-def _point(axes: Axes, place: float, mark: Mark, colour: str, fill: str, above: int) -> None:
-    at, (low, high) = (100 * mark.value, place), mark.ends
+def _point(axes: Axes, place: float, mark: Record, colour: str, fill: str, above: int) -> None:
+    at, (low, high) = (100 * mark["accuracy"], place), (100 * end for end in mark["interval"])
     if high > low:
         axes.errorbar(*at, xerr=[[at[0] - low], [high - at[0]]], fmt="none", ecolor=colour, capsize=3, elinewidth=1.5)
     axes.plot(*at, "o", ms=6, color=colour, mfc=fill, mew=1.5)
@@ -90,25 +69,31 @@ def _point(axes: Axes, place: float, mark: Mark, colour: str, fill: str, above: 
 
 
 @style.drawn
-def along(curves: Sequence[Curve]) -> Figure:
-    """Draw curves side by side on one scale, with their 95 % intervals."""
+def along(curves: Mapping[str, Sequence[Record]], eps: float) -> Figure:
+    """Draw accuracies along what makes an attack stronger, "eps", "steps" and "restarts", with their intervals.
+
+    Args:
+        curves: by what is changed, each with "at", its value.
+        eps: radius of the attack where it is not what is changed.
+    """
     figure = style.figure(height=2.5)
-    panels = figure.subplots(1, len(curves), sharey=True, squeeze=False)[0]
-    for axes, curve in zip(panels, curves, strict=True):
-        x = [place for place, _ in curve.points]
-        low, high = zip(*(mark.ends for _, mark in curve.points), strict=True)
+    panels = figure.subplots(1, 3, sharey=True)
+    looks = (("eps", "PGD-20", "radius ε"), ("steps", f"ε = {eps:.3g}", "steps"), ("restarts", "PGD-20", "restarts"))
+    for axes, (name, title, xlabel) in zip(panels, looks, strict=True):
+        x = [point["at"] for point in curves[name]]
+        low, high = 100 * np.array([point["interval"] for point in curves[name]]).T
         axes.fill_between(x, low, high, color=style.BLUE, alpha=0.15, lw=0)
-        axes.plot(x, [100 * mark.value for _, mark in curve.points], "o-", color=style.BLUE, ms=3.5, lw=1.5)
-        if curve.mark is not None:
-            axes.axvline(curve.mark, color=style.GREY, lw=0.8, ls=(0, (3, 2)))
-        if curve.log:
+        axes.plot(x, [100 * point["accuracy"] for point in curves[name]], "o-", color=style.BLUE, ms=3.5, lw=1.5)
+        if name == "eps":
+            axes.axvline(eps, color=style.GREY, lw=0.8, ls=(0, (3, 2)))
+        if name == "steps":
             axes.set_xscale("log")
             axes.xaxis.set_minor_locator(NullLocator())
             axes.set_xticks(x[::2], [f"{place:g}" for place in x[::2]])
         else:
             axes.xaxis.set_major_locator(MaxNLocator(5, integer=x[-1] > 1))
-        axes.set_title(curve.title)
-        axes.set_xlabel(curve.xlabel)
+        axes.set_title(title)
+        axes.set_xlabel(xlabel)
         style.grid(axes, "y")
     panels[0].set_ylim(0, 100)
     panels[0].set_ylabel("accuracy, %")

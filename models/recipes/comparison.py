@@ -12,6 +12,7 @@ from models.evaluation import Accuracy
 from models.networks import NETWORKS
 from models.recipes import Published, Recipe
 from models.registry import Registry
+from models.runs import flat
 from models.runs.settings import Settings
 from models.support.errors import UserError
 from models.training.methods import METHODS
@@ -149,7 +150,7 @@ def training_differences(ours: Settings, theirs: Settings) -> list[Difference]:
 
     Names with options are compared with their defaults filled in, so other ways to say the same are no difference.
     """
-    left, right = _flat(ours), _flat(theirs)
+    left, right = flat(ours.as_dict()), flat(theirs.as_dict())
     return [
         Difference(name, _text(left[name]), _text(right[name]))
         for name in left
@@ -217,11 +218,6 @@ def _evaluation(measured: Measured, recipe: Recipe) -> list[Difference]:
         if text != other and not _same_choice(ATTACKS, text, other):
             found.append(Difference(f"attack {attack_name(text)}", text, other))
     return found
-
-
-def _flat(settings: Settings) -> dict[str, Any]:
-    values = settings.as_dict()
-    return {**{n: v for n, v in values.items() if n != "training"}, **values["training"]}
 
 
 def _same(name: str, ours: Any, theirs: Any) -> bool:

@@ -1,20 +1,15 @@
 """What a page, the terminal and figures show of the contents of bounds.json."""
 
-import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Sequence
 
-from models.figures import bounds as figures
-from models.figures.accuracy import Mark
+from models.figures.bounds import Result, at_eps, certified
 from models.reports.tables import Table, number, share
+from models.runs import flat
 from models.runs.settings import completed
 
 AT = (1e-5, 1e-4, 1e-3, 3e-3, 1e-2, 3e-2, 1e-1, 3e-1)
 """Radii in L-infinity at which certified accuracies are written down."""
 _PLAIN = ("data", "network", "activation", "method", "schedule", "precision", "decay")
-
-Result = Mapping[str, Any]
-"""The content of a bounds.json."""
 
 
 def layers(result: Result) -> Table:
@@ -41,96 +36,29 @@ def constants(result: Result) -> Table:
 
 def networks(labels: Sequence[str], results: Sequence[Result]) -> Table:
     """Return bounds and accuracies, a row for each network."""
-    at = _telling(results)
+    at = telling(results)
     table = Table("run", "found", "local", "bound", "clean", "attacked", f"proved at {at:g}", "radius")
     for label, result in zip(labels, results, strict=True):
-        table.add(
-            label,
-            number(result["lower"], ""),
-            number(result["local"]["p50"], ""),
-            number(result["upper"], "∞"),
-            share(result["attacked"][0]["accuracy"]),
-            share(_at_eps(result)["accuracy"]),
-            share(_certified(result, at)),
-            number(result["radii"]["linf"]["p50"], ""),
-        )
+        numbers = (number(result["lower"], ""), number(result["local"]["p50"], ""), number(result["upper"], "∞"))
+        shares = map(share, (result["attacked"][0]["accuracy"], at_eps(result), certified(result, at)))
+        table.add(label, *numbers, *shares, number(result["radii"]["linf"]["p50"], ""))
     return table
 
 
-def growth(
-    result: Result, images: Sequence[Mapping[str, float]]
-) -> tuple[list[tuple[str, float | None]], figures.Bounds, figures.Certified]:
-    """Return what the figure of a run shows, from the contents of its bounds.json and images.json."""
-    places, jumped = [], False
-    for layer in result["layers"]:
-        jumped = jumped or layer["kind"] == "winners"
-        if jumped or layer["bound"] is not None:
-            places.append((layer["name"], layer["bound"]))
-    wide = math.sqrt(result["pixels"])
-    radii = {
-        "interval propagation": [image["intervals"] for image in images],
-        "global Lipschitz": [image["lipschitz"] / wide for image in images],
-        "local Lipschitz": [image["local"] / wide for image in images],
-    }
-    return places, _bounds(result), figures.Certified(radii, result["attack"]["name"], _attacked(result))
-
-
-def rows(labels: Sequence[str], results: Sequence[Result]) -> list[figures.Row]:
-    """Return what the figure of several runs shows: runs that differ in their seed alone make one row."""
-    at = _telling(results)
-    return [
-        figures.Row(
-            label,
-            [_bounds(result) for result in them],
-            [result["attacked"][0]["accuracy"] for result in them],
-            [_at_eps(result)["accuracy"] for result in them],
-            [_certified(result, at) for result in them],
-            at,
-        )
-        for label, them in _groups(labels, results).items()
-    ]
-
-
-def attacked(labels: Sequence[str], results: Sequence[Result]) -> dict[str, list[list[tuple[float, Mark]]]]:
-    """Return accuracies over radii of the same groups."""
-    return {label: [_attacked(result) for result in them] for label, them in _groups(labels, results).items()}
-
-
-def _attacked(result: Result) -> list[tuple[float, Mark]]:
-    return [(point["eps"], Mark(point["accuracy"], *point["interval"])) for point in result["attacked"]]
-
-
-def _groups(labels: Sequence[str], results: Sequence[Result]) -> dict[str, list[Result]]:
+def groups(labels: Sequence[str], results: Sequence[Result]) -> dict[str, list[Result]]:
     """Return the runs that differ in their seed alone, by what they are."""
-    settings = [_flat(result["settings"]) for result in results]
+    settings = [flat(completed(dict(result["settings"]))) for result in results]
     different = [n for n in settings[0] if any(s.get(n) != settings[0][n] for s in settings)]
     names = ["activation", *(n for n in different if n not in ("activation", "seed"))]
-    groups: dict[str, list[Result]] = {}
+    found: dict[str, list[Result]] = {}
     for label, one, result in zip(labels, settings, results, strict=True):
         told = {name: one[name] for name in names if one.get(name)}
         words = (str(v) if n in _PLAIN else f"{n.replace('_', ' ')} {v:g}" for n, v in told.items())
-        groups.setdefault(", ".join(words) if len(results) > 1 else label, []).append(result)
-    return groups
+        found.setdefault(", ".join(words) if len(results) > 1 else label, []).append(result)
+    return found
 
 
-def _flat(settings: Mapping[str, Any]) -> dict[str, Any]:
-    whole = completed(dict(settings))
-    return {**{n: v for n, v in whole.items() if n != "training"}, **whole.get("training", {})}
-
-
-def _telling(results: Sequence[Result]) -> float:
+def telling(results: Sequence[Result]) -> float:
     """Return the largest of the radii at which some network is certified for a tenth of the images, or the least."""
-    telling = [at for at in AT if any(_certified(result, at) >= 0.1 for result in results)]
+    telling = [at for at in AT if any(certified(result, at) >= 0.1 for result in results)]
     return max(telling, default=AT[0])
-
-
-def _certified(result: Result, at: float) -> float:
-    return next(point["linf"] for point in result["certified"] if point["eps"] == at)
-
-
-def _at_eps(result: Result) -> Mapping[str, Any]:
-    return next(point for point in result["attacked"] if point["eps"] == result["identity"]["eps"])
-
-
-def _bounds(result: Result) -> figures.Bounds:
-    return figures.Bounds(result["lower"], result["upper"], result["local"]["p50"])

@@ -1,12 +1,12 @@
 """Pages that need no other file: templates filled in, with pictures inside."""
 
 import base64
-from collections.abc import Mapping
 from typing import Any
 
 import jinja2
 
 from models.reports.tables import NONE
+from models.runs import flat
 
 
 def page(template: str, **values: Any) -> str:
@@ -18,14 +18,6 @@ def _embedded(image: bytes) -> str:
     """Return a picture, PNG or GIF, as an address."""
     kind = "gif" if image.startswith(b"GIF8") else "png"
     return f"data:image/{kind};base64,{base64.b64encode(image).decode()}"
-
-
-def flat(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Lift nested values to the top level."""
-    lifted: dict[str, Any] = {}
-    for key, value in values.items():
-        lifted.update(value if isinstance(value, dict) else {key: value})
-    return lifted
 
 
 def _plain(value: Any) -> str:

@@ -1,7 +1,6 @@
 """A run folder: one set of settings and what came of it, so that a command can go on where it stopped."""
 
-from collections.abc import Callable
-from itertools import chain
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -97,14 +96,16 @@ def _read(path: Path) -> dict[str, Any] | None:
     return record
 
 
-def _flat(settings: dict[str, Any]) -> dict[str, Any]:
+def flat(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Return settings with those of an inner group among the others."""
-    inner = [value.items() for value in settings.values() if isinstance(value, dict)]
-    return {**{k: v for k, v in settings.items() if not isinstance(v, dict)}, **dict(chain(*inner))}
+    lifted: dict[str, Any] = {}
+    for name, value in settings.items():
+        lifted.update(value if isinstance(value, dict) else {name: value})
+    return lifted
 
 
 def _check_settings(path: Path, theirs: dict[str, Any], ours: dict[str, Any]) -> None:
-    theirs, ours = _flat(theirs), _flat(ours)
+    theirs, ours = flat(theirs), flat(ours)
     names = [name for name in {**theirs, **ours} if theirs.get(name) != ours.get(name)]
     if names:
         differences = ", ".join(f"{name} is {theirs.get(name)} there and {ours.get(name)} here" for name in names)

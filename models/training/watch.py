@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from models.attacks.linf import LinfAttack, pgd
-from models.evaluation import clean_accuracy, robust_accuracy
+from models.evaluation import evaluate_attack, evaluate_clean
 from models.support import seeds
 from models.training.recipe import Recipe
 
@@ -39,10 +39,11 @@ class Watch:
     def look(self, model: nn.Module, device: torch.device) -> Watched:
         """Return the accuracies of the network, which is put into evaluation mode meanwhile."""
         images, labels = self.images.to(device), self.labels.to(device)
-        clean = clean_accuracy(model, images, labels).value
+        clean = evaluate_clean(model, images, labels).accuracy.value
         if self.attack is None:
             return Watched(clean, None)
-        return Watched(clean, robust_accuracy(model, images, labels, self.attack, seeds.derived("watch")).value)
+        robust = evaluate_attack(model, images, labels, self.attack, seeds.derived("watch"))
+        return Watched(clean, robust.accuracy.value)
 
     def collapsed(self, best: float, now: Watched) -> bool:
         """Say whether robustness is lost: its accuracy is more than `drop` below the best."""

@@ -15,7 +15,6 @@ from models.certified.traced import steps
 from models.cli import main
 from models.commands import bounds as command
 from models.figures import bounds as figures
-from models.figures.accuracy import Mark
 from models.reports import bounds as page_of
 from models.runs import session, trained
 from models.runs.settings import Settings
@@ -93,10 +92,7 @@ def test_what_is_done_is_not_done_again(
     with monkeypatch.context() as patch:
         patch.setattr(command, "certify", lambda *a: pytest.fail("done again"))
         assert bounds(run) == 0
-    after = results(run)
-    assert {n: v for n, v in after.items() if n != "upper_seconds"} == {
-        n: v for n, v in before.items() if n != "upper_seconds"
-    }
+    assert results(run) == before
     assert bounds(run, "--eps", "0.3") == 0
     assert results(run)["attacked"][-1]["eps"] == pytest.approx(0.45)
     path = run / "bounds/images.json"
@@ -149,13 +145,12 @@ def test_several_runs_are_compared(
     for name in ("bounds", "over-eps"):
         assert matplotlib.image.imread(tmp_path / f"{name}.png")[..., :3].std() > 0.02
     found = [results(run) for run in runs.values()]
-    rows = page_of.rows(list(runs), found)
-    assert [row.label for row in rows] == ["kaf_silu", "relu", "kwta"]
-    assert [bound.upper for bound in rows[0].bounds] == [found[0]["upper"], found[1]["upper"]]
-    assert rows[2].bounds[0].upper is None
-    assert rows[0].clean == [found[0]["attacked"][0]["accuracy"], found[1]["attacked"][0]["accuracy"]]
-    assert rows[0].at in page_of.AT
-    assert rows[0].certified[0] == next(p["linf"] for p in found[0]["certified"] if p["eps"] == rows[0].at)
+    kaf, again, relu, kwta = found
+    assert page_of.groups(list(runs), found) == {"kaf_silu": [kaf, again], "relu": [relu], "kwta": [kwta]}
+    at = page_of.telling(found)
+    assert at in page_of.AT
+    assert figures.certified(kaf, at) == next(p["linf"] for p in kaf["certified"] if p["eps"] == at)
+    assert figures.at_eps(kaf) == next(p["accuracy"] for p in kaf["attacked"] if p["eps"] == 0.1)
 
 
 def test_rows_are_named_after_what_differs(runs: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -167,32 +162,50 @@ def test_rows_are_named_after_what_differs(runs: dict[str, Path], monkeypatch: p
         settings = found["settings"]
         return {**found, "settings": {**settings, "training": {**settings["training"], **training}}}
 
-    rows = page_of.rows(["a", "b", "c"], [found, changed(slope_limit=0.5), changed(slope_penalty=1.0)])
-    assert [row.label for row in rows] == ["kaf_silu", "kaf_silu, slope limit 0.5", "kaf_silu, slope penalty 1"]
-    assert [row.label for row in page_of.rows(["a"], [found])] == ["a"]
+    groups = page_of.groups(["a", "b", "c"], [found, changed(slope_limit=0.5), changed(slope_penalty=1.0)])
+    assert list(groups) == ["kaf_silu", "kaf_silu, slope limit 0.5", "kaf_silu, slope penalty 1"]
+    assert list(page_of.groups(["a"], [found])) == ["a"]
 
 
-def certified(radius: float) -> figures.Certified:
-    attacked = [(0.0, Mark(1, 1, 1)), (0.1, Mark(1, 1, 1))]
-    return figures.Certified({"interval propagation": [radius]}, "pgd", attacked)
+def content(
+    lower: float, upper: float | None, local: float | None, *layers: tuple[str, float | None], share: float = 1.0
+) -> dict[str, Any]:
+    """A bounds.json of a network that is right, and proved right, on that share of the images at any radius."""
+    kinds = [{"name": name, "bound": bound, "kind": "winners" if bound is None else "map"} for name, bound in layers]
+    points = [{"eps": eps, "accuracy": share, "interval": [share - 0.1, share]} for eps in (0.0, 0.01, 0.03)]
+    return {
+        "lower": lower, "upper": upper, "local": {"p50": local}, "layers": kinds, "attacked": points, "pixels": 4,
+        "attack": {"name": "pgd"}, "identity": {"eps": 0.03}, "certified": [{"eps": 0.01, "linf": share}],
+    }  # fmt: skip
+
+
+def proved(*radii: float) -> list[dict[str, float]]:
+    return [{"intervals": radius, "lipschitz": 0.0, "local": 0.0} for radius in radii]
 
 
 def test_a_network_that_jumps_has_a_figure_too() -> None:
     layers = [("one", 2.0), ("jump", None), ("last", None)]
-    assert figures.network(layers, figures.Bounds(3.0, None, None), certified(0.0))[:4] == b"\x89PNG"
-    assert figures.network(layers[1:], figures.Bounds(3.0, None, None), certified(0.0))[:4] == b"\x89PNG"
+    for several in (layers, layers[1:]):
+        assert figures.network(content(3.0, None, None, *several), proved(0.0))[:4] == b"\x89PNG"
 
 
 def test_networks_that_do_not_move_have_figures_too() -> None:
-    still = figures.Bounds(0.0, 0.0, 0.0)
-    assert figures.network([("last", 0.0)], still, certified(1.0))[:4] == b"\x89PNG"
-    assert figures.network([("last", 2.0)], figures.Bounds(0.0, 2.0, 0.0), certified(1.0))[:4] == b"\x89PNG"
-    rows = [
-        figures.Row("still", [still], [0.1], [0.1], [0.1], 0.1),
-        figures.Row("moves", [figures.Bounds(1.0, 30.0, 9.0)], [0.9], [0.5], [0.1], 0.1),
-    ]
-    assert figures.networks(rows, 0.1)[:4] == b"\x89PNG"
-    assert figures.networks(rows[:1], 0.1)[:4] == b"\x89PNG"
+    still, moves = content(0.0, 0.0, 0.0, ("last", 0.0), share=0.1), content(1.0, 30.0, 9.0, share=0.9)
+    assert figures.network(still, proved(1.0))[:4] == b"\x89PNG"
+    assert figures.network(content(0.0, 2.0, 0.0, ("last", 2.0)), proved(1.0))[:4] == b"\x89PNG"
+    groups = {"still": [still], "moves": [moves]}
+    for shown in (groups, {"still": [still]}):
+        assert figures.networks(shown, 0.01)[:4] == b"\x89PNG"
+        assert figures.over_radius(shown)[:4] == b"\x89PNG"
+
+
+def test_what_the_figure_of_several_shows(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn = []
+    monkeypatch.setattr(figures.style, "png", drawn.append)
+    figures.networks({"two seeds": [content(1.0, 30.0, 9.0, share=0.5), content(1.0, 30.0, 9.0, share=0.75)]}, 0.01)
+    left, right = drawn[0].axes
+    assert sorted(line.get_xdata()[0] for line in right.lines) == [50] * 3 + [75] * 3  # clean, attacked, proved
+    assert {text.get_text() for text in left.texts} == {"1", "30"}
 
 
 def test_brackets_in_a_run_s_name_are_shown(runs: dict[str, Path], tmp_path: Path, capsys: Any) -> None:
@@ -206,9 +219,7 @@ def test_the_axis_of_a_network_of_one_answer_shows_the_attack(monkeypatch: pytes
     """All its radii are 1, and those of the attack far smaller."""
     limits = []
     monkeypatch.setattr(figures.style, "png", lambda figure: limits.append(figure.axes[1].get_xlim()))
-    attacked = [(eps, Mark(0.5, 0.4, 0.6)) for eps in (0.0, 0.01, 0.03)]
-    certified = figures.Certified({"interval propagation": [1.0, 0.0]}, "pgd", attacked)
-    figures.network([("last", 2.0)], figures.Bounds(1.0, 2.0, 1.5), certified)
+    figures.network(content(1.0, 2.0, 1.5, ("last", 2.0), share=0.5), proved(1.0, 0.0))
     assert limits == [(0.005, 0.03)]
 
 

@@ -248,9 +248,9 @@ def test_the_figure_has_what_is_published_below_the_runs() -> None:
     assert panel.title == "gradalign"
     assert panel.rows[0].label == "mine (here)"
     clean, robust = panel.rows[0].marks
-    assert (clean.value, robust.value, robust.low) == (0.781, 0.1, Accuracy(100, 1000).interval[0])
+    assert (clean, robust) == (Accuracy(781, 1000).record, Accuracy(100, 1000).record)
     alike = [row for row in rows if row.attack == attack_name(PGD) and row.clean is not None]
-    assert [[m.value for m in row.marks] for row in panel.rows[1:]] == [[row.clean, row.robust] for row in alike]
+    assert [[m["accuracy"] for m in row.marks] for row in panel.rows[1:]] == [[row.clean, row.robust] for row in alike]
     assert all(
         "memory" in row.label for row, published in zip(panel.rows[1:], alike, strict=True) if published.remembered
     )

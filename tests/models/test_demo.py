@@ -67,7 +67,7 @@ def test_figures_show_something(finished: Path, name: str) -> None:
 def test_a_second_call_redoes_nothing(finished: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     before = metrics(finished)
     stamps = {p: p.stat().st_mtime_ns for p in finished.glob("*/*")}
-    for owner, name in ((Trainer, "run"), (demo, "robust_accuracy"), (demo.step_cost, "measure")):
+    for owner, name in ((Trainer, "run"), (demo, "evaluate_attack"), (demo.step_cost, "measure")):
         monkeypatch.setattr(owner, name, lambda *a, **k: pytest.fail("done again"))
     assert run(finished) == 0
     assert metrics(finished) == before
@@ -106,7 +106,7 @@ def test_interrupted_evaluation_does_not_train_again(tmp_path: Path, monkeypatch
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(demo, "robust_accuracy", ctrl_c)
+        patch.setattr(demo, "evaluate_attack", ctrl_c)
         with pytest.raises(KeyboardInterrupt):
             run.run()
     steps: list[Trainer] = []
@@ -201,7 +201,7 @@ def test_report_says_when_the_machine_was_busy(finished: Path, slowest: float, w
 
 
 def test_figures_are_reproducible() -> None:
-    marks = [accuracy.Mark(0.99, 0.95, 1.0), accuracy.Mark(0.0, 0.0, 0.04)]
+    marks = [{"accuracy": 0.99, "interval": (0.95, 1.0)}, {"accuracy": 0.0, "interval": (0.0, 0.04)}]
     panels = [accuracy.Panel("", "accuracy", [accuracy.Row("ReLU", figures.style.GREY, marks)])]
     first = accuracy.rows(panels)
     assert first == accuracy.rows(panels)

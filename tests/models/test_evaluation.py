@@ -9,13 +9,11 @@ from models.evaluation import (
     Gradients,
     Outcome,
     accuracy,
-    clean_accuracy,
     evaluate_attack,
     evaluate_clean,
     evaluation_mode,
     input_gradients,
     per_class,
-    robust_accuracy,
     wilson_interval,
     worst_case,
 )
@@ -63,19 +61,21 @@ def test_accuracies_of_a_model_that_can_be_worked_out() -> None:
     labels = (values > 0.5).long()
     labels[:3] = 1
     images = values.view(-1, 1, 1, 1)
-    assert clean_accuracy(Threshold(), images, labels, batch_size=7) == Accuracy(97, 100)
+    assert evaluate_clean(Threshold(), images, labels, batch_size=7).accuracy == Accuracy(97, 100)
     within = int(((values - 0.5).abs() < 0.2).sum())
-    assert robust_accuracy(Threshold(), images, labels, pgd(0.2, 20), seed=0, batch_size=33) == Accuracy(
-        97 - within, 100
-    )
+    robust = evaluate_attack(Threshold(), images, labels, pgd(0.2, 20), seed=0, batch_size=33)
+    assert robust.accuracy == Accuracy(97 - within, 100)
 
 
-def test_robust_accuracy_reports_progress_and_repeats() -> None:
+def test_an_attack_reports_progress_and_repeats() -> None:
     images, labels = torch.rand(10, 1, 1, 1), torch.arange(10) % 2
     done: list[int] = []
-    first = robust_accuracy(Threshold(), images, labels, pgd(0.1, 2), seed=1, batch_size=4, on_batch=done.append)
-    assert done == [4, 8, 10]
-    assert first == robust_accuracy(Threshold(), images, labels, pgd(0.1, 2), seed=1, batch_size=4)
+    first, again = (
+        evaluate_attack(Threshold(), images, labels, pgd(0.1, 2), 1, 4, lambda so_far: done.append(len(so_far.found)))
+        for _ in range(2)
+    )
+    assert done == 2 * [4, 8, 10]
+    assert torch.equal(first.found, again.found)
 
 
 def test_evaluation_mode_restores_every_module() -> None:
@@ -90,7 +90,7 @@ def test_nan_logits_are_an_error() -> None:
     model = nn.Sequential(nn.Flatten(), nn.Linear(1, 2))
     nn.init.constant_(model[1].weight, float("nan"))
     with pytest.raises(EvaluationError, match="not finite"):
-        clean_accuracy(model, torch.rand(4, 1, 1, 1), torch.zeros(4, dtype=torch.int64))
+        evaluate_clean(model, torch.rand(4, 1, 1, 1), torch.zeros(4, dtype=torch.int64))
 
 
 def on_the_border(count: int = 40) -> tuple[torch.Tensor, torch.Tensor]:
