@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.progress import Progress
 
-from models.analysis.distributions import ALL, SIDES, Density, Images, Layer, Moved, Panel, Recorder, across
+from models.analysis.distributions import ALL, SIDES, Density, Images, Moved, Panel, Recorder, across
 from models.attacks import Attack
 from models.commands import looking, settings
 from models.evaluation.outcomes import described
@@ -56,44 +56,23 @@ def _run(options: argparse.Namespace, command: str) -> int:
     settings.use_threads(options)
     console = terminal.console()
     labels = looking.labels(options.folders)
-    results = []
+    results = {}
     with StopRequest(AFTER_THIS) as stop, terminal.progress(console) as progress:
         for folder, label in zip(options.folders, labels, strict=True):
-            results.append(_Look(folder, label, options, command).result(progress, stop))
-    networks = [
-        figures.Network(label, result["settings"]["activation"], layers_of(result))
-        for label, result in zip(labels, results, strict=True)
-    ]
-    for folder, network in zip(options.folders, networks, strict=True):
-        files.write_bytes(folder / _Look.PART / "layers.png", figures.depth([network]))
-    if len(networks) > 1:
-        runs = _summaries(labels, options.folders, results)
+            results[label] = _Look(folder, label, options, command).result(progress, stop)
+    if len(results) > 1:
+        runs = _summaries(options.folders, results)
         ranks = _ranks(runs)
         summary = {"format": _Look.FORMAT, "command": command, "runs": runs, "ranks": ranks}
         files.write_result(options.out / "distributions.json", summary)
-        if len(networks) <= _LINES:
-            files.write_bytes(options.out / "layers.png", figures.depth(networks))
-        files.write_bytes(options.out / "against.png", figures.against(_points(runs)))
-    console.print(_distances(networks).terminal())
-    if len(networks) > 1:
+        if len(results) <= _LINES:
+            files.write_bytes(options.out / "layers.png", figures.depth(results))
+        files.write_bytes(options.out / "against.png", figures.against(runs))
+    console.print(_distances(results).terminal())
+    if len(results) > 1:
         console.print(_correlations(ranks).terminal())
     console.print(looking.written(_Look.PART, options))
     return 0
-
-
-def layers_of(result: dict[str, Any]) -> list[Layer]:
-    """Return the layers in the content of a distributions.json."""
-    return [Layer(entry["name"], *(Moved(**entry[side]) for side in SIDES)) for entry in result["layers"]]
-
-
-def panels_of(result: dict[str, Any]) -> list[Panel]:
-    """Return what figures show of single channels, in the content of a distributions.json."""
-    panels = []
-    for entry in result["panels"]:
-        densities = {side: Density(**entry[side]) for side in SIDES}
-        ends = entry["dictionary"]
-        panels.append(Panel(**{**entry, **densities, "dictionary": None if ends is None else (ends[0], ends[1])}))
-    return panels
 
 
 def images_of(result: dict[str, Any]) -> Images:
@@ -105,7 +84,11 @@ def images_of(result: dict[str, Any]) -> Images:
 
 
 def _check(content: dict[str, Any]) -> None:
-    layers_of(content), panels_of(content), images_of(content)
+    for entry in content["layers"]:
+        Moved(**entry["inputs"]), Moved(**entry["outputs"])
+    for entry in content["panels"]:
+        Panel(**entry), Density(**entry["inputs"]), Density(**entry["outputs"])
+    images_of(content)
 
 
 class _Look(looking.Look):
@@ -132,9 +115,10 @@ class _Look(looking.Look):
             files.write_json(path, found)
             (self.folder / _PARTIAL).unlink(missing_ok=True)
         progress.update(task, completed=self.count)
-        panels, count = panels_of(found), len(found["layers"])
+        panels, count = found["panels"], len(found["layers"])
         files.write_bytes(self.folder / "distributions.png", figures.inputs(panels, count))
         files.write_bytes(self.folder / "outputs.png", figures.outputs(panels, count))
+        files.write_bytes(self.folder / "layers.png", figures.depth({self.label: found}))
         return found
 
     def _measure(self, on_images: Callable[[int], None], stop: StopRequest) -> dict[str, Any]:
@@ -179,10 +163,10 @@ def _four(value: float) -> float | None:
     return None if math.isnan(value) else float(f"{value:.4g}")
 
 
-def _summaries(labels: list[str], folders: list[Path], results: list[dict[str, Any]]) -> list[dict[str, Any]]:
+def _summaries(folders: list[Path], results: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
     """Return for each run its accuracies, how far its images are moved, and its distances over depth, by layer."""
     kept = ("l2", "l2_std", "w1", "w1_low", "w1_high", "scale")
-    images = [images_of(result) for result in results]
+    images = [images_of(result) for result in results.values()]
     moved = across(images)
     return [
         {
@@ -204,7 +188,7 @@ def _summaries(labels: list[str], folders: list[Path], results: list[dict[str, A
                 for entry in result["layers"]
             ],
         }
-        for number, (label, folder, result) in enumerate(zip(labels, folders, results, strict=True))
+        for number, (folder, (label, result)) in enumerate(zip(folders, results.items(), strict=True))
         for training in [completed(dict(result["settings"]))["training"]]
     ]
 
@@ -223,16 +207,16 @@ def _ranks(runs: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
-def _distances(networks: list[figures.Network]) -> Table:
+def _distances(results: dict[str, dict[str, Any]]) -> Table:
     table = Table("run", "distance", "of the", "first layer", "middle", "last", "mean")
-    for network in networks:
+    for label, result in results.items():
         for key, name in (("l2", "relative L2"), ("w1", "W1 / std")):
             for side in SIDES:
-                values = [getattr(getattr(layer, side), key) for layer in network.layers]
+                values = [layer[side][key] for layer in result["layers"]]
                 seen = [value for value in values if value is not None]
                 mean = sum(seen) / len(seen) if seen else None
                 cells = (values[0], values[len(values) // 2], values[-1], mean)
-                table.add(network.label, name, side, *map(share, cells))
+                table.add(label, name, side, *map(share, cells))
     return table
 
 
@@ -244,10 +228,3 @@ def _correlations(ranks: list[dict[str, Any]]) -> Table:
         rho = number(row["rho"], form="+.2f")
         table.add(row["distance"], row["side"], row["images"], rho, interval, str(row["count"]))
     return table
-
-
-def _points(runs: list[dict[str, Any]]) -> list[figures.Point]:
-    names = [r["activation"] + (", frozen" if r["frozen"] else "") for r in runs]
-    return [
-        figures.Point(name, r["lr"], r["accuracy"]["attacked"], r["moved"]) for name, r in zip(names, runs, strict=True)
-    ]

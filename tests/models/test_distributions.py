@@ -2,7 +2,9 @@ import json
 import math
 import os
 import signal
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import matplotlib.image
 import numpy as np
@@ -17,7 +19,6 @@ from models.activations import KWinners, SharedPSSiLU, SmoothReLU
 from models.analysis.distributions import SIDES, Density, Images, Panel, Recorder, across, curve
 from models.attacks import pgd
 from models.cli import main
-from models.commands import distributions as command
 from models.commands import looking
 from models.figures import distributions as figures
 from models.runs import session
@@ -253,24 +254,30 @@ def test_panels_show_densities_of_the_values() -> None:
     assert panels[0].x[0] <= panels[0].inputs.edges[0]
 
 
-def panel(place: int, channel: int, plain: bool = False) -> Panel:
-    return Panel(
+def panel(place: int, channel: int, plain: bool = False) -> dict[str, Any]:
+    panel = Panel(
         place, "a", channel, Density([0.0, 1.0, 2.0, 3.0], [0.9, 0.07, 0.03], [0.8, 0.1, 0.1]),
         Density([-1.0, 1.0], [0.5], [0.5]), [] if plain else [-3.0, 3.0], [] if plain else [0.0, 1.0],
         None if plain else (-3.0, 3.0),
     )  # fmt: skip
+    return asdict(panel)
 
 
 @pytest.mark.parametrize("plain", [False, True])
 def test_figures_show_something(tmp_path: Path, plain: bool) -> None:
     panels = [panel(place, channel, plain) for place in (0, 7) for channel in range(3)]
-    layers = recorded(network()).layers()
-    networks = [figures.Network("a", "relu", layers), figures.Network("b", "relu", layers[:2])]
-    points = [
-        figures.Point("relu", 0.1, 0.5, {"all": dict.fromkeys(SIDES, 0.3), "unbroken": dict.fromkeys(SIDES, None)})
-    ] * 2
-    drawn = figures.inputs(panels, 9), figures.outputs(panels, 9), figures.depth(networks[: 1 + plain])
-    for draw in (*drawn, figures.against(points)):
+    layers = [asdict(layer) for layer in recorded(network()).layers()]
+    layers[0]["inputs"]["l2_std"] = None  # of one image
+    results = {"a": {"settings": {"activation": "relu"}, "layers": layers}}
+    if plain:
+        results["b"] = {**results["a"], "layers": layers[:2]}
+    moved = {"all": dict.fromkeys(SIDES, 0.3), "unbroken": dict.fromkeys(SIDES, None)}
+    of_runs = [
+        {"activation": "relu", "frozen": frozen, "lr": 0.1, "accuracy": {"attacked": 0.5}, "moved": moved}
+        for frozen in (False, True)
+    ]
+    drawn = figures.inputs(panels, 9), figures.outputs(panels, 9), figures.depth(results)
+    for draw in (*drawn, figures.against(of_runs)):
         (tmp_path / "a.png").write_bytes(draw)
         picture = matplotlib.image.imread(tmp_path / "a.png")
         assert picture.shape[1] > 1000
@@ -279,11 +286,11 @@ def test_figures_show_something(tmp_path: Path, plain: bool) -> None:
 
 def test_networks_have_different_colours() -> None:
     names = ("kaf", "relu", "kaf_silu", "silu", "elu", "gelu", "tanh")
-    colours = figures._colours([figures.Network(name, name, []) for name in names])
+    colours = figures._colours(names)
     assert len(set(colours)) == len(names)
     assert colours[0] == figures.style.VERMILLION
     assert colours[1] == figures.style.GREY
-    many = figures._looks([figures.Network(str(i), "relu", []) for i in range(20)])
+    many = figures._looks(20 * ["relu"])
     assert len({tuple(look.items()) for look in many}) == 20
 
 
@@ -329,8 +336,8 @@ def test_the_command_compares_runs(runs: list[Path], tmp_path: Path, capsys: pyt
             "kind": "LinfAttack", "eps": 0.1, "step": pytest.approx(0.25 / 3), "steps": 3, "noise": 0.1, "clip": True,
             "restarts": 1, "loss": "ce", "name": "pgd-3",
         }  # fmt: skip
-        layers = command.layers_of(found)
-        assert all(layer.inputs.distance > 0 for layer in layers)
+        layers = found["layers"]
+        assert all(layer["inputs"]["distance"] > 0 for layer in layers)
         assert bool(found["panels"][0]["dictionary"]) == (run.name == "kaf")
         masks = found["by_image"]["wrong"]
         assert {name: len(mask) for name, mask in masks.items()} == {"clean": 30, "attacked": 30}
@@ -343,7 +350,7 @@ def test_the_command_compares_runs(runs: list[Path], tmp_path: Path, capsys: pyt
     assert [row["count"] for row in summary["ranks"]] == [2] * 8
     assert {row["rho"] for row in summary["ranks"]} == {None}  # of two runs there is nothing to rank
     assert (tmp_path / "against.png").exists()
-    assert both[1]["layers"][0]["inputs"]["l2"] == pytest.approx(layers[0].inputs.l2, rel=1e-6)
+    assert both[1]["layers"][0]["inputs"]["l2"] == pytest.approx(layers[0]["inputs"]["l2"], rel=1e-6)
     assert (tmp_path / "layers.png").exists()
 
 
