@@ -45,7 +45,7 @@ THINGS = {  # that options name, other names of theirs included
     ),
     "schedule": ("triangular", "cyclic", "piecewise", "cosine", "constant"),
 }  # fmt: skip
-_EXTRAS = ("jinja2", "matplotlib", "numpy", "rich", "safetensors", "scipy", "statsmodels", "torchvision")
+_EXTRAS = ("adjustText", "jinja2", "matplotlib", "numpy", "rich", "safetensors", "scipy", "statsmodels", "torchvision")
 
 
 def _typo(command: str, *arguments: str) -> str | None:

@@ -3,12 +3,13 @@
 from typing import Any
 
 import numpy as np
+from adjustText import adjust_text
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.patheffects import withStroke
 
-from models.figures import labels, style
-from models.figures.labels import Label
+from models.figures import style
 
 Panels = list[tuple[Axes, dict[str, Any]]]
 """Axes with the activations that they show."""
@@ -104,20 +105,33 @@ def differences(summary: dict[str, Any], measure: str) -> Figure:
 def robust_against_clean(summary: dict[str, Any], measure: str) -> Figure:
     """Draw each activation's mean accuracy under one attack over that on clean images, with a dot for each seed."""
     figure, panels = _grid(summary, height=3.4)
-    texts = []
+    halo = [withStroke(linewidth=2, foreground="white")]
+    names = []  # of each axes: the texts, and the marks and dots that they keep free
     for axes, activations in panels:
         axes.set_xlabel("clean accuracy, %")
         if (place := axes.get_subplotspec()) is not None and place.is_first_col():
             axes.set_ylabel("accuracy under attack, %")
         style.grid(axes, "both")
-        seeds = [_seed_points(entry, measure) for entry in activations.values()]
-        dots = [(x, y, x, y) for points in seeds for x, y in zip(*points, strict=True)]
-        texts.append((axes, [_pair(axes, name, entry, measure) for name, entry in activations.items()], dots))
-    for axes, found, dots in texts:
-        labels.place(axes, found, dots)
+        texts, marks, dots = [], [], []
+        for name, entry in activations.items():
+            colour, (x, y) = _colour(name), (100 * entry[m]["mean"] for m in ("clean", measure))
+            clean, robust = ([100 * value for value in entry[m]["values"]] for m in ("clean", measure))
+            for seed in zip(clean, robust, strict=True):
+                axes.plot(*zip((x, y), seed, strict=True), color=colour, lw=0.6, alpha=0.35)
+                axes.plot(*seed, ".", ms=3.5, color=colour, alpha=0.45)
+                dots.append(seed)
+            marks += axes.plot(x, y, "o", ms=5, color=colour, zorder=4)  # above names
+            texts.append(axes.text(x, y, name, fontsize=8, color=colour, ha="center", va="center", path_effects=halo))
+        names.append((axes, texts, marks, dots))
+    figure.draw_without_rendering()  # from here on everything but the names stays where it is
+    for axes, texts, marks, dots in names:
+        adjust_text(
+            texts, *zip(*dots, strict=True), objects=marks, ax=axes, expand=(1.15, 1.9), iter_lim=1000,
+            min_arrow_len=14, arrowprops={"arrowstyle": "-", "color": style.GREY, "lw": 0.6},
+        )  # fmt: skip
     looks = (("not KAF", style.BLUE), ("KAF", style.VERMILLION))
-    names = [name.startswith("kaf") for _, activations in panels for name in activations]
-    if any(names) and not all(names):
+    kafs = [name.startswith("kaf") for _, activations in panels for name in activations]
+    if any(kafs) and not all(kafs):
         style.legend(figure, [style.handle(text, colour, "o") for text, colour in looks], 2)
     return figure
 
@@ -164,22 +178,6 @@ def _by_method(panels: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
     for panel in panels.values():
         found.setdefault(", ".join(filter(None, (panel["network"], panel["method"]))), []).append(panel)
     return found
-
-
-def _pair(axes: Axes, name: str, entry: dict[str, Any], measure: str) -> Label:
-    x, y = (100 * entry[m]["mean"] for m in ("clean", measure))
-    colour = _colour(name)
-    for seed in zip(*_seed_points(entry, measure), strict=True):
-        axes.plot(*zip((x, y), seed, strict=True), color=colour, lw=0.6, alpha=0.35)
-        axes.plot(*seed, ".", ms=3.5, color=colour, alpha=0.45)
-    axes.plot(x, y, "o", ms=5, color=colour)
-    return Label(x, y, name, colour)
-
-
-def _seed_points(entry: dict[str, Any], measure: str) -> tuple[list[float], list[float]]:
-    """Return each seed's accuracy on clean images and under an attack, %."""
-    clean, robust = ([100 * value for value in entry[m]["values"]] for m in ("clean", measure))
-    return clean, robust
 
 
 def _seeds(entry: dict[str, Any], baseline: dict[str, Any], measure: str) -> list[float]:

@@ -1,4 +1,5 @@
 import dataclasses
+import itertools
 import json
 import re
 import subprocess
@@ -316,6 +317,28 @@ def test_a_figure_pairs_the_seeds_that_both_have() -> None:
         {"seeds": [1, 2, 0], "worst": {"values": [0.7, 0.1, 0.3]}},
     ]
     assert study_figures._seeds(*entries, "worst") == pytest.approx([0.2, -0.1])
+
+
+def test_names_cover_neither_each_other_nor_means() -> None:
+    """Of nine activations, closer to each other than their names are high, with the same picture each time."""
+
+    def entry(x: float, y: float) -> dict[str, Any]:
+        return {m: {"mean": v, "values": [v - 0.02, v + 0.02]} for m, v in (("clean", x), ("worst", y))}
+
+    activations = {f"kaf_{x}{y}": entry(0.9 + 0.004 * x, 0.5 + 0.004 * y) for x in range(3) for y in range(3)}
+    summary = {"rates": {"tuned": {"light": {"activations": activations}}}}
+    figure = study_figures.robust_against_clean.__wrapped__(summary, "worst")  # type: ignore[attr-defined]
+    (axes,) = figure.axes
+    names = [text for text in axes.texts if text.get_text()]
+    assert [text.get_text() for text in names] == list(activations)
+    boxes, inside = [text.get_window_extent() for text in names], axes.get_window_extent()
+    assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
+    means = axes.transData.transform(
+        [(100 * e["clean"]["mean"], 100 * e["worst"]["mean"]) for e in activations.values()]
+    )
+    assert not any(box.contains(*mean) for box in boxes for mean in means)
+    assert all(inside.contains(box.x0, box.y0) and inside.contains(box.x1, box.y1) for box in boxes)
+    assert study_figures.robust_against_clean(summary, "worst") == study_figures.robust_against_clean(summary, "worst")
 
 
 def test_attacks_of_another_network_or_other_images_are_not_reused(tmp_path: Path) -> None:

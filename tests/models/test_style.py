@@ -1,15 +1,11 @@
-import itertools
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from matplotlib.colors import to_rgb
-from matplotlib.figure import Figure
-from matplotlib.text import Annotation
 
-from models.figures import gradients, labels, style
-from models.figures.labels import Label
+from models.figures import gradients, style
 
 
 def test_no_two_lines_are_alike() -> None:
@@ -34,21 +30,3 @@ def test_figures_take_numbers_only() -> None:
     )
     loaded = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True).stdout.split()
     assert set(loaded) == {"models", "models.figures", *names}
-
-
-def test_labels_cover_neither_each_other_nor_points() -> None:
-    """Twelve points in a cluster, closer to each other than the labels are high."""
-    drawing = Figure(figsize=(5, 3.5))
-    axes = drawing.subplots()
-    points = [(x, y) for x in range(4) for y in range(3)]
-    axes.set_xlim(-8, 12)
-    axes.set_ylim(-12, 14)
-    labels.place(axes, [Label(x, y, f"label {x}{y}", "black") for x, y in points])
-    texts = [t for t in axes.texts if isinstance(t, Annotation) and t.get_text()]
-    boxes = [text.get_window_extent() for text in texts]
-    assert len(boxes) == 12
-    assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
-    marks = axes.transData.transform(points)
-    assert not any(box.contains(*mark) for box in boxes for mark in marks)
-    inside = axes.get_window_extent()
-    assert all(inside.contains(box.x0, box.y0) and inside.contains(box.x1, box.y1) for box in boxes)

@@ -67,17 +67,10 @@ def report(study: Study, done: dict[str, dict[str, Any]], results: Path, command
         files.write_bytes(results / "layers.png", figures.layers(whole))
         about = f"Of seed {study.seeds[0]}, {_LAYERS}"
         layers = ["## Layer by layer", "![norms layer by layer](layers.png)", about]
-    first, small = study.activations[0], f"within ± {100 * MARGIN:g}?"
+    first = study.activations[0]
+    heads = ("activation", "accuracy", f"difference to {first}", f"within ± {100 * MARGIN:g}?")
     ratios = ("first to last at the start", "largest in training", "at the end")
-    table = Table(
-        f"network{data.marked(study.data)}",
-        "activation",
-        "accuracy",
-        f"difference to {first}",
-        small,
-        *ratios,
-        "failed",
-    )
+    table = Table(f"network{data.marked(study.data)}", *heads, *ratios, "failed")
     for panel, activation in itertools.product(study.panels(), study.activations):
         same = {r.seed: x for r, x in shown if (r.panel, r.activation) == (panel, activation)}
         base = {r.seed: x for r, x in shown if (r.panel, r.activation) == (panel, first)}
