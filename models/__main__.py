@@ -81,7 +81,7 @@ def _named(arguments: tuple[str, ...]) -> Iterator[tuple[str, str]]:
         thing = option[2:] if option[2:] in THINGS else option[2:].removesuffix("s")
         text = value if equals else "".join(arguments[i + 1 : i + 2])
         if option.startswith("--") and thing in THINGS and text and not text.startswith("-"):
-            for part in split(text):
+            for part in split(text) if option == "--attacks" else (text,):
                 yield thing, re.sub(r"^pgd-\d+(-\d+)?$", "pgd", part.partition(":")[0])
 
 

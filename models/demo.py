@@ -170,7 +170,7 @@ class Demo:
         for name, result in results.items():
             timings[name] = {"epoch_seconds": [epoch["seconds"] for epoch in result["history"]]}
             history = [{k: epoch[k] for k in ("epoch", "loss", "accuracy", "lr")} for epoch in result["history"]]
-            fixed[name] = {**result, "history": history}
+            fixed[name] = {n: result[n] for n in ("parameters", *_KINDS)} | {"history": history}
         return {
             "command": self.command,
             "settings": asdict(self.settings),

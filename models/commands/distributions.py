@@ -85,7 +85,7 @@ def images_of(result: dict[str, Any]) -> Images:
 
 def _check(content: dict[str, Any]) -> None:
     for entry in content["layers"]:
-        Moved(**entry["inputs"]), Moved(**entry["outputs"])
+        entry["name"], Moved(**entry["inputs"]), Moved(**entry["outputs"])
     for entry in content["panels"]:
         Panel(**entry), Density(**entry["inputs"]), Density(**entry["outputs"])
     images_of(content)

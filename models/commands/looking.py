@@ -124,7 +124,7 @@ def labels(folders: list[Path]) -> list[str]:
         if resolved.count(folder.resolve()) > 1:
             raise UserError(f"{folder} is given twice; give each run once")
     names = [path.name for path in resolved]
-    unique = [name if names.count(name) == 1 else str(folder) for name, folder in zip(names, folders, strict=True)]
+    unique = [name if names.count(name) == 1 else str(path) for name, path in zip(names, resolved, strict=True)]
     return [name + marked(folder) for name, folder in zip(unique, folders, strict=True)]
 
 

@@ -106,13 +106,16 @@ def robust_against_clean(summary: dict[str, Any], measure: str) -> Figure:
     """Draw each activation's mean accuracy under one attack over that on clean images, with a dot for each seed."""
     figure, panels = _grid(summary, height=3.4)
     halo = [withStroke(linewidth=2, foreground="white")]
-    names = []  # of each axes: the texts, and the marks and dots that they keep free
+    names = []  # of each axes: the texts, the marks of means and the dots of seeds, which the texts keep free
     for axes, activations in panels:
         axes.set_xlabel("clean accuracy, %")
         if (place := axes.get_subplotspec()) is not None and place.is_first_col():
             axes.set_ylabel("accuracy under attack, %")
         style.grid(axes, "both")
-        texts, marks, dots = [], [], []
+        axes.margins(0.12)  # room for names
+        if not activations:  # none is done at this rate yet
+            continue
+        texts, means, dots = [], [], []
         for name, entry in activations.items():
             colour, (x, y) = _colour(name), (100 * entry[m]["mean"] for m in ("clean", measure))
             clean, robust = ([100 * value for value in entry[m]["values"]] for m in ("clean", measure))
@@ -120,19 +123,22 @@ def robust_against_clean(summary: dict[str, Any], measure: str) -> Figure:
                 axes.plot(*zip((x, y), seed, strict=True), color=colour, lw=0.6, alpha=0.35)
                 axes.plot(*seed, ".", ms=3.5, color=colour, alpha=0.45)
                 dots.append(seed)
-            marks += axes.plot(x, y, "o", ms=5, color=colour, zorder=4)  # above names
+            means.append((x, y))
             texts.append(axes.text(x, y, name, fontsize=8, color=colour, ha="center", va="center", path_effects=halo))
+            texts[-1].set_in_layout(False)
+        x, y = zip(*means, strict=True)
+        marks = axes.scatter(x, y, s=25, c=[_colour(name) for name in activations], zorder=3)
         names.append((axes, texts, marks, dots))
-    figure.draw_without_rendering()  # from here on everything but the names stays where it is
-    for axes, texts, marks, dots in names:
-        adjust_text(
-            texts, *zip(*dots, strict=True), objects=marks, ax=axes, expand=(1.15, 1.9), iter_lim=1000,
-            min_arrow_len=14, arrowprops={"arrowstyle": "-", "color": style.GREY, "lw": 0.6},
-        )  # fmt: skip
     looks = (("not KAF", style.BLUE), ("KAF", style.VERMILLION))
     kafs = [name.startswith("kaf") for _, activations in panels for name in activations]
     if any(kafs) and not all(kafs):
         style.legend(figure, [style.handle(text, colour, "o") for text, colour in looks], 2)
+    figure.draw_without_rendering()  # from here on everything but the names stays where it is
+    for axes, texts, marks, dots in names:
+        adjust_text(
+            texts, *zip(*dots, strict=True), objects=marks, ax=axes, expand=(1.1, 1.4), iter_lim=3000,
+            min_arrow_len=14, arrowprops={"arrowstyle": "-", "color": style.GREY, "lw": 0.6},
+        )  # fmt: skip
     return figure
 
 

@@ -161,5 +161,5 @@ def _json(path: Path, wanted: Iterable[str]) -> dict[str, Any] | None:
 
 
 def _differing(settings: Sequence[Mapping[str, Any]]) -> list[str]:
-    flat = [html.flat(s) for s in settings]
-    return [name for name in flat[0] if any(other.get(name) != flat[0][name] for other in flat)]
+    first, *others = (runs.flat(of_one) for of_one in settings)
+    return [name for name in first if any(other.get(name) != first[name] for other in others)]

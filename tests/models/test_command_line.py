@@ -11,7 +11,7 @@ import pytest
 from models import recipes
 from models.__main__ import COMMANDS as COMMAND_NAMES
 from models.__main__ import OPTIONS as OPTION_NAMES
-from models.__main__ import THINGS
+from models.__main__ import THINGS, _typo
 from models.activations import ACTIVATIONS
 from models.attacks import ATTACKS
 from models.cli import main, parser
@@ -153,6 +153,20 @@ def test_typos_are_answered_without_torch(arguments: str, answer: str) -> None:
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 2
     assert done.stderr == f"python -m models{answer}\n"
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        "train run --data mnist5k:train=400, --network resnet20:form=post,width=8 --method=n-fgsm:k=2 --lr 0.1",
+        "train run --data webdataset:path=/data/a:b,c --activation kwta:per=channel,ratio",
+        "evaluate run --attacks pgd-50-10:step=2/255,loss=margin,fgsm,cw:l2=0.5,autoattack --data-root x",
+        "gradients --activations kaf nothing --networks resnet20 --method",
+        "bounds run --attack pgd:steps=20, --eps 0.1",
+    ],
+)
+def test_what_may_be_right_is_left_to_the_parser(arguments: str) -> None:
+    assert _typo(*arguments.split()) is None
 
 
 def test_all_names_are_known_without_torch() -> None:

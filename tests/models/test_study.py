@@ -319,26 +319,43 @@ def test_a_figure_pairs_the_seeds_that_both_have() -> None:
     assert study_figures._seeds(*entries, "worst") == pytest.approx([0.2, -0.1])
 
 
-def test_names_cover_neither_each_other_nor_means() -> None:
-    """Of nine activations, closer to each other than their names are high, with the same picture each time."""
+def crowded() -> dict[str, Any]:
+    """Nine activations, closer to each other than their names are high."""
 
     def entry(x: float, y: float) -> dict[str, Any]:
         return {m: {"mean": v, "values": [v - 0.02, v + 0.02]} for m, v in (("clean", x), ("worst", y))}
 
-    activations = {f"kaf_{x}{y}": entry(0.9 + 0.004 * x, 0.5 + 0.004 * y) for x in range(3) for y in range(3)}
-    summary = {"rates": {"tuned": {"light": {"activations": activations}}}}
+    places = itertools.product(range(3), range(3))
+    found = {f"{'kaf' if x else 'silu'}_{x}{y}": entry(0.9 + 0.004 * x, 0.5 + 0.004 * y) for x, y in places}
+    return {"rates": {"tuned": {"light": {"activations": found}}}}
+
+
+@pytest.mark.parametrize("study_name", [None, "tuned5k", "methods5k"])
+def test_names_cover_neither_each_other_nor_means(study_name: str | None) -> None:
+    committed = Path(__file__).parents[2] / f"results/{study_name}/summary.json"
+    summary = crowded() if study_name is None else json.loads(committed.read_text())
     figure = study_figures.robust_against_clean.__wrapped__(summary, "worst")  # type: ignore[attr-defined]
-    (axes,) = figure.axes
-    names = [text for text in axes.texts if text.get_text()]
-    assert [text.get_text() for text in names] == list(activations)
-    boxes, inside = [text.get_window_extent() for text in names], axes.get_window_extent()
-    assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
-    means = axes.transData.transform(
-        [(100 * e["clean"]["mean"], 100 * e["worst"]["mean"]) for e in activations.values()]
-    )
-    assert not any(box.contains(*mean) for box in boxes for mean in means)
-    assert all(inside.contains(box.x0, box.y0) and inside.contains(box.x1, box.y1) for box in boxes)
-    assert study_figures.robust_against_clean(summary, "worst") == study_figures.robust_against_clean(summary, "worst")
+    figure.draw_without_rendering()
+    for axes in figure.axes:
+        names = [text.get_window_extent() for text in axes.texts if text.get_text()]
+        means = axes.transData.transform(axes.collections[0].get_offsets())
+        assert len(names) == len(means) >= 6
+        assert not any(a.overlaps(b) for a, b in itertools.combinations(names, 2))
+        assert not any(box.contains(*mean) for box in names for mean in means)
+        inside = axes.get_window_extent()
+        assert all(inside.contains(box.x0, box.y0) and inside.contains(box.x1, box.y1) for box in names)
+
+
+def test_names_are_where_they_were() -> None:
+    first = study_figures.robust_against_clean(crowded(), "worst")
+    assert first == study_figures.robust_against_clean(crowded(), "worst")
+
+
+def test_a_rate_at_which_a_network_has_no_runs_yet_leaves_its_place_empty() -> None:
+    summary = crowded()
+    summary["rates"]["common"] = {"vgg": summary["rates"]["tuned"]["light"]}
+    figure = study_figures.robust_against_clean.__wrapped__(summary, "worst")  # type: ignore[attr-defined]
+    assert [len(axes.texts) > 0 for axes in figure.axes] == [True, False, False, True]
 
 
 def test_attacks_of_another_network_or_other_images_are_not_reused(tmp_path: Path) -> None:
