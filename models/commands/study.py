@@ -115,7 +115,7 @@ def carry_out(study: Study, options: argparse.Namespace, command: str, report: R
         def on_change(status: workers.Status) -> None:
             shown.update("; ".join(f"{name}: {text}" for name, text in status.items()))
 
-        if (there := len(workers.part(study, 0))) < study.count():
+        if todo and (there := len(workers.part(study, 0))) < study.count():
             options.refuse(f"{study.data} has {there} {study.part} images, and the study attacks {study.count()}")
         folder = options.runs or Path("runs/study") / study.name
         workers.work(study, todo, results, folder, jobs, options.threads, on_change, on_result, do)

@@ -70,8 +70,8 @@ def comparisons(summary: dict[str, Any]) -> Figure:
 def differences(summary: dict[str, Any], measure: str) -> Figure:
     """Draw each activation's paired difference to the baseline under one attack, with its 95 % interval.
 
-    The interval is for the choice of seeds and of images both. Small dots are seeds; all of these are shown, and an
-    interval that goes on far beyond them is cut off with an arrow.
+    The interval is for the choice of seeds and of images both. Small dots are seeds; all of these are shown, the
+    narrower half of the intervals too, and an interval that goes on far beyond both is cut off with an arrow.
     """
     baseline = summary["baseline"]
     names = [a for a in summary["activations"] if a != baseline]
@@ -86,8 +86,11 @@ def differences(summary: dict[str, Any], measure: str) -> Figure:
                 shown.append((axes, place, entry["difference"], seeds, _colour(name)))
         axes.set_xlabel(f"difference to {baseline}, points")
     points = [100 * value for _, _, d, seeds, _ in shown for value in (d["mean"], *seeds)]
+    intervals = [(100 * d["low"], 100 * d["high"]) for _, _, d, _, _ in shown if d["low"] is not None]
+    intervals.sort(key=lambda interval: interval[1] - interval[0])
+    ends = [end for interval in intervals for end in interval]
+    points += ends[: 2 * ((len(intervals) + 1) // 2)]
     low, high = min([*points, 0.0]), max([*points, 0.0])
-    ends = [100 * d[end] for _, _, d, _, _ in shown for end in ("low", "high") if d[end] is not None]
     more = _BEYOND * (high - low)
     low, high = (
         f([end for end in (edge, *ends) if low - more <= end <= high + more]) for f, edge in ((min, low), (max, high))

@@ -280,6 +280,11 @@ def test_a_study_is_done_shown_and_not_done_twice(
     assert {p for p in before if before[p] != after[p]} == {out / "runs/light-kaf-1.json"}
     # The same run gives the same result.
     assert json.loads((out / "summary.json").read_text()) == summary
+    # Where nothing is left to do, no images are needed to write the page anew.
+    (out / "README.md").unlink()
+    monkeypatch.setattr(workers, "part", lambda *_: pytest.fail("images were loaded"))
+    assert main(command) == 0
+    assert (out / "README.md").read_text() == page
 
 
 def test_a_run_that_fails_is_reported_and_the_others_go_on(
@@ -317,6 +322,26 @@ def test_a_figure_pairs_the_seeds_that_both_have() -> None:
         {"seeds": [1, 2, 0], "worst": {"values": [0.7, 0.1, 0.3]}},
     ]
     assert study_figures._seeds(*entries, "worst") == pytest.approx([0.2, -0.1])
+
+
+def test_an_axis_shows_the_narrower_half_of_the_intervals() -> None:
+    """Of few seeds all may be far wider than what the seeds span; one that is wider still is cut off."""
+
+    def entry(*values: float, half: float) -> dict[str, Any]:
+        mean = sum(values) / len(values)
+        return {"seeds": [0, 1], "worst": {
+            "values": list(values), "mean": mean, "difference": {"mean": mean, "low": mean - half, "high": mean + half}
+        }}  # fmt: skip
+
+    found = {
+        "relu": {"seeds": [0, 1], "worst": {"values": [0.0, 0.0], "mean": 0.0}},
+        "silu": entry(0.0, 0.02, half=0.1), "elu": entry(-0.02, 0.0, half=0.2), "kaf": entry(0.0, 0.01, half=5.0),
+    }  # fmt: skip
+    summary = {"baseline": "relu", "activations": list(found), "rates": {"tuned": {"light": {"activations": found}}}}
+    figure = study_figures.differences.__wrapped__(summary, "worst")  # type: ignore[attr-defined]
+    low, high = figure.axes[0].get_xlim()
+    assert -60 < low < -21
+    assert 19 < high < 60
 
 
 def crowded() -> dict[str, Any]:
