@@ -140,7 +140,7 @@ def sources(rows: Sequence[Published]) -> list[str]:
     return [*origins, *notes]
 
 
-_HEAD = ("measure", "here, %", "images", "interval", "published", "difference", "within", "by")
+_HEAD = ("measure", "here, %", "n", "interval", "published", "difference", "within", "by")
 
 
 def _show(comparison: Comparison, console: Console) -> None:
