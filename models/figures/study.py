@@ -106,10 +106,13 @@ def differences(summary: dict[str, Any], measure: str) -> Figure:
 
 @style.drawn
 def robust_against_clean(summary: dict[str, Any], measure: str) -> Figure:
-    """Draw each activation's mean accuracy under one attack over that on clean images, with a dot for each seed."""
+    """Draw each activation's mean accuracy under one attack over that on clean images, with a dot for each seed.
+
+    Names cover no mean and no other name; where there is no room, they may cover dots.
+    """
     figure, panels = _grid(summary, height=3.4)
     halo = [withStroke(linewidth=2, foreground="white")]
-    names = []  # of each axes: the texts, the marks of means and the dots of seeds, which the texts keep free
+    names = []  # of each axes: the texts, the marks of means and the dots of seeds, from which the texts are kept away
     for axes, activations in panels:
         axes.set_xlabel("clean accuracy, %")
         if (place := axes.get_subplotspec()) is not None and place.is_first_col():
